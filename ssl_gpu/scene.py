@@ -1,0 +1,308 @@
+"""Rooms, microphone arrays and talkers: the law they are drawn from, and the batch they are drawn into."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from ssl_gpu import geometry
+from ssl_gpu.acoustics import SPEED_OF_SOUND
+
+# Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
+# that of redrawing until valid; under the original law all 32 fail with probability 8e-13.
+CANDIDATES = 32
+
+# A source is never put closer than this to a microphone. The original law (0.2 m to the centre of a 0.1 m array)
+# keeps 0.15 m by itself, so this changes nothing there; it matters for wide arrays.
+MIN_SRC_MIC_DIST = 0.05  # m
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """The law of the scenes; the defaults are the original project's. Lengths in m, times in s.
+
+    room_min_m, room_max_m: corners of the uniform law of the room's (length, width, height).
+    rt60_s: range of the uniform law of the nominal reverberation time.
+    src_dist_m: range allowed for the distance from a source to the centre of the array.
+    wall_dist_m: the least distance of sources and microphones to the walls.
+    num_src: talkers per scene.
+    num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
+    mic_array_m: microphone positions relative to the centre of the array, one [x, y, z] each.
+    array_radius_m: random arrays, num_mics microphones uniform in a ball of this radius, another for every scene.
+    rotate: turn the array about the vertical by an angle uniform over the circle.
+    src_orientation_deg, mic_orientation_deg: (azimuth, polar angle) looked at by every source and every microphone.
+        None: sources uniform over (-180, 180) in both angles, as the reference draws them; microphones (0, 0).
+    bank: None for an endless supply of rooms; a number for a fixed bank of that many, drawn once, as the original had.
+
+    Raises ValueError naming the field, its value and the rule.
+    """
+
+    room_min_m: tuple[float, float, float] = (3.0, 3.0, 2.5)
+    room_max_m: tuple[float, float, float] = (10.0, 6.0, 4.0)
+    rt60_s: tuple[float, float] = (0.1, 0.7)
+    src_dist_m: tuple[float, float] = (0.2, 5.0)
+    wall_dist_m: float = 0.5
+    num_src: int = 2
+    num_mics: int = 2
+    mic_spacing_m: float = 0.1
+    mic_array_m: tuple[tuple[float, float, float], ...] | None = None
+    array_radius_m: float | None = None
+    rotate: bool = False
+    src_orientation_deg: tuple[float, float] | None = None
+    mic_orientation_deg: tuple[float, float] | None = None
+    bank: int | None = None
+
+    def __post_init__(self):
+        for low, high, axis in zip(self.room_min_m, self.room_max_m, ("length", "width", "height")):
+            if not 0 < low <= high:
+                raise ValueError(f"scene.room_min_m, scene.room_max_m must satisfy 0 < min <= max, "
+                                 f"got {low} and {high} for the {axis}")
+        if not 0 < self.rt60_s[0] <= self.rt60_s[1]:
+            raise ValueError(f"scene.rt60_s must satisfy 0 < low <= high, got {self.rt60_s}")
+        if not 0 < self.src_dist_m[0] <= self.src_dist_m[1]:
+            raise ValueError(f"scene.src_dist_m must satisfy 0 < low <= high, got {self.src_dist_m}")
+        for name in ("num_src", "num_mics"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"scene.{name} must be >= 1, got {getattr(self, name)}")
+        if self.bank is not None and self.bank < 1:
+            raise ValueError(f"scene.bank must be >= 1 room, or null for endless rooms, got {self.bank}")
+        if self.wall_dist_m < 0:
+            raise ValueError(f"scene.wall_dist_m must be >= 0, got {self.wall_dist_m}")
+        self._check_array()
+        self._check_room()
+
+    def _check_array(self):
+        if self.mic_array_m is not None and self.array_radius_m is not None:
+            raise ValueError("scene.mic_array_m and scene.array_radius_m exclude each other, got both")
+        if self.array_radius_m is not None and self.array_radius_m <= 0:
+            raise ValueError(f"scene.array_radius_m must be > 0, got {self.array_radius_m}")
+        if self.mic_array_m is not None and len(self.mic_array_m) == 0:
+            raise ValueError("scene.mic_array_m must hold at least one [x, y, z], got an empty list")
+        if self.mic_spacing_m <= 0:
+            raise ValueError(f"scene.mic_spacing_m must be > 0, got {self.mic_spacing_m}")
+
+    def _check_room(self):
+        margin = self.wall_dist_m + self.radius
+        for axis, low in zip(("length", "width", "height"), self.room_min_m):
+            if low < 2 * margin:
+                raise ValueError(f"scene.room_min_m: a {axis} of {low} m leaves no place for an array of radius "
+                                 f"{self.radius:.3g} m at scene.wall_dist_m={self.wall_dist_m}, it must be >= "
+                                 f"{2 * margin:.3g} m")
+        # From the middle of the smallest room, the worst place, the corners of the sources' box are farthest.
+        reach = 0.5 * math.dist((2 * self.wall_dist_m,) * 3, self.room_min_m)
+        if self.src_dist_m[0] >= reach:
+            raise ValueError(f"scene.src_dist_m: the low end {self.src_dist_m[0]} m cannot be kept in the smallest "
+                             f"room, where a source may be {reach:.3g} m from the array at most")
+        inner = [high - 2 * self.wall_dist_m for high in self.room_max_m]
+        farthest = min(self.src_dist_m[1] + self.radius, math.hypot(*inner))
+        if SPEED_OF_SOUND * self.rt60_s[0] <= farthest:
+            raise ValueError(f"scene.rt60_s: {SPEED_OF_SOUND:g} m/s * {self.rt60_s[0]} s = "
+                             f"{SPEED_OF_SOUND * self.rt60_s[0]:.3g} m must exceed the largest source distance, "
+                             f"{farthest:.3g} m (scene.src_dist_m, scene.room_max_m)")
+
+    @property
+    def radius(self) -> float:
+        """Distance in m from the centre of the array that no microphone exceeds."""
+        if self.array_radius_m is not None:
+            return self.array_radius_m
+        if self.mic_array_m is not None:
+            return max(math.hypot(*position) for position in self.mic_array_m)
+        return 0.5 * (self.num_mics - 1) * self.mic_spacing_m
+
+    @property
+    def mic_count(self) -> int:
+        """Microphones per scene, whichever way the array is given."""
+        return self.num_mics if self.mic_array_m is None else len(self.mic_array_m)
+
+
+@dataclass(frozen=True, eq=False)
+class SceneBatch:
+    """A batch of scenes. Positions and times are float64: float32 positions move hundreds of arrivals by a slot.
+
+    room_dim [batch, 3] m, rt60 [batch] s (nominal), mic_pos [batch, mic, 3] m, src_pos [batch, src, 3] m;
+    mic_orientation [batch, mic, 2], src_orientation [batch, src, 2] rad, (azimuth, polar angle from +z);
+    valid [batch] bool: False where no candidate met the law, such a scene must not be used;
+    max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it.
+    """
+
+    room_dim: Tensor
+    rt60: Tensor
+    mic_pos: Tensor
+    src_pos: Tensor
+    mic_orientation: Tensor
+    src_orientation: Tensor
+    valid: Tensor
+    max_rt60: float
+
+    def __len__(self) -> int:
+        return self.rt60.shape[0]
+
+    def _map(self, function) -> "SceneBatch":
+        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "max_rt60"}
+        return replace(self, **tensors)
+
+    def __getitem__(self, index: slice | Tensor) -> "SceneBatch":
+        """The scenes of a slice or of an index tensor [n] int64."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> "SceneBatch":
+        """The same scenes on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    @property
+    def array_centre(self) -> Tensor:
+        """Mean of the microphone positions, [batch, 3] m."""
+        return self.mic_pos.mean(1)
+
+    @property
+    def _src_offset(self) -> Tensor:
+        return self.src_pos - self.array_centre[:, None]
+
+    @property
+    def distance(self) -> Tensor:
+        """From each source to the centre of the array, [batch, src] m."""
+        return torch.linalg.vector_norm(self._src_offset, dim=-1)
+
+    @property
+    def azimuth(self) -> Tensor:
+        """Of each source, from the horizontal projection of the array's axis, [batch, src] rad in [-pi, pi).
+
+        Raises ValueError for a single microphone.
+        """
+        axis = geometry.azimuth(geometry.array_axis(self.mic_pos))
+        return geometry.wrap_angle(geometry.azimuth(self._src_offset) - axis[:, None])
+
+    @property
+    def elevation(self) -> Tensor:
+        """Of each source as seen from the centre of the array, [batch, src] rad in [-pi/2, pi/2]."""
+        return geometry.elevation(self._src_offset)
+
+    @property
+    def cone_angle(self) -> Tensor:
+        """Between each source's direction and the array's axis, [batch, src] rad in [0, pi].
+
+        All that two microphones can observe. Raises ValueError for a single microphone.
+        """
+        return geometry.angle_between(self._src_offset, geometry.array_axis(self.mic_pos)[:, None])
+
+
+def _uniform(shape: Sequence[int], low: Tensor | float, high: Tensor | float, generator: torch.Generator) -> Tensor:
+    draw = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return low + (high - low) * draw
+
+
+def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Tensor:
+    """Microphone positions relative to the centre of the array, [batch, mic, 3] m, not yet rotated."""
+    device = generator.device
+    if cfg.array_radius_m is not None:
+        shape = (batch, cfg.num_mics, 3)
+        direction = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        offset = direction * cfg.array_radius_m * _uniform((*shape[:2], 1), 0.0, 1.0, generator) ** (1 / 3)
+        offset = offset - offset.mean(1, keepdim=True)
+        # Centring can push a microphone out of the ball, then the whole layout is shrunk back into it.
+        largest = torch.linalg.vector_norm(offset, dim=-1).amax(1)[:, None, None]
+        return offset * (cfg.array_radius_m / largest.clamp(min=cfg.array_radius_m))
+    if cfg.mic_array_m is not None:
+        offset = torch.tensor(cfg.mic_array_m, dtype=torch.float64)
+    else:
+        offset = geometry.linear_array(cfg.num_mics, cfg.mic_spacing_m)
+    return offset.to(device).expand(batch, -1, -1)
+
+
+def _orientation(angles_deg: tuple[float, float] | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    angles = torch.tensor(angles_deg or (0.0, 0.0), dtype=torch.float64) * (math.pi / 180)
+    return angles.to(device).expand(*shape, 2).clone()
+
+
+def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -> SceneBatch:
+    """Draw `batch` scenes on the generator's device, without a device sync.
+
+    Room, RT60 and array centre are uniform; each source is uniform in the room less the walls' margin, redrawn until
+    src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly.
+    """
+    device = generator.device
+    low = torch.tensor(cfg.room_min_m, dtype=torch.float64).to(device)
+    high = torch.tensor(cfg.room_max_m, dtype=torch.float64).to(device)
+    room = _uniform((batch, 3), low, high, generator)
+    rt60 = _uniform((batch,), *cfg.rt60_s, generator)
+    margin = cfg.wall_dist_m + cfg.radius
+    centre = _uniform((batch, 3), margin, room - margin, generator)
+    offset = _draw_array(cfg, batch, generator)
+    mic_orientation = _orientation(cfg.mic_orientation_deg, (batch, offset.shape[1]), device)
+    if cfg.rotate:
+        yaw = _uniform((batch,), -math.pi, math.pi, generator)
+        offset = geometry.rotate_z(offset, yaw)
+        mic_orientation[..., 0] += yaw[:, None]
+    mic_pos = centre[:, None] + offset
+
+    shape = (batch, cfg.num_src, CANDIDATES, 3)
+    wall = cfg.wall_dist_m
+    candidate = _uniform(shape, wall, room[:, None, None] - wall, generator)
+    dist = torch.linalg.vector_norm(candidate - centre[:, None, None], dim=-1)
+    to_mic = torch.linalg.vector_norm(candidate[:, :, :, None] - mic_pos[:, None, None], dim=-1).amin(-1)
+    valid = (dist >= cfg.src_dist_m[0]) & (dist <= cfg.src_dist_m[1]) & (to_mic >= MIN_SRC_MIC_DIST)
+    first = valid.to(torch.uint8).argmax(-1)
+    src_pos = candidate.gather(2, first[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
+
+    if cfg.src_orientation_deg is None:
+        src_orientation = _uniform((batch, cfg.num_src, 2), -math.pi, math.pi, generator)
+    else:
+        src_orientation = _orientation(cfg.src_orientation_deg, (batch, cfg.num_src), device)
+    return SceneBatch(room, rt60, mic_pos, src_pos, mic_orientation, src_orientation,
+                      valid.any(-1).all(-1), cfg.rt60_s[1])
+
+
+def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None) -> SceneBatch:
+    """Scenes of your own, checked: arrays or nested lists as in SceneBatch, orientations (0, 0) when left out.
+
+    Raises ValueError, naming the scene and the rule, for wrong shapes, numbers that are not finite, RT60 <= 0, a
+    position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's
+    directivity is then 0/0), or 340 m/s * RT60 not above the distance of a source (the reference then returns NaN).
+    """
+    room_dim, rt60, mic_pos, src_pos = (torch.as_tensor(x, dtype=torch.float64) for x in
+                                        (room_dim, rt60, mic_pos, src_pos))
+    batch = rt60.shape[0] if rt60.ndim == 1 else -1
+    for name, tensor, shape in (("room_dim", room_dim, "[batch, 3]"), ("rt60", rt60, "[batch]"),
+                                ("mic_pos", mic_pos, "[batch, mic, 3]"), ("src_pos", src_pos, "[batch, src, 3]")):
+        right = tensor.ndim == shape.count(",") + 1 and tensor.shape[0] == batch and 0 not in tensor.shape
+        if not right or (tensor.ndim > 1 and tensor.shape[-1] != 3):
+            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+    _check_positions(room_dim, rt60, mic_pos, src_pos)
+    orientations = []
+    for name, angles, positions in (("mic_orientation", mic_orientation, mic_pos),
+                                    ("src_orientation", src_orientation, src_pos)):
+        if angles is None:
+            angles = torch.zeros(*positions.shape[:2], 2)
+        angles = torch.as_tensor(angles, dtype=torch.float64)
+        if angles.shape != (*positions.shape[:2], 2):
+            raise ValueError(f"{name} must be {[*positions.shape[:2], 2]}, got {list(angles.shape)}")
+        orientations.append(angles)
+    return SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
+                      torch.ones(batch, dtype=torch.bool), float(rt60.max()))
+
+
+def _check_positions(room_dim: Tensor, rt60: Tensor, mic_pos: Tensor, src_pos: Tensor) -> None:
+    def refuse(bad: Tensor, rule) -> None:
+        if bad.any():
+            index = bad.nonzero()[0].tolist()
+            raise ValueError(f"scene {index[0]}: {rule(*index)}")
+
+    refuse(rt60 <= 0, lambda b: f"rt60 must be > 0 s, got {rt60[b]:g}")
+    refuse(room_dim <= 0, lambda b, i: f"room_dim must be > 0 m, got {room_dim[b].tolist()}")
+    for name, position in (("microphone", mic_pos), ("source", src_pos)):
+        outside = ((position < 0) | (position > room_dim[:, None])).any(-1)
+        refuse(outside, lambda b, i: f"{name} {i} must be inside the room {room_dim[b].tolist()}, "
+                                     f"got {position[b, i].tolist()}")
+    dist = torch.linalg.vector_norm(src_pos[:, None] - mic_pos[:, :, None], dim=-1)
+    refuse(dist < 1e-3, lambda b, m, s: f"source {s} and microphone {m} must not coincide, "
+                                        f"got both at {src_pos[b, s].tolist()}")
+    reach = SPEED_OF_SOUND * rt60
+    refuse(reach[:, None, None] <= dist,
+           lambda b, m, s: f"{SPEED_OF_SOUND:g} m/s * rt60 = {reach[b]:.4g} m must exceed the distance from source "
+                           f"{s} to microphone {m}, got {dist[b, m, s]:.4g} m")
