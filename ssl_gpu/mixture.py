@@ -1,0 +1,143 @@
+"""Dry speech and RIRs to what the microphones hear: convolve, set the levels, add noise."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.convolve import convolve_sources
+from ssl_gpu.rir import RirBatch
+from ssl_gpu.scene import SceneBatch
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Levels and noise; the defaults are the original project's: a plain sum, no noise.
+
+    level_difference_db: range of the uniform law of each further talker's gain relative to the first, before the room.
+    sensor_snr_db: range of the SNR of white noise, independent at every microphone; None for no such noise.
+    diffuse_snr_db: range of the SNR of spherically isotropic white noise, with the coherence sin(kd)/(kd) of the
+        array; None for no such noise.
+    noise_probability: each of the two noises is added to this share of the examples, independently.
+    An SNR compares the mean power of the reverberant mixture over clip and microphones with that of one noise.
+
+    Raises ValueError naming the field, its value and the rule.
+    """
+
+    level_difference_db: tuple[float, float] = (0.0, 0.0)
+    sensor_snr_db: tuple[float, float] | None = None
+    diffuse_snr_db: tuple[float, float] | None = None
+    noise_probability: float = 1.0
+
+    def __post_init__(self):
+        for name in ("level_difference_db", "sensor_snr_db", "diffuse_snr_db"):
+            value = getattr(self, name)
+            if value is not None and not value[0] <= value[1]:
+                raise ValueError(f"mixture.{name} must satisfy low <= high, got {value}")
+        if not 0 <= self.noise_probability <= 1:
+            raise ValueError(f"mixture.noise_probability must be in [0, 1], got {self.noise_probability}")
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureDraw:
+    """The random part of mixing. gain [batch, src] (factor, not dB); sensor, diffuse [batch, mic, sample] white noise
+    of unit power or None; sensor_snr, diffuse_snr [batch] dB, infinite where the example stays free of that noise."""
+
+    gain: Tensor
+    sensor: Tensor | None
+    diffuse: Tensor | None
+    sensor_snr: Tensor
+    diffuse_snr: Tensor
+
+    def __getitem__(self, index: slice) -> "MixtureDraw":
+        return MixtureDraw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> "MixtureDraw":
+        """The same draw on another device."""
+        return MixtureDraw(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureBatch:
+    """audio [batch, mic, sample] float32; early [batch, mic, src, sample], each talker through the early part of its
+    RIR alone (a dereverberation or separation target), None unless the RIRs have it; the scenes; sample_rate Hz."""
+
+    audio: Tensor
+    early: Tensor | None
+    scenes: SceneBatch
+    sample_rate: int
+
+
+def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, num_samples: int, *,
+                 generator: torch.Generator) -> MixtureDraw:
+    """Draw the levels and noises of `batch` mixtures, on the generator's device."""
+    device = generator.device
+
+    def uniform(shape, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator, device=device)
+
+    gain_db = uniform((batch, num_src), *cfg.level_difference_db)
+    gain_db[:, 0] = 0
+    noises, snrs = [], []
+    for snr_db in (cfg.sensor_snr_db, cfg.diffuse_snr_db):
+        if snr_db is None:
+            noises.append(None)
+            snrs.append(torch.full((batch,), torch.inf, device=device))
+            continue
+        snr = uniform((batch,), *snr_db)
+        noisy = torch.rand((batch,), generator=generator, device=device) < cfg.noise_probability
+        snrs.append(torch.where(noisy, snr, torch.inf))
+        noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, device=device))
+    return MixtureDraw(10 ** (gain_db / 20), *noises, *snrs)
+
+
+def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int) -> Tensor:
+    """White noise [batch, mic, sample], independent at every microphone -> spherically isotropic noise, likewise.
+
+    Microphones i and j get the coherence sin(2 pi f d_ij / c) / (2 pi f d_ij / c): at every frequency the spectra are
+    mixed by the Cholesky factor of the coherence matrix (Habets, Cohen and Gannot, JASA 124(5), 2008). The factor is
+    written out for all scenes and frequencies at once; with few microphones that is a handful of products.
+    mic_pos [batch, mic, 3] m, sample_rate Hz.
+    """
+    num_samples, num_mics = white.shape[-1], white.shape[1]
+    dist = torch.linalg.vector_norm(mic_pos[:, :, None] - mic_pos[:, None], dim=-1)
+    freq = torch.fft.rfftfreq(num_samples, 1 / sample_rate, device=white.device)
+    coherence = torch.sinc((2 * freq / SPEED_OF_SOUND) * dist.to(torch.float32)[..., None])  # [batch, mic, mic, freq]
+    factor = [[None] * num_mics for _ in range(num_mics)]
+    for row in range(num_mics):
+        for column in range(row + 1):
+            rest = coherence[:, row, column] - sum(factor[row][k] * factor[column][k] for k in range(column))
+            # At 0 Hz all microphones agree and the matrix has rank one: rounding may leave the pivot a hair below 0.
+            factor[row][column] = rest.clamp(min=1e-12).sqrt() if row == column else rest / factor[column][column]
+    spectrum = torch.fft.rfft(white)
+    mixed = torch.stack([sum(factor[row][k] * spectrum[:, k] for k in range(row + 1)) for row in range(num_mics)], 1)
+    return torch.fft.irfft(mixed, num_samples)
+
+
+def _scaled(noise: Tensor, power: Tensor, snr: Tensor) -> Tensor:
+    """Noise [batch, mic, sample] at `snr` [batch] dB below a signal of `power` [batch]."""
+    own = noise.square().mean((1, 2)).clamp(min=1e-20)
+    return noise * torch.sqrt(power / own * 10 ** (-snr / 10))[:, None, None]
+
+
+def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> MixtureBatch:
+    """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs.
+
+    Raises ValueError when the shapes of dry speech and RIRs do not belong together.
+    """
+    if dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
+        raise ValueError(f"dry speech [batch, src, sample] must match RIRs [batch, mic, src, tap], "
+                         f"got {list(dry.shape)} and {list(rirs.full.shape)}")
+    num_samples = dry.shape[-1]
+    dry = dry * draw.gain[..., None]
+    audio = convolve_sources(dry, rirs.full, num_samples)
+    early = None if rirs.early is None else convolve_sources(dry, rirs.early, num_samples, keep_src=True)
+    power = audio.square().mean((1, 2))
+    if draw.sensor is not None:
+        audio = audio + _scaled(draw.sensor, power, draw.sensor_snr)
+    if draw.diffuse is not None:
+        noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate)
+        audio = audio + _scaled(noise, power, draw.diffuse_snr)
+    return MixtureBatch(audio, early, scenes, rirs.sample_rate)
