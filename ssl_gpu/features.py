@@ -1,0 +1,114 @@
+"""Waveforms to network input: where, frame by frame and band by band, the two microphones say that sound comes from."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssl_gpu.acoustics import SPEED_OF_SOUND
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The front end of the conformer model.
+
+    window, hop: of the Hann STFT, in samples.
+    num_bands: overlapping triangular bands, evenly spaced on the mel scale of O'Shaughnessy.
+    band_hz: lowest and highest frequency used.
+    num_delays: points of the delay grid, from -1.1 to 1.1 times the travel time between the microphones.
+
+    Raises ValueError naming the field, its value and the rule.
+    """
+
+    window: int = 512
+    hop: int = 256
+    num_bands: int = 8
+    band_hz: tuple[float, float] = (100.0, 7900.0)
+    num_delays: int = 33
+
+    def __post_init__(self):
+        for name, least in (("window", 2), ("hop", 1), ("num_bands", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.num_delays < 8:
+            raise ValueError(f"features.num_delays must be >= 8, got {self.num_delays}")
+        if not 0 < self.band_hz[0] < self.band_hz[1]:
+            raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
+
+
+def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Tensor:
+    """Triangular weights [band, freq] of overlapping bands evenly spaced on the mel scale, at freq [freq] Hz.
+
+    Raises ValueError for a band that no frequency falls into.
+    """
+    low, high = (2595 * math.log10(1 + hz / 700) for hz in band_hz)
+    edges = torch.linspace(low, high, num_bands + 2, dtype=torch.float64)
+    mel = 2595 * torch.log10(1 + freq.double() / 700)
+    rising = (mel - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
+    weight = torch.minimum(rising, falling).clamp(min=0)
+    if (weight.sum(-1) == 0).any():
+        raise ValueError(f"features.num_bands must leave an STFT bin to every band, got {num_bands} "
+                         f"for {len(freq)} bins of {float(freq[0]):.4g} Hz")
+    return weight
+
+
+class DelayMap(nn.Module):
+    """Two microphones to a generalised cross-correlation per frame and band, on a grid of delays.
+
+    audio [batch, mic=2, sample] -> maps [batch, 2 * band, frame, delay] and levels [batch, band, frame].
+    The first half of the maps is GCC-PHAT (Knapp and Carter 1976), every bin of a band with equal weight; in the second
+    a bin counts by its magnitude, so that the harmonics that hold speech speak. Both are in [-1, 1] and independent of
+    the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which microphone 1
+    hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels.
+    The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
+
+    Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward
+    for anything but [batch, 2, sample] with sample >= window.
+    """
+
+    def __init__(self, cfg: FeatureConfig, sample_rate: int, mic_spacing: float):
+        super().__init__()
+        if cfg.band_hz[1] > sample_rate / 2:
+            raise ValueError(f"features.band_hz must end at or below half the sample rate of {sample_rate} Hz, "
+                             f"got {cfg.band_hz}")
+        if not mic_spacing > 0:
+            raise ValueError(f"mic_spacing must be > 0 m, got {mic_spacing}")
+        self.cfg = cfg
+        freq = torch.arange(1, cfg.window // 2 + 1, dtype=torch.float64) * (sample_rate / cfg.window)
+        bands = mel_bands(cfg.num_bands, cfg.band_hz, freq)
+        reach = 1.1 * mic_spacing / SPEED_OF_SOUND
+        delay = torch.linspace(-reach, reach, cfg.num_delays, dtype=torch.float64)
+        phase = 2 * math.pi * freq[:, None] * delay                      # [freq, delay]
+        steering = torch.stack((torch.cos(phase), torch.sin(phase)))     # of the real and of the imaginary part
+        used = bands.sum(0) > 0
+        self.first_bin, self.last_bin = int(used.nonzero()[0]) + 1, int(used.nonzero()[-1]) + 2
+        bins = slice(self.first_bin - 1, self.last_bin - 1)
+        weighted = torch.einsum("bf,rfd->rfbd", bands, steering)[:, bins]
+        self.register_buffer("steering", weighted.flatten(2).flatten(0, 1).float(), persistent=False)
+        self.register_buffer("bands", bands[:, bins].float(), persistent=False)
+        self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        if audio.ndim != 3 or audio.shape[1] != 2 or audio.shape[-1] < self.cfg.window:
+            raise ValueError(f"audio must be [batch, mic=2, sample >= {self.cfg.window}], got {list(audio.shape)}")
+        audio = audio / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
+        spectrum = torch.stft(audio.flatten(0, 1), self.cfg.window, self.cfg.hop, window=self.window, center=False,
+                              return_complex=True)[:, self.first_bin:self.last_bin]
+        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)  # [batch, frame, freq]
+        cross = second * first.conj()
+        magnitude = cross.abs()
+        maps = []
+        for power in (0.0, 1.0):                                        # PHAT; weighted by magnitude
+            weight = magnitude ** power
+            unit = cross * (weight / magnitude.clamp(min=1e-7))
+            parts = torch.cat((unit.real, unit.imag), -1)               # [batch, frame, 2 freq]
+            total = weight @ self.bands.T                               # [batch, frame, band]
+            maps.append((parts @ self.steering).unflatten(-1, (-1, self.cfg.num_delays))
+                        / total[..., None].clamp(min=1e-7))
+        levels = torch.log10(magnitude @ self.bands.T + 1e-4)
+        levels = levels - levels.mean((1, 2), keepdim=True)
+        return torch.cat(maps, 2).transpose(1, 2), levels.transpose(1, 2)

@@ -1,0 +1,244 @@
+"""The networks: a two-microphone waveform to the logits of two sorted azimuth classes."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssl_gpu import runtime
+from ssl_gpu.conformer import Conformer, ConvNorm
+from ssl_gpu.features import DelayMap, FeatureConfig
+
+WINDOW = 512  # samples, 32 ms at 16 kHz
+HOP = 160  # samples, 10 ms at 16 kHz
+NUM_BINS = WINDOW // 2 + 1
+STEP_FRAMES = 64  # frames in one time step of the original's tokens, and bins in one of its bands
+SILENCE = 1e-16  # |X0 X1|: two spectra of 1e-8, made by samples of 7e-10; the last of 24 bits is 1.2e-7
+
+
+class STFT(nn.Module):
+    """Short-time spectra by two strided convolutions, so that their window and frequencies can be trained.
+
+    Starts as a 512-point periodic Hann transform every 160 samples, the signal reflected at both ends to centre frame t
+    on sample 160 t: torch.stft with center=True.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv_real = nn.Conv1d(1, NUM_BINS, WINDOW, HOP, bias=False)
+        self.conv_imag = nn.Conv1d(1, NUM_BINS, WINDOW, HOP, bias=False)
+        sample = torch.arange(WINDOW, dtype=torch.float64)
+        phase = 2 * math.pi / WINDOW * (torch.outer(sample[:NUM_BINS], sample) % WINDOW)
+        window = torch.hann_window(WINDOW, dtype=torch.float64)
+        with torch.no_grad():
+            self.conv_real.weight.copy_((phase.cos() * window)[:, None])
+            self.conv_imag.weight.copy_((-phase.sin() * window)[:, None])
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """audio [batch, mic, sample >= 257] -> real and imaginary part, each [batch, mic, frame, freq=257]."""
+        signal = F.pad(audio.flatten(0, 1)[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")
+        parts = self.conv_real(signal), self.conv_imag(signal)
+        real, imag = (rearrange(part, "(b m) f t -> b m t f", m=audio.shape[1]) for part in parts)
+        return real, imag
+
+
+def phase_difference(real: Tensor, imag: Tensor) -> Tensor:
+    """Cosine and sine of phase(mic 1) - phase(mic 0): real, imag [batch, 2, frame, freq] -> [batch, 2, frame, freq].
+
+    The normalised cross-spectrum X1 conj(X0) / |X1 X0|: no angle, so no jump at pi, and finite gradients. Where
+    |X1 X0| < SILENCE, as when one microphone is digitally silent, the cosine is 1, the sine 0 and the gradient zero.
+    """
+    real0, real1 = real.unbind(1)
+    imag0, imag1 = imag.unbind(1)
+    cross_real = real1 * real0 + imag1 * imag0
+    cross_imag = imag1 * real0 - real1 * imag0
+    power = cross_real.square() + cross_imag.square()
+    silent = power < SILENCE**2
+    # The inputs of rsqrt are replaced too: an infinite derivative times the zero of an outer where() would be NaN.
+    inverse = torch.where(silent, 1.0, power).rsqrt()
+    cosine = torch.where(silent, 1.0, cross_real * inverse)
+    sine = torch.where(silent, 0.0, cross_imag * inverse)
+    return torch.stack((cosine, sine), dim=1)
+
+
+def truncated_normal(weight: Tensor) -> None:
+    """Fill weight, any shape, in place: standard deviation 0.02 as in the original, cut at 5 of them."""
+    # trunc_normal_'s own limits, -2 and 2, lie so far out that float32 draws the limit itself: of 50 million weights
+    # two became -2, a hundred standard deviations.
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.1, b=0.1)
+
+
+def init_linear(module: nn.Module) -> None:
+    """For nn.Module.apply: truncated normal weights and zero biases of linear layers."""
+    if isinstance(module, nn.Linear):
+        truncated_normal(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class SSLModel(nn.Module):
+    """The original system's network, 57,102,224 parameters: the modules and state-dict keys of its printed model.
+
+    audio [batch, mic=2, sample] at 16 kHz -> (low, high), logits [batch, num_classes] of the smaller and the larger
+    azimuth class. Phase differences of bins 1..256 shrink 64-fold in time and in frequency to 4 tokens for every 64
+    frames (0.64 s), ordered time * 4 + band behind one CLS token per answer. Frames past the last full 64 are dropped;
+    of the audio behind them only 2 frames still reach the tokens, through the 3 x 3 convolutions (in eval mode; in
+    training they also count in the batch norm statistics).
+
+    The three dropouts arrive in every block; the original's were lost on the way, hence the default 0. freeze_stft
+    keeps the transform at its Hann window. Raises ValueError for a wrong dropout; forward for anything but two
+    microphones, for fewer than 10,080 samples (one time step) and for more than 1,310,559 (512 tokens).
+    """
+
+    shortest = (STEP_FRAMES - 1) * HOP  # samples
+
+    def __init__(
+        self,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        conv_dropout: float = 0.0,
+        num_classes: int = 36,
+        freeze_stft: bool = False,
+    ):
+        super().__init__()
+        self.stft = STFT().requires_grad_(not freeze_stft)
+        self.inter_conv = nn.Sequential(*_conv_norm_gelu(2, 4, 3, 1, 1), *_conv_norm_gelu(4, 8, 3, 1, 1))
+        self.patch_embed = nn.Sequential(
+            *_conv_norm_gelu(8, 32, 4, 4, 0), *_conv_norm_gelu(32, 128, 4, 4, 0), *_conv_norm_gelu(128, 512, 4, 4, 0)
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 2, 512))
+        self.pos_embed = nn.Parameter(torch.empty(1, 512, 512))
+        self.backbone = Conformer(
+            512, depth=8, attn_dropout=attn_dropout, ff_dropout=ff_dropout, conv_dropout=conv_dropout
+        )
+        self.norm = nn.LayerNorm(512)
+        self.head = nn.Linear(512, num_classes)
+        truncated_normal(self.cls_token)
+        truncated_normal(self.pos_embed)
+        self.apply(init_linear)
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(audio)
+        x = self.patch_embed(self.inter_conv(self.features(audio)))  # [batch, 512, time, band]
+        x = rearrange(x, "b c t f -> b (t f) c")
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = self.norm(self.backbone(x + self.pos_embed[:, : x.shape[1]]))
+        low, high = self.head(x[:, :2]).unbind(1)
+        return low, high
+
+    def features(self, audio: Tensor) -> Tensor:
+        """audio [batch, 2, sample] -> cosine and sine of the phase difference, [batch, 2, frame, 256], bins 1..256."""
+        # Not in bfloat16: of two mixed utterances it moves 13 % of the phase differences by over 0.1 rad, float32 none.
+        with runtime.autocast(audio.device, False):
+            real, imag = self.stft(audio)
+            return phase_difference(real[..., 1:], imag[..., 1:])
+
+    def _check(self, audio: Tensor) -> None:
+        if audio.ndim != 3 or audio.shape[1] != 2:
+            raise ValueError(f"audio must be [batch, mic=2, sample], got shape {list(audio.shape)}")
+        samples = audio.shape[-1]
+        if samples < self.shortest:
+            raise ValueError(f"audio must have at least {self.shortest} samples (64 frames), got {samples}")
+        steps = (1 + samples // HOP) // STEP_FRAMES
+        tokens, room = 2 + 4 * steps, self.pos_embed.shape[1]
+        if tokens > room:
+            longest = ((room - 2) // 4 + 1) * STEP_FRAMES * HOP - HOP - 1
+            raise ValueError(f"audio must give at most {room} tokens ({longest} samples), got {tokens} ({samples})")
+
+
+def _conv_norm_gelu(channels_in: int, channels_out: int, kernel: int, stride: int, padding: int) -> tuple:
+    conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding)
+    return conv, nn.BatchNorm2d(channels_out), nn.GELU()
+
+
+class ModelKind(Enum):
+    """The small Conformer, or the original's 57 M network."""
+
+    CONFORMER = "conformer"
+    ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and the sizes of the small one.
+
+    kind: conformer or original. dropout: in every Conformer block, of either kind.
+    channels: maps of the convolutions over frame and delay.
+    dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
+
+    Raises ValueError naming the field, its value and the rule.
+    """
+
+    kind: ModelKind = ModelKind.CONFORMER
+    dropout: float = 0.0
+    channels: int = 24
+    dim: int = 128
+    depth: int = 3
+    heads: int = 4
+    conv_kernel: int = 15
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must satisfy 0 <= p < 1, got {self.dropout}")
+        for name in ("channels", "dim", "depth", "heads", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be >= 1, got {getattr(self, name)}")
+        if self.dim % self.heads or self.dim % POOL_HEADS:
+            raise ValueError(f"model.dim must be divisible by model.heads and by {POOL_HEADS}, "
+                             f"got {self.dim} and {self.heads}")
+
+
+POOL_HEADS = 8  # weightings of the frames that the pooling of ConformerLocalizer learns
+
+
+class ConformerLocalizer(nn.Module):
+    """The small model: delay maps, three convolutions, a Conformer over frames, and pooling that can pick moments.
+
+    audio [batch, mic=2, sample] -> logits [batch, track, angle].
+    A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
+    frames are kept to the end, one every 2 hops (32 ms at 16 kHz): convolutions over frame and delay clean the maps,
+    their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled by
+    learned weightings and by the maximum.
+    """
+
+    def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
+                 num_tracks: int, num_angles: int):
+        super().__init__()
+        self.num_tracks = num_tracks
+        self.front = DelayMap(features, sample_rate, mic_spacing)
+        width = cfg.channels
+        self.conv = nn.Sequential(
+            *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
+            *_conv_group_norm_gelu(width, width, stride=(1, 2)),
+            *_conv_group_norm_gelu(width, width, stride=(2, 1)),
+        )
+        self.fold = nn.Linear(width * ((features.num_delays + 1) // 2), cfg.dim)
+        self.level = nn.Conv1d(features.num_bands, cfg.dim, 3, stride=2, padding=1)
+        self.backbone = Conformer(cfg.dim, depth=cfg.depth, heads=cfg.heads, dim_head=cfg.dim // cfg.heads,
+                                  conv_kernel_size=cfg.conv_kernel, conv_norm=ConvNorm.LAYER,
+                                  attn_dropout=cfg.dropout, ff_dropout=cfg.dropout, conv_dropout=cfg.dropout)
+        self.pool_weight = nn.Linear(cfg.dim, POOL_HEADS)
+        self.pool_value = nn.Linear(cfg.dim, cfg.dim)
+        self.head = nn.Sequential(nn.Linear(2 * cfg.dim, 2 * cfg.dim), nn.GELU(),
+                                  nn.Linear(2 * cfg.dim, num_tracks * num_angles))
+
+    def forward(self, audio: Tensor) -> Tensor:
+        maps, levels = self.front(audio)
+        x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
+        x = self.fold(x) + self.level(levels).transpose(1, 2)
+        x = self.backbone(x)                                             # [batch, frame, dim]
+        weight = self.pool_weight(x).softmax(1)                          # over frames
+        value = rearrange(self.pool_value(x), "b t (h e) -> b t h e", h=POOL_HEADS)
+        picked = torch.einsum("bth,bthe->bhe", weight, value).flatten(1)
+        logits = self.head(torch.cat((picked, x.amax(1)), -1))
+        return rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
+
+
+def _conv_group_norm_gelu(channels_in: int, channels_out: int, stride: tuple[int, int]) -> tuple:
+    conv = nn.Conv2d(channels_in, channels_out, 3, stride, 1)
+    return conv, nn.GroupNorm(math.gcd(4, channels_out), channels_out), nn.GELU()
