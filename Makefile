@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-long lint clean
+
+help:
+	@echo "make train      train with CONFIG (default $(CONFIG)), on a GPU if there is one"
+	@echo "make test       the tests, a few minutes on a laptop"
+	@echo "make test-long  the slow tests only"
+	@echo "make lint       flake8"
+	@echo "make clean      remove $(VENV), build products and caches; runs/ and data/ stay"
+	@echo "Each installs what it needs into VENV=$(VENV) with PYTHON=$(PYTHON); ARGS=\"...\" is passed on, for example"
+	@echo "make train ARGS=\"scene.num_mics=4\"   make test ARGS=\"-k rir\""
+
+train: $(VENV)/.installed
+	$(VENV)/bin/python -m ssl_gpu.train $(CONFIG) $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/python -m flake8 $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An installation is done again only when what it consists of has changed: setup.cfg or pyproject.toml.
+$(VENV)/.installed: EXTRA =
+$(VENV)/.installed-test: EXTRA = [test]
+$(VENV)/.installed-lint: EXTRA = [lint]
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-lint: setup.cfg pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "error: $(PYTHON) is not there; install Python 3.10 or newer, or set PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1); set PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks the venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing ssl_gpu$(EXTRA) into $(VENV); torch with CUDA is some gigabytes"
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(VENV)/bin/python" -m pip install --disable-pip-version-check --editable ".$(EXTRA)"
+	@touch "$@"

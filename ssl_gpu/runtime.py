@@ -1,0 +1,200 @@
+"""Device, precision, compilation, memory and time: the only module that names cuda, autocast and compile."""
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_gpu import __version__
+
+IMPORTED_AT = time.time()  # the latest that the process can have started, see process_start_time
+
+Compilable = TypeVar("Compilable", bound=Callable)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name: auto (a GPU if there is one, else the CPU), cpu, cuda (the first GPU) or cuda:N.
+
+    Raises ValueError for another name, or for a GPU that is not there.
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise ValueError(f"device {name} was asked for, but torch {torch.__version__} is built for CPUs only; "
+                         "install a CUDA build of it, or use device cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch finds no GPU (nvidia-smi?); use device auto or cpu")
+    index, count = int(match.group(1) or 0), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"device {name} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocast:
+    """A context of bfloat16 arithmetic where torch holds it safe; by default on a GPU only, on a CPU it is slower."""
+    if enabled is None:
+        enabled = device.type == "cuda"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def compiled(function: Compilable, enabled: bool = True) -> Compilable:
+    """`function` compiled on its first call, for fixed shapes; a module in place, so its state_dict keeps its names."""
+    if not enabled:
+        return function
+    if isinstance(function, nn.Module):
+        function.compile(dynamic=False)
+        return function
+    return torch.compile(function, dynamic=False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all work queued on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of the GPU, or of the CPU where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = re.findall(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine() or "cpu"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that could still be had on `device`; None where the system does not tell (a CPU outside Linux)."""
+    if device.type == "cuda":
+        # torch keeps what it once had: what it holds and does not use is free to us.
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) \
+            - torch.cuda.memory_allocated(device)
+    available = re.search(r"^MemAvailable:\s*(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
+    return int(available.group(1)) * 1024 if available else None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: by torch's tensors on a GPU; by the process on a CPU (None on Windows, which has no
+    such count)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # absent there, so not at the top
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_start_time() -> float:
+    """When this process started, on the clock of time.time(), from /proc; elsewhere, when this module was imported.
+
+    A program that says how long it took must count the seconds of its own imports.
+    """
+    try:
+        # proc(5): the 22nd field, in clock ticks since boot. The 2nd is a name that may hold spaces and brackets.
+        ticks = int(_read("/proc/self/stat").rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        return IMPORTED_AT
+    # Some sandboxes give 0 ticks for every process.
+    return min(time.time() - age, IMPORTED_AT) if ticks > 0 else IMPORTED_AT
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: the versions of ssl_gpu, python, torch, numpy and of torch's CUDA ("none" without)."""
+    return {"ssl_gpu": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": str(np.__version__), "cuda": str(torch.version.cuda or "none")}
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Means over the `steps` of one logging interval: seconds per step, and the share of them spent in each section."""
+
+    steps: int
+    step_s: float
+    share: dict[str, float]
+
+
+class StepTimer:
+    """Where the time of a training step goes, without holding the GPU up: marks are queued, and read once per interval.
+
+    for step in range(first, last):
+        with timer.section("simulate"):
+            mixture = simulator(...)
+        ...
+        timer.step()
+        if step % log_every == 0:
+            times = timer.read()  # the only synchronisation; times.share["simulate"], times.step_s
+
+    On a GPU a section lasts from the moment the GPU reaches its first kernel to the end of its last one, on the current
+    stream; on a CPU it is wall-clock time. Call `restart` after a pause that belongs to no step, such as a validation.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was measured; the interval begins now."""
+        self._marks: dict[str, list[tuple]] = defaultdict(list)
+        self._steps = 0
+        self._begin = self._mark()
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Counts the time of the `with` block under `name`; nested sections count in each of theirs."""
+        begin = self._mark()
+        try:
+            yield
+        finally:
+            self._marks[name].append((begin, self._mark()))
+
+    def step(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    def read(self) -> StepTimes:
+        """The interval up to now, once the GPU has got here too; begins the next interval.
+
+        Raises ValueError if no step was counted since the interval began.
+        """
+        if self._steps == 0:
+            raise ValueError("StepTimer.read needs at least one step() since the interval began, got 0")
+        end = self._mark()
+        synchronize(self.device)  # every stream: a section may have run on one of its own
+        total = self._seconds(self._begin, end)
+        spent = {name: sum(self._seconds(*pair) for pair in pairs) for name, pairs in self._marks.items()}
+        times = StepTimes(self._steps, total / self._steps, {name: s / total for name, s in spent.items()})
+        self.restart()
+        return times
+
+    def _mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _seconds(self, begin, end) -> float:
+        return begin.elapsed_time(end) * 1e-3 if self.device.type == "cuda" else end - begin
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,257 @@
+"""Devices, precision, memory and time. The GPU paths run on stand-ins, so that they are tested without a GPU too."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_gpu import __version__, runtime
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+def pretend_gpus(monkeypatch, count, built_for_cuda=True):
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if built_for_cuda else None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize("name, count, device", [
+    ("auto", 0, "cpu"), ("auto", 2, "cuda:0"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda:0"), ("cuda:1", 2, "cuda:1")])
+def test_device_is_picked_by_name(monkeypatch, name, count, device):
+    pretend_gpus(monkeypatch, count)
+    assert runtime.pick_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize("name, count, message", [
+    ("gpu", 1, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+    ("cuda:x", 1, "device must be auto, cpu, cuda or cuda:N, got 'cuda:x'"),
+    ("cuda", 0, "device cuda was asked for, but torch finds no GPU (nvidia-smi?); use device auto or cpu"),
+    ("cuda:2", 2, "device cuda:2 was asked for, but there are 2 GPUs, cuda:0 to cuda:1"),
+])
+def test_missing_device_is_refused_in_one_line(monkeypatch, name, count, message):
+    pretend_gpus(monkeypatch, count)
+    with pytest.raises(ValueError) as refusal:
+        runtime.pick_device(name)
+    assert str(refusal.value) == message
+
+
+def test_cpu_build_of_torch_is_named_as_the_cause(monkeypatch):
+    pretend_gpus(monkeypatch, 0, built_for_cuda=False)
+    with pytest.raises(ValueError, match=r"^device cuda was .*, but torch [^ ]+ is built for CPUs only; [^\n]+"):
+        runtime.pick_device("cuda")
+
+
+@pytest.mark.parametrize("enabled, dtype", [(None, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
+def test_cpu_computes_in_float32_unless_asked(enabled, dtype):
+    x = torch.ones(2, 2)
+    with runtime.autocast(CPU, enabled):
+        assert (x @ x).dtype == dtype
+
+
+def test_autocast_can_be_switched_off_inside():
+    x = torch.ones(2, 2)
+    with runtime.autocast(CPU, True), runtime.autocast(CPU, False):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_gpu_computes_in_bfloat16_by_default(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch, "autocast", lambda kind, **options: asked.update(kind=kind, **options))
+    runtime.autocast(torch.device("cuda", 0))
+    assert asked == {"kind": "cuda", "dtype": torch.bfloat16, "enabled": True}
+
+
+def test_compiled_module_keeps_the_names_of_its_state(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(options))
+    module = nn.Linear(2, 2)
+    assert runtime.compiled(module, enabled=False) is module and runtime.compiled(abs, enabled=False) is abs
+    assert compiled == []
+    assert list(runtime.compiled(module).state_dict()) == ["weight", "bias"] and runtime.compiled(abs) is abs
+    assert compiled == [{"dynamic": False}] * 2
+
+
+def test_synchronize_waits_for_a_gpu_only(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    runtime.synchronize(CPU)
+    runtime.synchronize(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
+
+
+def test_cpu_has_a_name_of_one_line():
+    assert runtime.device_name(CPU).strip() and "\n" not in runtime.device_name(CPU)
+
+
+@on_linux
+def test_free_memory_lies_between_nothing_and_all():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < runtime.free_bytes(CPU) <= total
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_holds_unused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert runtime.free_bytes(torch.device("cuda", 0)) == 1200
+
+
+def test_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(runtime, "_read", lambda path: "")
+    assert runtime.free_bytes(CPU) is None
+
+
+@on_linux
+def test_peak_memory_grows_with_what_is_held():
+    before = runtime.peak_memory(CPU)
+    held = torch.ones((before + 2**26) // 4)  # more than the peak so far, and touched
+    assert runtime.peak_memory(CPU) - before >= 2**25
+    del held
+
+
+@on_linux
+def test_process_start_is_before_its_imports():
+    before = time.time()
+    program = "from ssl_gpu import runtime; print(runtime.process_start_time())"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    after = time.time()  # the process runs by now, but it has hardly begun to import torch
+    started = float(process.communicate()[0])
+    assert before - 0.05 <= started <= after + 0.05
+
+
+@on_linux
+def test_process_start_is_read_past_any_name(monkeypatch):
+    ticks = 100 * os.sysconf("SC_CLK_TCK")  # 100 s after boot
+    monkeypatch.setattr(runtime, "_read", lambda path: f"12 (a) b (c) S {'0 ' * 18}{ticks} 5 6\n")
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert runtime.process_start_time() == pytest.approx(min(boot + 100, runtime.IMPORTED_AT), abs=0.5)
+    if time.clock_gettime(time.CLOCK_BOOTTIME) > 200:
+        assert runtime.process_start_time() < runtime.IMPORTED_AT - 1
+
+
+@pytest.mark.parametrize("stat", ["", "12 (python) S 1", f"12 (python) S {'0 ' * 18}0 5"])
+def test_process_start_falls_back_to_the_import(monkeypatch, stat):
+    monkeypatch.setattr(runtime, "_read", lambda path: stat)
+    assert runtime.process_start_time() == runtime.IMPORTED_AT
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self):
+        self.now = 10.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def measure(timer, work):
+    for _ in range(4):
+        with timer.section("simulate"):
+            work(1.0)
+        work(2.0)
+        with timer.section("simulate"), timer.section("speech"):
+            work(1.0)
+        timer.step()
+
+
+def test_shares_of_a_step_on_a_cpu(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runtime.time, "perf_counter", clock)
+    timer = runtime.StepTimer(CPU)
+    measure(timer, clock.work)
+    assert timer.read() == runtime.StepTimes(4, 4.0, {"simulate": 0.5, "speech": 0.25})
+
+
+def test_every_reading_is_of_its_own_interval(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runtime.time, "perf_counter", clock)
+    timer = runtime.StepTimer(CPU)
+    measure(timer, clock.work)
+    timer.read()
+    with timer.section("validate"):
+        clock.work(100.0)
+    timer.restart()
+    clock.work(3.0)
+    timer.step()
+    assert timer.read() == runtime.StepTimes(1, 3.0, {})
+    with pytest.raises(ValueError, match="needs at least one step"):
+        timer.read()
+
+
+def test_section_counts_when_its_block_fails(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runtime.time, "perf_counter", clock)
+    timer = runtime.StepTimer(CPU)
+    with pytest.raises(KeyError), timer.section("simulate"):
+        clock.work(1.0)
+        raise KeyError
+    clock.work(3.0)
+    timer.step()
+    assert timer.read().share == {"simulate": 0.25}
+
+
+def test_gpu_is_waited_for_once_per_reading(monkeypatch):
+    clock, waits = Clock(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "stream of cuda:0"
+            self.at, self.waits = clock.now, len(waits)
+
+        def elapsed_time(self, end):
+            assert len(waits) > end.waits, "read before the GPU got there"
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    timer = runtime.StepTimer(torch.device("cuda", 0))
+    measure(timer, clock.work)
+    assert waits == []
+    times = timer.read()
+    assert waits == [torch.device("cuda", 0)]
+    assert (times.steps, times.step_s) == (4, 4.0) and times.share == {"simulate": 0.5, "speech": 0.25}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_time_is_that_of_its_kernels():
+    device = runtime.pick_device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    for _ in range(2):  # the first time warms up
+        timer = runtime.StepTimer(device)
+        with timer.section("many"):
+            for _ in range(30):
+                x @ x
+        with timer.section("few"):
+            for _ in range(10):
+                x @ x
+        timer.step()
+        times = timer.read()
+    assert times.share["many"] / times.share["few"] == pytest.approx(3, rel=0.3)
+    assert 0.9 < sum(times.share.values()) <= 1.001
+    assert 0 < runtime.free_bytes(device) < torch.cuda.mem_get_info(device)[1]
+    assert runtime.peak_memory(device) >= x.nbytes and runtime.device_name(device)
+
+
+def test_versions_are_plain_text():
+    found = runtime.versions()
+    assert found["ssl_gpu"] == __version__ and found["torch"] == str(torch.__version__)
+    assert found["python"] == ".".join(str(part) for part in sys.version_info[:3])
+    assert set(found) == {"ssl_gpu", "python", "torch", "numpy", "cuda"}
+    assert {type(value) for value in found.values()} == {str}
