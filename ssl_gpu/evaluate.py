@@ -1,0 +1,90 @@
+"""Evaluate a checkpoint on the fixed evaluation set of its run: python -m ssl_gpu.evaluate CHECKPOINT."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from ssl_gpu import rng, runtime
+from ssl_gpu.checkpoint import load_checkpoint, write_json
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
+from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
+from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
+from ssl_gpu.report import result_table
+from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
+
+
+def build_localizer(cfg: RunConfig) -> Localizer:
+    """The localiser of a run, its first weights drawn from train.seed. Raises ValueError for a scene it cannot serve."""
+    seed = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.MODEL, 0).initial_seed()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Localizer(cfg.model, cfg.features, cfg.target, cfg.scene, cfg.rir.sample_rate)
+
+
+def eval_speech(cfg: RunConfig) -> SpeechBank:
+    """The evaluation speech on the CPU: speech.eval, or voices of which none is heard in training.
+
+    Raises SpeechError for a folder that cannot be used.
+    """
+    if cfg.speech.eval is not None:
+        return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu")
+    generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
+    return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+
+
+def prepare_eval(cfg: RunConfig, device: torch.device) -> tuple[EvalSet, dict[str, Any]]:
+    """The evaluation set, and the part of a result that no model changes: chance, baseline and digest.
+
+    Raises ValueError where speech or scene law are unusable.
+    """
+    law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
+    bank = eval_speech(cfg)
+    eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, bank, cfg.speech.clip_s, law, device)
+    fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest}
+    return eval_set, fixed
+
+
+def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The metrics of a checkpoint, of its averaged weights where it has them, with baseline and chance.
+
+    Raises ValueError for an unusable checkpoint, configuration or speech folder.
+    """
+    checkpoint = load_checkpoint(path)
+    cfg = from_mapping(RunConfig, apply_overrides(checkpoint.config, overrides))
+    device = runtime.pick_device(cfg.train.device)
+    localizer = build_localizer(cfg)
+    try:
+        localizer.load_state_dict(checkpoint.ema or checkpoint.model)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
+    localizer.to(device)
+    eval_set, fixed = prepare_eval(cfg, device)
+    return {**score_model(eval_set, localizer), **fixed, "steps": checkpoint.step}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", help="checkpoint.pt of a run, or the run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
+    args = parser.parse_args(arguments)
+    path = Path(args.checkpoint)
+    try:
+        result = evaluate(str(path / "checkpoint.pt" if path.is_dir() else path), args.overrides)
+        if args.json:
+            write_json(args.json, result)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(result_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""How the weights move: optimiser, learning-rate schedule, averaged weights."""
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+
+
+class Optimizer(Enum):
+    """AdamW; or Adam with the L2 term inside, as the original trained."""
+
+    ADAMW = "adamw"
+    ADAM = "adam"
+
+
+class Schedule(Enum):
+    """Cosine to lr_end over the whole run; or steps: times lr_gamma every lr_every steps."""
+
+    COSINE = "cosine"
+    STEP = "step"
+
+
+class Precision(Enum):
+    """auto: bfloat16 autocast on a GPU, and on a CPU with bfloat16 instructions; evaluation is always float32."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    out: the run folder; None for runs/<name of the configuration>-<date>.
+    device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
+    seed: of the weights and of every draw.
+    steps, max_minutes: the length of the run, at least one of them. max_minutes counts wall-clock time from the start
+        of the process to result.json: the schedule fits itself to it.
+    batch_size: mixtures per step.
+    optimizer, lr, weight_decay, clip_norm (None: no clipping): the usual.
+    warmup: the share of the run over which the rate rises linearly to lr.
+    schedule, lr_end (share of lr that the cosine ends at), lr_every, lr_gamma: see Schedule.
+    ema: decay of the averaged weights, which are then the ones evaluated; None for none.
+    evaluations: how often to evaluate, evenly over the run, the last one at its end.
+    log_every: steps between two lines of metrics.jsonl. checkpoint_minutes: time between two checkpoints.
+
+    Raises ValueError naming the field, its value and the rule.
+    """
+
+    out: str | None = None
+    device: str = "auto"
+    precision: Precision = Precision.AUTO
+    compile: bool = False
+    seed: int = 0
+    steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 32
+    optimizer: Optimizer = Optimizer.ADAMW
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip_norm: float | None = 1.0
+    schedule: Schedule = Schedule.COSINE
+    lr_end: float = 0.02
+    lr_every: int = 200
+    lr_gamma: float = 0.2
+    ema: float | None = 0.99
+    evaluations: int = 4
+    log_every: int = 10
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self):
+        if self.steps is None and self.max_minutes is None:
+            raise ValueError("train.steps or train.max_minutes must be given, got null for both")
+        for name in ("batch_size", "lr_every", "evaluations", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"train.steps must be >= 1, got {self.steps}")
+        for name in ("lr", "max_minutes", "clip_norm", "checkpoint_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema must satisfy 0 <= decay < 1, got {self.ema}")
+        for name in ("warmup", "lr_end", "lr_gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all parameters that train. AdamW spares biases, norms and other vectors the weight decay;
+    Adam's L2 term covers everything, as in the original."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if cfg.optimizer is Optimizer.ADAM:
+        return torch.optim.Adam(trained, cfg.lr, weight_decay=cfg.weight_decay)
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98))
+
+
+def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:
+    """The rate of step `step` (from 0); progress in [0, 1] is the share of the run that is over, by steps or by time."""
+    # A run of unknown speed knows its progress, not its number of steps; the 0.001 lets the first step move.
+    warmup = min(1.0, (progress + 1e-3) / cfg.warmup) if cfg.warmup > 0 else 1.0
+    if cfg.schedule is Schedule.STEP:
+        return cfg.lr * warmup * cfg.lr_gamma ** (step // cfg.lr_every)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return cfg.lr * warmup * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
+
+
+class Averaged:
+    """Exponentially averaged weights of a model: decay min(ema, (1 + n) / (10 + n)) at update n, so that the first
+    weights, which know nothing, are forgotten quickly. Buffers are copied."""
+
+    def __init__(self, model: nn.Module, decay: float, updates: int = 0):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.updates = decay, updates
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One step of averaging."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers()):
+            mine.copy_(theirs)

@@ -1,0 +1,337 @@
+"""Train a localiser in rooms that never existed before: python -m ssl_gpu.train CONFIG [section.key=value ...]."""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from tqdm import tqdm
+
+from ssl_gpu import rng, runtime
+from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_json
+from ssl_gpu.config import RunConfig, load_config, save_yaml, to_mapping
+from ssl_gpu.evalset import EvalSet, score_model
+from ssl_gpu.evaluate import build_localizer, prepare_eval
+from ssl_gpu.localizer import Localizer
+from ssl_gpu.mixture import MixtureBatch
+from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate
+from ssl_gpu.report import result_table
+from ssl_gpu.simulator import Simulator
+from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that a run needs, made and checked before the first file is written."""
+
+    cfg: RunConfig
+    out: Path
+    device: torch.device
+    speech: SpeechBank
+    simulator: Simulator
+    eval_set: EvalSet
+    fixed: dict[str, Any]
+    localizer: Localizer
+    averaged: Averaged | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    elapsed_s: float = 0.0     # of earlier parts of a resumed run
+    eval_s: float = 0.0        # the longest that an evaluation took
+
+
+def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
+    """The training speech, on the device where it fits: speech.train, or the synthetic voices.
+
+    Raises SpeechError for an unusable folder, fewer speakers than sources, or only one of speech.train and speech.eval.
+    """
+    if (cfg.speech.train is None) != (cfg.speech.eval is None):
+        missing = "train" if cfg.speech.train is None else "eval"
+        raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
+    if cfg.speech.train is None:
+        generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
+        bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    else:
+        bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
+                         free_bytes=runtime.free_bytes(device))
+    if bank.num_speakers < cfg.scene.num_src:
+        raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers, one per source, "
+                          f"got {bank.num_speakers}")
+    return bank
+
+
+def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
+    """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
+    device = runtime.pick_device(cfg.train.device)
+    localizer = build_localizer(cfg)
+    speech = training_speech(cfg, device)
+    eval_set, fixed = prepare_eval(cfg, device)
+    simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator)
+    if cfg.scene.bank is not None:
+        simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
+                                                    device=device))
+    if resumed is not None:
+        try:
+            localizer.load_state_dict(resumed.model)
+        except RuntimeError as error:
+            raise ValueError(f"{out} does not fit the configuration: {str(error).splitlines()[-1].strip()}") from error
+    localizer.to(device)
+    averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
+    optimizer = build_optimizer(cfg.train, localizer)
+    run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer)
+    if resumed is not None:
+        run.step, run.elapsed_s = resumed.step, resumed.extra["elapsed_s"]
+        optimizer.load_state_dict(resumed.optimizer)
+        if averaged is not None:
+            averaged.model.load_state_dict(resumed.ema)
+            averaged.updates = resumed.step
+    evaluate_now(run)                                                   # its time is what the end of the run needs
+    return run
+
+
+def draw_batch(run: Run, step: int) -> MixtureBatch:
+    """The mixtures of one step: other talkers, crops, rooms, images and noise than at any other step."""
+    cfg, bank = run.cfg, run.speech
+    num_samples = round(cfg.speech.clip_s * cfg.rir.sample_rate)
+
+    def generator(stream: rng.Stream, device: torch.device) -> torch.Generator:
+        return rng.generator(cfg.train.seed, rng.Split.TRAIN, stream, step, device=device)
+
+    crops = draw_crops(bank, cfg.train.batch_size, cfg.scene.num_src, num_samples, cfg.speech.crop,
+                       generator=generator(rng.Stream.SPEECH, bank.samples.device))
+    dry = gather_crops(bank, crops, num_samples)
+    return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device))
+
+
+def elapsed_s(run: Run) -> float:
+    """Wall-clock seconds of the run so far: since the process started, and those of the parts before a resumption."""
+    return run.elapsed_s + time.time() - runtime.process_start_time()
+
+
+def progress(run: Run, step: int, started_s: float) -> float:
+    """Share of the run that is over, 1 when it is time to end: by train.steps, by train.max_minutes less what the end
+    takes, or by whichever comes first. Time counts from the first step, so that the schedule starts at its start."""
+    train = run.cfg.train
+    by_step = 0.0 if train.steps is None else step / train.steps
+    if train.max_minutes is None:
+        return by_step
+    # The last evaluation and the checkpoint come out of the budget; twice the measured time, machines being shared.
+    budget_s = max(60 * train.max_minutes - 2 * run.eval_s - 2, started_s + 1e-3)
+    return max(by_step, (elapsed_s(run) - started_s) / (budget_s - started_s))
+
+
+def evaluate_now(run: Run) -> dict[str, Any]:
+    """Metrics of the averaged weights, or of the weights themselves where none are averaged."""
+    begin = time.perf_counter()
+    metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
+    run.eval_s = max(run.eval_s, time.perf_counter() - begin)
+    return metrics
+
+
+def save(run: Run, step: int) -> None:
+    """checkpoint.pt of the run folder."""
+    averaged = None if run.averaged is None else run.averaged.model
+    save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
+                    config=to_mapping(run.cfg), extra={"elapsed_s": elapsed_s(run)})
+
+
+class Log:
+    """metrics.jsonl, the progress bar, and TensorBoard events where TensorBoard is installed."""
+
+    def __init__(self, out: Path):
+        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
+                        mininterval=0.5)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.events = None
+        else:
+            self.events = SummaryWriter(out)
+
+    def write(self, values: dict[str, Any], share: float) -> None:
+        """One line of metrics; numbers become TensorBoard scalars."""
+        self.file.write(json.dumps(values) + "\n")
+        self.bar.update(100 * min(share, 1.0) - self.bar.n)
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.events.add_scalar(name, value, values["step"])
+
+    def show(self, text: str) -> None:
+        """What stands behind the progress bar."""
+        self.bar.set_postfix_str(text)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.bar.write(text)
+
+    def close(self) -> None:
+        """Closes the files and leaves the bar on the screen."""
+        self.bar.close()
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def train(run: Run, log: Log) -> int:
+    """Train until the run is over or interrupted; returns the steps done. Everything is in the order it happens."""
+    cfg = run.cfg.train
+    network = runtime.compiled(run.localizer, cfg.compile)
+    bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
+    timer, started_s, step, saved = runtime.StepTimer(run.device), elapsed_s(run), run.step, time.monotonic()
+    begun = progress(run, step, started_s) if cfg.max_minutes is None else 0.0
+    evaluated = math.floor(begun * cfg.evaluations)
+    run.localizer.train()
+    share = begun
+    while share < 1:
+        with timer.section("simulate"):
+            mixture = draw_batch(run, step)
+        with runtime.autocast(run.device, bfloat16):
+            logits = network(mixture.audio)
+        loss = run.localizer.loss(logits, mixture.scenes)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, share)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if cfg.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
+        run.optimizer.step()
+        if run.averaged is not None:
+            run.averaged.update(run.localizer)
+        step += 1
+        timer.step()
+        share = progress(run, step, started_s)
+        if step % cfg.log_every == 0 or share >= 1:
+            log_step(run, log, step, share, loss, timer.read())
+        if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
+            evaluated = math.floor(share * cfg.evaluations)
+            log_evaluation(run, log, step, share)
+            timer.restart()
+        if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
+            save(run, step)
+            saved = time.monotonic()
+            timer.restart()
+        run.step = step
+    return step
+
+
+def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, times: runtime.StepTimes) -> None:
+    """One line of metrics.jsonl and the numbers behind the progress bar. Reading the loss is the interval's one sync.
+
+    Raises FloatingPointError when the loss is not finite any more.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}: lower train.lr or set train.clip_norm")
+    speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
+    log.write({"step": step, "loss": value, "lr": run.optimizer.param_groups[0]["lr"], "examples_per_s": speed,
+               "simulate_share": simulate, "elapsed_s": elapsed_s(run)}, share)
+    log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s, {100 * simulate:.0f} % simulating")
+
+
+def log_evaluation(run: Run, log: Log, step: int, share: float) -> dict[str, Any]:
+    """Evaluate, and write it to metrics.jsonl and above the progress bar."""
+    metrics = evaluate_now(run)
+    flat = {f"eval/{name}": value for name, value in metrics.items()}
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            flat[f"eval/{name}/mean"] = sum(value) / len(value)
+    log.write({"step": step, **flat, "elapsed_s": elapsed_s(run)}, share)
+    log.say(f"step {step}: azimuth class MAE {flat['eval/azimuth_class_mae_deg/mean']:.2f} deg, "
+            f"cone MAE {flat['eval/cone_mae_deg/mean']:.2f} deg")
+    return metrics
+
+
+def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
+    """The last evaluation, the last checkpoint, result.json."""
+    metrics = log_evaluation(run, log, step, 1.0)
+    save(run, step)
+    parameters = sum(p.numel() for p in run.localizer.parameters())
+    result = {**metrics, **run.fixed, "target": run.cfg.target.angle.value, "steps": step,
+              "examples": step * run.cfg.train.batch_size, "parameters": parameters,
+              "device": runtime.device_name(run.device), "versions": runtime.versions(),
+              "minutes": round(elapsed_s(run) / 60, 3)}
+    write_json(run.out / "result.json", result)
+    return result
+
+
+def newest_run(name: str) -> Path:
+    """The run folder runs/<name>-<date> that was written last. Raises ValueError when there is none to resume."""
+    found = [p.parent for p in Path("runs").glob(f"{name}-*/checkpoint.pt")]
+    if not found:
+        raise ValueError(f"--resume found no runs/{name}-*/checkpoint.pt; name the folder with train.out=DIR")
+    return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
+
+
+def setup(args: argparse.Namespace) -> Run:
+    """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user."""
+    cfg = load_config(RunConfig, args.config, args.overrides)
+    name = Path(args.config).stem
+    folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
+               if (value := getattr(cfg.speech, key)) is not None}
+    cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
+    if args.resume:
+        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
+        return prepare(cfg, out, load_checkpoint(out / "checkpoint.pt"))
+    out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
+    return prepare(cfg, out, None)
+
+
+def interrupt(signum, frame):
+    """SIGTERM, as batch systems send it, ends a run the way Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.train", description=__doc__)
+    parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="for example speech.train=DIR speech.eval=DIR train.max_minutes=20")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the checkpoint in train.out, or in the newest run of this configuration")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        run = setup(args)
+        run.out.mkdir(parents=True, exist_ok=True)
+        save_yaml(run.out / "config.yaml", run.cfg)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{run.out}: {run.cfg.model.kind.value} model, "
+          f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
+          f"{runtime.device_name(run.device)}; {run.speech.num_speakers} talkers, "
+          f"{run.speech.duration_s / 3600:.2f} h of speech")
+    signal.signal(signal.SIGTERM, interrupt)
+    log = Log(run.out)
+    try:
+        step = train(run, log)
+        result = finish(run, log, step)
+    except KeyboardInterrupt:
+        save(run, run.step)
+        log.close()
+        print(f"interrupted at step {run.step}; go on with: python -m ssl_gpu.train {args.config} "
+              f"{' '.join([*args.overrides, f'train.out={run.out}'])} --resume", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        log.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    log.close()
+    print(result_table(result))
+    print(f"{result['steps']} steps, {result['examples']} examples in {result['minutes']:.1f} min; {run.out}/result.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

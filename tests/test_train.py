@@ -1,0 +1,251 @@
+"""The training run as a user starts it: files, numbers, resumption, and one line for every mistake."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu import train as train_cli
+from ssl_gpu.checkpoint import load_checkpoint
+from ssl_gpu.config import RunConfig, load_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+TINY = """
+speech: {clip_s: 1.0, voices_speakers: 6, voices_utterances: 2, voices_duration_s: 1.2}
+rir: {num_images: [64, 128]}
+model: {channels: 4, dim: 16, depth: 1, heads: 2}
+features: {num_bands: 4, num_delays: 17}
+train: {steps: 4, batch_size: 4, log_every: 1, evaluations: 2, device: cpu}
+eval: {num_clips: 16}
+"""
+KEYS = {"azimuth_class_mae_deg", "azimuth_mae_deg", "cone_mae_deg", "acc_at_5", "acc_at_10"}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A configuration of seconds, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def start(*arguments):
+    return train_cli.main(["tiny.yaml", *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run, for reading only."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    assert train_cli.main([str(folder / "tiny.yaml"), f"train.out={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def test_run_folder_holds_what_it_promises(finished):
+    assert {"config.yaml", "metrics.jsonl", "checkpoint.pt", "result.json"} <= {p.name for p in finished.iterdir()}
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/acc_at_5" in line] == [2, 4]
+    assert all(0 < line["simulate_share"] < 1 and line["examples_per_s"] > 0 for line in lines if "loss" in line)
+
+
+def test_result_has_every_key_for_model_baseline_and_chance(finished):
+    result = json.loads((finished / "result.json").read_text())
+    for metrics in (result, result["baseline"], result["chance"]):
+        assert KEYS <= set(metrics)
+        for key in KEYS:
+            values = metrics[key] if key.endswith("deg") else [metrics[key]]
+            assert len(values) == (2 if key.endswith("deg") else 1)
+            assert all(math.isfinite(value) and value >= 0 for value in values)
+        assert 0 <= metrics["acc_at_5"] <= metrics["acc_at_10"] <= 1
+    assert result["baseline"]["cone_mae_deg"] != result["cone_mae_deg"] != result["chance"]["cone_mae_deg"]
+    assert result["steps"] == 4 and result["examples"] == 16 and result["target"] == "cone"
+
+
+def test_saved_config_repeats_the_run(finished):
+    cfg = load_config(RunConfig, finished / "config.yaml")
+    assert cfg.train.steps == 4 and cfg.features.num_delays == 17
+    assert load_checkpoint(finished / "checkpoint.pt").config == yaml.safe_load((finished / "config.yaml").read_text())
+
+
+def test_evaluate_repeats_the_numbers(finished, tmp_path, capsys):
+    capsys.readouterr()
+    assert evaluate_cli.main([str(finished / "checkpoint.pt"), "--json", str(tmp_path / "again.json")]) == 0
+    again, result = json.loads((tmp_path / "again.json").read_text()), json.loads((finished / "result.json").read_text())
+    assert {key: again[key] for key in KEYS} == {key: result[key] for key in KEYS}
+    assert again["baseline"] == result["baseline"] and again["eval_digest"] == result["eval_digest"]
+    table = capsys.readouterr().out
+    low, high = result["azimuth_class_mae_deg"]
+    assert f"{low:.2f} / {high:.2f}" in table and "GCC-PHAT" in table and "chance" in table
+
+
+def test_evaluate_takes_overrides(finished):
+    assert evaluate_cli.evaluate(str(finished / "checkpoint.pt"), ["eval.num_clips=5"])["num_clips"] == 5
+
+
+def test_run_is_reproducible_and_seed_matters(tiny):
+    losses = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert start(f"train.out={name}", f"train.seed={seed}", "train.steps=2") == 0
+        lines = (tiny / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines if "loss" in line]
+    assert losses["a"] == losses["b"] != losses["c"]
+
+
+def test_resume_goes_on_where_it_stopped(tiny):
+    """Six steps at once equal three and three: weights, averages, optimiser and draws all continue."""
+    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth")
+    assert start("train.out=whole", "train.steps=6", *common) == 0
+    assert start("train.out=half", "train.steps=3", *common) == 0
+    assert start("train.out=half", "train.steps=6", *common, "--resume") == 0
+    whole, half = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("whole", "half"))
+    assert half.step == 6
+    for part in ("model", "ema"):
+        for key, value in getattr(whole, part).items():
+            torch.testing.assert_close(getattr(half, part)[key], value, rtol=0, atol=1e-6)
+
+
+def test_resume_finds_the_newest_run(tiny):
+    assert start("train.steps=2") == 0
+    (run,) = (tiny / "runs").iterdir()
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", run.name)
+    assert start("train.steps=3", "--resume") == 0
+    assert load_checkpoint(run / "checkpoint.pt").step == 3
+
+
+@pytest.mark.parametrize("change", [
+    "target.angle=azimuth", "target.labels=hard", "target.decoding=argmax", "scene.bank=6", "scene.rotate=true",
+    "mixture.diffuse_snr_db=[0, 20]", "mixture.sensor_snr_db=[0, 20]", "mixture.level_difference_db=[-6, 6]",
+    "train.ema=null", "train.clip_norm=null", "train.optimizer=adam", "train.schedule=step", "scene.num_src=3",
+    "speech.crop=first", "train.precision=bfloat16", "rir.src_pattern=cardioid", "scene.mic_spacing_m=0.08"])
+def test_every_kind_of_run_ends_with_finite_numbers(tiny, change):
+    assert start("train.out=run", "train.steps=2", change) == 0
+    result = json.loads((tiny / "run" / "result.json").read_text())
+    assert KEYS <= set(result) and all(np.isfinite(np.ravel(result[key])).all() for key in KEYS)
+
+
+def test_budget_of_minutes_is_kept(tiny):
+    """Wall-clock from the start of the process to result.json, imports included; the schedule reaches its end."""
+    began = time.time()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "ssl_gpu.train", "tiny.yaml", "train.out=run", "train.steps=null",
+                    "train.max_minutes=0.4"], check=True, capture_output=True, env=environment)
+    written = (tiny / "run" / "result.json").stat().st_mtime
+    assert written - began <= 0.4 * 60 + 2
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "ssl_gpu.train", "tiny.yaml", "train.out=run",
+                                "train.steps=100000"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               env=environment, text=True)
+    metrics = tiny / "run" / "metrics.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "--resume" in stderr.splitlines()[-1]
+    step = load_checkpoint(tiny / "run" / "checkpoint.pt").step
+    assert step >= 1
+    assert start("train.out=run", f"train.steps={step + 1}", "--resume") == 0
+
+
+def write_speech(folder, speakers=3, seconds=1.5):
+    for speaker in range(speakers):
+        chapter = folder / str(speaker) / "1"
+        chapter.mkdir(parents=True)
+        soundfile.write(chapter / f"{speaker}-1-0001.wav", np.random.default_rng(speaker).normal(
+            0, 0.1, int(seconds * 16000)), 16000)
+
+
+def test_real_speech_folders_are_heard(tiny):
+    write_speech(tiny / "a")
+    write_speech(tiny / "b")
+    cache = f"speech.cache_dir={tiny / 'cache'}"
+    assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=b", cache) == 0
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").config["speech"]["eval"] == str(tiny / "b")
+
+
+MISTAKES = {
+    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "nowhere"),
+    "one folder only": (["speech.train=nowhere"], "speech.eval"),
+    "empty folder": (["speech.train=empty", "speech.eval=empty"], "empty"),
+    "nothing readable": (["speech.train=broken", "speech.eval=broken"], "skipped all 2 files"),
+    "one speaker": (["speech.train=alone", "speech.eval=alone"], "at least 2 speakers"),
+    "small room": (["scene.room_min_m=[1, 1, 1]"], "scene.room_min_m"),
+    "far sources": (["scene.src_dist_m=[4.9, 5.0]"], "scene.src_dist_m"),
+    "no reverberation": (["scene.rt60_s=[0, 0.7]"], "scene.rt60_s"),
+    "too little reverberation": (["scene.rt60_s=[0.01, 0.7]"], "340"),
+    "one microphone": (["scene.num_mics=1"], "2 microphones"),
+    "coincident": (["scene.src_dist_m=[0, 5]"], "scene.src_dist_m"),
+    "unknown key": (["train.step=3"], "did you mean train.steps"),
+    "unknown section": (["trian.steps=3"], "trian"),
+    "wrong type": (["train.steps=many"], "train.steps"),
+    "impossible": (["train.batch_size=0"], "train.batch_size"),
+    "no override": (["train.steps"], "section.key=value"),
+    "short clips": (["speech.clip_s=0.01"], "speech.clip_s"),
+    "no such device": (["train.device=tpu"], "tpu"),
+    "nothing to resume": (["--resume"], "--resume"),
+    "original with three": (["model.kind=original", "scene.num_src=3"], "scene.num_src"),
+    "occupied folder": (["train.out=alone"], "train.out"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_one_line_and_leaves_nothing(tiny, mistake, capsys):
+    (tiny / "empty").mkdir()
+    (tiny / "broken").mkdir()
+    (tiny / "broken" / "a.wav").write_bytes(b"this is no audio")
+    (tiny / "broken" / "b.flac").write_bytes(b"")
+    write_speech(tiny / "alone", speakers=1)
+    arguments, named = MISTAKES[mistake]
+    before = sorted(p for p in tiny.rglob("*"))
+    cache = [f"speech.cache_dir={tiny.parent / (tiny.name + '-cache')}"]
+    assert start(*arguments, *cache) == 2
+    stderr = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
+    assert len(stderr) == 1 and named in stderr[0]
+    assert sorted(p for p in tiny.rglob("*")) == before
+
+
+def test_a_missing_config_is_one_line(capsys):
+    assert train_cli.main(["configs/nope.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read configuration configs/nope.yaml")
+
+
+@pytest.mark.parametrize("path", ["nope.pt", "config.yaml"])
+def test_evaluate_refuses_what_is_no_checkpoint(finished, path, capsys):
+    assert evaluate_cli.main([str(finished / path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and path in error
+
+
+@pytest.mark.parametrize("name", ["quickstart", "librispeech", "original"])
+def test_shipped_configs_load(name):
+    assert load_config(RunConfig, CONFIGS / f"{name}.yaml").train.batch_size >= 1
+
+
+def test_default_model_is_small_and_the_original_is_the_originals():
+    def parameters(name):
+        cfg = load_config(RunConfig, CONFIGS / f"{name}.yaml")
+        return sum(p.numel() for p in evaluate_cli.build_localizer(cfg).parameters())
+
+    assert parameters("librispeech") <= 3_000_000
+    assert parameters("original") == 57_102_224
