@@ -44,10 +44,22 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is quicker than float32 there: on a GPU, and on a CPU with instructions for it.
+
+    On two cores of an AMD EPYC with AVX512_BF16 a training step of the small model takes half the time.
+    """
+    if device.type == "cuda":
+        return True
+    # torch tells this in private functions only; one that is gone means no.
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in tests)
+
+
 def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocast:
-    """A context of bfloat16 arithmetic where torch holds it safe; by default on a GPU only, on a CPU it is slower."""
+    """A context of bfloat16 arithmetic where torch holds it safe; by default wherever has_bfloat16."""
     if enabled is None:
-        enabled = device.type == "cuda"
+        enabled = has_bfloat16(device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 

@@ -49,11 +49,21 @@ def test_cpu_build_of_torch_is_named_as_the_cause(monkeypatch):
         runtime.pick_device("cuda")
 
 
-@pytest.mark.parametrize("enabled, dtype", [(None, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
-def test_cpu_computes_in_float32_unless_asked(enabled, dtype):
+@pytest.mark.parametrize("enabled, has, dtype", [
+    (None, False, torch.float32), (None, True, torch.bfloat16), (False, True, torch.float32),
+    (True, False, torch.bfloat16)])
+def test_cpu_computes_in_bfloat16_if_it_can_or_is_told_to(enabled, has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     x = torch.ones(2, 2)
     with runtime.autocast(CPU, enabled):
         assert (x @ x).dtype == dtype
+
+
+def test_a_torch_that_does_not_tell_has_no_bfloat16(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert not runtime.has_bfloat16(CPU)
 
 
 def test_autocast_can_be_switched_off_inside():
