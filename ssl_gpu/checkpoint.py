@@ -1,9 +1,10 @@
-"""Files that are whole or not there at all: checkpoints of a training run, and the text and JSON beside them."""
+"""Files and folders that are whole or not there at all: checkpoints of a run, and the text and JSON beside them."""
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,30 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to fill in a `with` block that takes the place of `path` if the block succeeds, and vanishes if not.
+
+    Whatever `path` held is gone then: ask first. Raises OSError where a folder cannot be made or renamed beside `path`.
+    """
+    path = Path(path)
+    token = secrets.token_hex(4)
+    temporary, old = (path.with_name(f".{path.name}.{token}.{suffix}") for suffix in ("tmp", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            os.rename(path, old)  # a folder that holds files cannot be replaced in one step
+        os.rename(temporary, path)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
 
 

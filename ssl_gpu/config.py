@@ -23,6 +23,7 @@ import yaml
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.evalset import EvalConfig
 from ssl_gpu.features import FeatureConfig
+from ssl_gpu.ism import IsmConfig, check_law
 from ssl_gpu.localizer import TargetConfig
 from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.model import ModelConfig, ModelKind, SSLModel
@@ -49,6 +50,7 @@ class RunConfig:
 
     scene: SceneConfig
     rir: RirConfig
+    ism: IsmConfig
     mixture: MixtureConfig
     simulator: SimulatorConfig
     speech: SpeechConfig
@@ -59,6 +61,8 @@ class RunConfig:
     eval: EvalConfig
 
     def __post_init__(self):
+        if self.rir.uses_walls:
+            check_law(self.ism, self.scene)
         rate = self.rir.sample_rate
         original = self.model.kind is ModelKind.ORIGINAL
         shortest = SSLModel.shortest if original else self.features.window

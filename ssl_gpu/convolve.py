@@ -28,29 +28,44 @@ def fast_length(length: int) -> int:
     return best
 
 
+def _check_shapes(signal: Tensor, rir: Tensor) -> None:
+    right = signal.ndim == 3 and rir.ndim == 4 and signal.shape[:2] == (rir.shape[0], rir.shape[2])
+    if not right:  # a single source would be broadcast to all
+        raise ValueError(f"signal must be [batch, src, sample] and rir [batch, mic, src, tap] of the same batch and "
+                         f"src, got {list(signal.shape)} and {list(rir.shape)}")
+
+
 def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None, keep_src: bool = False) -> Tensor:
     """Every source through its RIR to every microphone, and the sources added up.
 
     signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, num_samples], or with keep_src each source
-    alone, [batch, mic, src, num_samples]. num_samples None means the whole linear convolution, sample + tap - 1; it
-    may not be more. The spectrum of a source is shared by the microphones and the sources are added before the inverse
-    transform: src (1 + mic) + mic transforms instead of 3 mic src.
+    alone, [batch, mic, src, num_samples]. num_samples None means the whole linear convolution, sample + tap - 1. The
+    spectrum of a source is shared by the microphones and the sources are added before the inverse transform:
+    src (1 + mic) + mic transforms instead of 3 mic src.
+    Raises ValueError for shapes that do not belong together, and for num_samples above sample + tap - 1.
     """
+    _check_shapes(signal, rir)
     total = signal.shape[-1] + rir.shape[-1] - 1
+    if num_samples is not None and not 1 <= num_samples <= total:
+        raise ValueError(f"num_samples must be in 1..{total} = sample + tap - 1, got {num_samples}")
     # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front.
     n_fft = fast_length(total)
-    spectrum = torch.fft.rfft(signal, n_fft)[:, None] * torch.fft.rfft(rir, n_fft)
-    if not keep_src:
-        spectrum = spectrum.sum(2)
-    return torch.fft.irfft(spectrum, n_fft)[..., :total if num_samples is None else min(num_samples, total)]
+    sources, responses = torch.fft.rfft(signal, n_fft)[:, None], torch.fft.rfft(rir, n_fft)
+    if keep_src:
+        return torch.fft.irfft(sources * responses, n_fft)[..., :num_samples or total]
+    spectrum = sources[:, :, 0] * responses[:, :, 0]
+    for src in range(1, signal.shape[1]):                              # sum(2) would write and read all products
+        spectrum = spectrum.addcmul(sources[:, :, src], responses[:, :, src])
+    return torch.fft.irfft(spectrum, n_fft)[..., :num_samples or total]
 
 
 def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536) -> Tensor:
     """convolve_sources for long signals by overlap-add: FFT memory is bounded by block + tap, whatever the length.
 
     signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, sample + tap - 1].
-    Raises ValueError when block < 1.
+    Raises ValueError when block < 1, and for shapes that do not belong together.
     """
+    _check_shapes(signal, rir)
     if block < 1:
         raise ValueError(f"convolve_blocks: block must be >= 1 sample, got {block}")
     batch, mics, _, taps = rir.shape

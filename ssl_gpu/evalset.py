@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_gpu import rng
 from ssl_gpu.baselines import gcc_phat
+from ssl_gpu.ism import IsmConfig
 from ssl_gpu.localizer import Localizer, SceneLaw
 from ssl_gpu.metrics import localisation_metrics
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig
@@ -47,14 +48,15 @@ class EvalSet:
     digest: str
 
 
-def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, bank: SpeechBank, clip_s: float,
-                   law: SceneLaw, device: torch.device) -> EvalSet:
+def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: IsmConfig, bank: SpeechBank,
+                   clip_s: float, law: SceneLaw, device: torch.device) -> EvalSet:
     """Draw on the CPU, render on the device: the same rooms, images and crops whatever the device.
 
     bank: the evaluation speech, its tensors on the CPU. Raises ValueError when it has fewer speakers than sources.
     """
     num_samples = round(clip_s * rir.sample_rate)
-    simulator = Simulator(replace(scene, bank=None), replace(rir, early=False), MixtureConfig(), SimulatorConfig())
+    simulator = Simulator(replace(scene, bank=None), replace(rir, early=False), MixtureConfig(), SimulatorConfig(),
+                          ism)
     generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(bank, cfg.num_clips, scene.num_src, num_samples, Crop.FIRST, generator=generator)
     dry = gather_crops(bank, crops, num_samples)
@@ -65,8 +67,9 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, bank: Sp
         part = dry[start:start + 64]
         generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SCENE, index)
         draw = simulator.draw(len(part), num_samples, generator=generator)
-        for tensor in (draw.scenes.room_dim, draw.scenes.rt60, draw.scenes.mic_pos, draw.scenes.src_pos,
-                       draw.images.ratio, draw.images.perturbation):
+        random = () if draw.images is None else (draw.images.ratio, draw.images.perturbation)
+        random += () if draw.tail is None else (draw.tail.place, draw.tail.sign, draw.tail.chosen)
+        for tensor in (draw.scenes.room_dim, draw.scenes.rt60, draw.scenes.mic_pos, draw.scenes.src_pos, *random):
             _digest(digest, tensor)
         mixture = simulator.render(part.to(device), draw.to(device))
         audio.append(mixture.audio)
@@ -80,7 +83,7 @@ def _digest(digest, tensor: Tensor) -> None:
 
 
 def score(eval_set: EvalSet, azimuth: Tensor, cone: Tensor) -> dict[str, Any]:
-    """localisation_metrics of estimates [clip, src] rad on the evaluation set; scenes that are not valid do not count."""
+    """localisation_metrics of estimates [clip, src] rad on the evaluation set, scenes that are not valid left out."""
     scenes = eval_set.mixture.scenes
     return localisation_metrics(azimuth, scenes.azimuth, cone, scenes.cone_angle, scenes.valid)
 

@@ -18,7 +18,7 @@ from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 
 
 def build_localizer(cfg: RunConfig) -> Localizer:
-    """The localiser of a run, its first weights drawn from train.seed. Raises ValueError for a scene it cannot serve."""
+    """The localiser of a run, its weights drawn from train.seed. Raises ValueError for a scene it cannot serve."""
     seed = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.MODEL, 0).initial_seed()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def prepare_eval(cfg: RunConfig, device: torch.device) -> tuple[EvalSet, dict[st
     """
     law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
     bank = eval_speech(cfg)
-    eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, bank, cfg.speech.clip_s, law, device)
+    eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
     fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest}
     return eval_set, fixed
 

@@ -61,8 +61,8 @@ class DelayMap(nn.Module):
     audio [batch, mic=2, sample] -> maps [batch, 2 * band, frame, delay] and levels [batch, band, frame].
     The first half of the maps is GCC-PHAT (Knapp and Carter 1976), every bin of a band with equal weight; in the second
     a bin counts by its magnitude, so that the harmonics that hold speech speak. Both are in [-1, 1] and independent of
-    the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which microphone 1
-    hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels.
+    the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which
+    microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels.
     The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
 
     Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward

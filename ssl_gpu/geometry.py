@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def wrap_angle(angle: Tensor) -> Tensor:
-    """Angle [...] rad, any value -> the same angle in [-pi, pi)."""
+    """Angle [...] rad, any value -> the same angle in [-pi, pi), or pi itself by rounding."""
     return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 

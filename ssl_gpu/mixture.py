@@ -1,6 +1,7 @@
 """Dry speech and RIRs to what the microphones hear: convolve, set the levels, add noise."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,6 +11,10 @@ from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.rir import RirBatch
 from ssl_gpu.scene import SceneBatch
+
+# Added to the diagonal of the coherence matrix of diffuse noise. At low frequencies a small array is all but coherent
+# and float32 loses the little that is not: four microphones 2 cm apart came out 1e8 times too loud, eight as NaN.
+DIFFUSE_LOADING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class MixtureConfig:
     def __post_init__(self):
         for name in ("level_difference_db", "sensor_snr_db", "diffuse_snr_db"):
             value = getattr(self, name)
-            if value is not None and not value[0] <= value[1]:
-                raise ValueError(f"mixture.{name} must satisfy low <= high, got {value}")
+            if value is not None and not -math.inf < value[0] <= value[1] < math.inf:
+                raise ValueError(f"mixture.{name} must satisfy -inf < low <= high < inf, got {value}")
         if not 0 <= self.noise_probability <= 1:
             raise ValueError(f"mixture.noise_probability must be in [0, 1], got {self.noise_probability}")
 
@@ -109,8 +114,7 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int) -> Tensor:
     for row in range(num_mics):
         for column in range(row + 1):
             rest = coherence[:, row, column] - sum(factor[row][k] * factor[column][k] for k in range(column))
-            # At 0 Hz all microphones agree and the matrix has rank one: rounding may leave the pivot a hair below 0.
-            factor[row][column] = rest.clamp(min=1e-12).sqrt() if row == column else rest / factor[column][column]
+            factor[row][column] = (rest + DIFFUSE_LOADING).sqrt() if row == column else rest / factor[column][column]
     spectrum = torch.fft.rfft(white)
     mixed = torch.stack([sum(factor[row][k] * spectrum[:, k] for k in range(row + 1)) for row in range(num_mics)], 1)
     return torch.fft.irfft(mixed, num_samples)
@@ -127,7 +131,7 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> M
 
     Raises ValueError when the shapes of dry speech and RIRs do not belong together.
     """
-    if dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
+    if dry.ndim != 3 or dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
         raise ValueError(f"dry speech [batch, src, sample] must match RIRs [batch, mic, src, tap], "
                          f"got {list(dry.shape)} and {list(rirs.full.shape)}")
     num_samples = dry.shape[-1]

@@ -59,10 +59,11 @@ def phase_difference(real: Tensor, imag: Tensor) -> Tensor:
     cross_imag = imag1 * real0 - real1 * imag0
     power = cross_real.square() + cross_imag.square()
     silent = power < SILENCE**2
-    # The inputs of rsqrt are replaced too: an infinite derivative times the zero of an outer where() would be NaN.
-    inverse = torch.where(silent, 1.0, power).rsqrt()
-    cosine = torch.where(silent, 1.0, cross_real * inverse)
-    sine = torch.where(silent, 0.0, cross_imag * inverse)
+    # A root and a division, not rsqrt: its derivative, power^-1.5, is infinite in float32 below a power of 1e-26. And
+    # their inputs are replaced too: an infinite derivative times the zero of an outer where() would be NaN.
+    magnitude = torch.where(silent, 1.0, power).sqrt()
+    cosine = torch.where(silent, 1.0, cross_real / magnitude)
+    sine = torch.where(silent, 0.0, cross_imag / magnitude)
     return torch.stack((cosine, sine), dim=1)
 
 

@@ -107,7 +107,7 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:
-    """The rate of step `step` (from 0); progress in [0, 1] is the share of the run that is over, by steps or by time."""
+    """The rate of step `step` (from 0); progress in [0, 1] is the share of the run that is over, by steps or time."""
     # A run of unknown speed knows its progress, not its number of steps; the 0.001 lets the first step move.
     warmup = min(1.0, (progress + 1e-3) / cfg.warmup) if cfg.warmup > 0 else 1.0
     if cfg.schedule is Schedule.STEP:

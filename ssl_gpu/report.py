@@ -32,6 +32,7 @@ def _cell(value: float | list[float], unit: str) -> str:
 def result_table(result: dict[str, Any]) -> str:
     """The model of a result.json beside GCC-PHAT and chance, and what they were tested on."""
     table = metrics_table({"model": result, "GCC-PHAT": result["baseline"], "chance": result["chance"]})
-    return (f"{result['num_clips']} clips of unseen talkers in unseen rooms, evaluation set {result['eval_digest']}\n"
+    return (f"{result['num_clips']} clips, each in a room of its own that training never draws; evaluation set "
+            f"{result['eval_digest']}\n"
             f"errors of the smaller / the larger angle in degrees; azimuth from the cone angle where only that is "
             f"estimated\n{table}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from enum import Enum
 from functools import lru_cache
 
 import numpy as np
@@ -29,10 +30,21 @@ MAIN_TAPS = 14     # taps of the kernel's main part; the two-tap remainder sits 
 RINGING_S = 0.045
 
 
+class Method(Enum):
+    """How rooms are simulated: FRA-RIR, this module; the exact image-source method, and its first orders with a random
+    tail, both in ssl_gpu.ism."""
+
+    FRA = "fra"
+    ISM = "ism"
+    HYBRID = "hybrid"
+
+
 @dataclass(frozen=True)
 class RirConfig:
-    """What FRA-RIR may be told; the defaults are the reference's.
+    """How RIRs are made, and what FRA-RIR may be told; the defaults are the reference's.
 
+    method: the simulator of every room. ism is for cross-checks: exact, slow, and it waits for the device.
+    hybrid_share: with method=fra, the probability that a scene is rendered by hybrid instead.
     sample_rate: Hz.
     num_images: range of the uniform integer law of the number of images, both ends included.
     perturbation: range of the uniform law U in a reflection count's perturbation U ratio^perturbation_exponent.
@@ -43,6 +55,8 @@ class RirConfig:
     Raises ValueError naming the field, its value and the rule.
     """
 
+    method: Method = Method.FRA
+    hybrid_share: float = 0.0
     sample_rate: int = 16000
     num_images: tuple[int, int] = (1024, 4096)
     perturbation: tuple[float, float] = (-2.0, 2.0)
@@ -53,14 +67,30 @@ class RirConfig:
     early_window_ms: tuple[int, int] = (-6, 50)
 
     def __post_init__(self):
+        for name, numbers in (("sample_rate", (self.sample_rate,)), ("num_images", self.num_images),
+                              ("early_window_ms", self.early_window_ms)):
+            if not all(hasattr(number, "__index__") for number in numbers):
+                raise ValueError(f"rir.{name} must be whole, got {getattr(self, name)}")
+        if not 0 <= self.hybrid_share <= 1:
+            raise ValueError(f"rir.hybrid_share must be in 0..1, got {self.hybrid_share}")
+        if self.hybrid_share > 0 and self.method is not Method.FRA:
+            raise ValueError(f"rir.hybrid_share must be 0 unless rir.method is fra, got {self.hybrid_share} "
+                             f"with {self.method.value}")
         if self.sample_rate < 1000:
             raise ValueError(f"rir.sample_rate must be >= 1000 Hz, got {self.sample_rate}")
         if not 1 <= self.num_images[0] <= self.num_images[1]:
             raise ValueError(f"rir.num_images must satisfy 1 <= low <= high, got {self.num_images}")
-        if not self.perturbation[0] <= self.perturbation[1]:
-            raise ValueError(f"rir.perturbation must satisfy low <= high, got {self.perturbation}")
+        if not -math.inf < self.perturbation[0] <= self.perturbation[1] < math.inf:
+            raise ValueError(f"rir.perturbation must satisfy -inf < low <= high < inf, got {self.perturbation}")
+        if not math.isfinite(self.perturbation_exponent):
+            raise ValueError(f"rir.perturbation_exponent must be finite, got {self.perturbation_exponent}")
         if not self.early_window_ms[0] < self.early_window_ms[1]:
             raise ValueError(f"rir.early_window_ms must satisfy low < high, got {self.early_window_ms}")
+
+    @property
+    def uses_walls(self) -> bool:
+        """Whether a room may be rendered from the images of its walls, so that its RT60 must be feasible."""
+        return self.method is not Method.FRA or self.hybrid_share > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +210,7 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
     image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image], from the nearest mic
     image_offset = torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
-                                for axis in range(3)], -1)             # [batch, mic, src, image, 3]
+                                for axis in range(3)]).movedim(0, -1)  # [batch, mic, src, image, 3], x, y, z apart
     reach = SPEED_OF_SOUND * scenes.rt60[:, None, None, None]          # m travelled in one RT60
     dist = distance(image_offset)
 
@@ -204,12 +234,14 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
     last = slots_in_rir(cfg, scenes.rt60)[:, None, None, None] - 1
     slot = torch.minimum(unclamped, last)
-    early = None
-    if cfg.early:
-        start, stop = (math.floor(OVERSAMPLING * cfg.sample_rate * ms / 1000) for ms in cfg.early_window_ms)
-        direct_slot = unclamped[..., :1]
-        early = (slot >= (direct_slot + start).clamp(min=0)) & (slot < torch.minimum(direct_slot + stop, last + 1))
+    early = is_early(cfg, slot, unclamped[..., :1], last) if cfg.early else None
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
+
+
+def is_early(cfg: RirConfig, slot: Tensor, direct_slot: Tensor, last: Tensor) -> Tensor:
+    """Which slots [..., image] int64 are in the early window after the direct path, and not behind the last slot."""
+    start, stop = (math.floor(OVERSAMPLING * cfg.sample_rate * ms / 1000) for ms in cfg.early_window_ms)
+    return (slot >= (direct_slot + start).clamp(min=0)) & (slot < torch.minimum(direct_slot + stop, last + 1))
 
 
 def _gain(pattern: Pattern, orientation: Tensor, offset: Tensor) -> Tensor:
@@ -292,11 +324,18 @@ def _response_on(sample_rate: int, n_fft: int, device: torch.device) -> tuple[Te
 def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBatch:
     """FRA-RIR of every source at every microphone of every scene, from images already drawn.
 
-    The whole RIR is within 3e-7 (relative L2) of the reference's chain computed in float64, except in its last 6
-    taps (the reference cuts its 8x signal there: 3e-6 of the peak) and except for the reference's clamp to [-1, 1]
-    at the 8x rate, which a source nearer than 0.12 m to a microphone can reach and which is left out.
+    The whole RIR is within 3e-7 (relative L2) of the reference's chain computed in float64, with two exceptions: its
+    last 6 taps, where the reference cuts its 8x signal (3e-6 of the peak; more where an array some metres wide has
+    images in the last slot), and the reference's clamp to [-1, 1] at the 8x rate, which a source nearer than 0.12 m to
+    a microphone can reach and which is left out.
     """
     return synthesize(cfg, find_arrivals(cfg, scenes, images), slots_in_rir(cfg, scenes.rt60), scenes.max_rt60)
+
+
+def taps_for(cfg: RirConfig, max_rt60: float) -> int:
+    """Taps of a batch of RIRs whose RT60 never exceeds max_rt60 s."""
+    max_slots = math.ceil(np.float32(max_rt60) * np.float32(OVERSAMPLING * cfg.sample_rate))
+    return -(-(-(-max_slots // 8)) // 8)
 
 
 def synthesize(cfg: RirConfig, arrivals: Arrivals, slots: Tensor, max_rt60: float) -> RirBatch:
@@ -305,30 +344,48 @@ def synthesize(cfg: RirConfig, arrivals: Arrivals, slots: Tensor, max_rt60: floa
     slots [batch] int64, the length of each RIR on the 64x grid; max_rt60 s fixes the number of taps.
     """
     device = arrivals.slot.device
-    max_slots = math.ceil(np.float32(max_rt60) * np.float32(OVERSAMPLING * cfg.sample_rate))
-    max_taps = -(-(-(-max_slots // 8)) // 8)
-    width = max_taps + LEAD + TAIL + 1
+    width = taps_for(cfg, max_rt60) + LEAD + TAIL + 1
     parts = 1 if arrivals.early is None else 2                          # an early arrival goes to the second part
     shape = arrivals.slot.shape[:3]
     table = _kernel_on(cfg.sample_rate, device)
-    phase, start = arrivals.slot % OVERSAMPLING, arrivals.slot // OVERSAMPLING
+    phase, start = (arrivals.slot % OVERSAMPLING).flatten(), arrivals.slot // OVERSAMPLING
     if arrivals.early is not None:
         start = start + arrivals.early * width
     train = torch.zeros(2, *shape, parts * width, device=device)        # main, remainder
     for tap in range(MAIN_TAPS + 2):
         part, shift = (0, tap) if tap < MAIN_TAPS else (1, tap)
         room = train[part].narrow(-1, shift, parts * width - shift)
-        room.scatter_add_(-1, start, arrivals.amplitude * table[tap][phase])
-    train = train.view(2, *shape, parts, width)
+        weight = table[tap].index_select(0, phase).view_as(start)      # on a CPU five times as fast as [phase]
+        room.scatter_add_(-1, start, weight.mul_(arrivals.amplitude))
+    return _filter(cfg, train.view(2, *shape, parts, width), slots)
+
+
+def synthesize_dense(cfg: RirConfig, train: Tensor, slots: Tensor) -> RirBatch:
+    """What synthesize does, from arrivals already added up on the 64x grid: cheaper once they outnumber the taps.
+
+    train [batch, mic, src, part, 64 tap] float32; two parts, late and early, or one where no early RIR is asked for.
+    """
+    shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
+    products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(cfg.sample_rate, train.device).T
+    spread = train.new_zeros(2, *shape, taps + LEAD + TAIL + 1)         # main, remainder
+    for tap in range(MAIN_TAPS + 2):
+        spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
+    return _filter(cfg, spread, slots)
+
+
+def _filter(cfg: RirConfig, train: Tensor, slots: Tensor) -> RirBatch:
+    """Kernels added up, [main or remainder, batch, mic, src, late or early, LEAD + tap + TAIL + 1], to RIRs."""
+    width = train.shape[-1]
+    max_taps = width - LEAD - TAIL - 1
     n_fft = fast_length(width + math.ceil(RINGING_S * cfg.sample_rate))
-    main, rest = _response_on(cfg.sample_rate, n_fft, device)
+    main, rest = _response_on(cfg.sample_rate, n_fft, train.device)
     spectrum = torch.fft.rfft(train[0], n_fft) * main + torch.fft.rfft(train[1], n_fft) * rest
     length = taps_in_rir(slots)
-    inside = torch.arange(max_taps, device=device) < length[:, None, None, None]
+    inside = torch.arange(max_taps, device=train.device) < length[:, None, None, None]
 
     def finish(spectrum: Tensor) -> Tensor:
         return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + max_taps], 0.0)
 
-    if parts == 1:
+    if train.shape[-2] == 1:
         return RirBatch(finish(spectrum.squeeze(3)), None, length, cfg.sample_rate)
     return RirBatch(finish(spectrum.sum(3)), finish(spectrum[..., 1, :]), length, cfg.sample_rate)

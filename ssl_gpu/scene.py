@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssl_gpu import geometry
-from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
+from ssl_gpu.original import RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
 # that of redrawing until valid; under the original law all 32 fail with probability 8e-13.
@@ -30,11 +31,13 @@ class SceneConfig:
     wall_dist_m: the least distance of sources and microphones to the walls.
     num_src: talkers per scene.
     num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
-    mic_array_m: microphone positions relative to the centre of the array, one [x, y, z] each.
+    mic_array_m: microphone positions, one [x, y, z] each; their mean is put at the centre of the array.
     array_radius_m: random arrays, num_mics microphones uniform in a ball of this radius, another for every scene.
     rotate: turn the array about the vertical by an angle uniform over the circle.
     src_orientation_deg, mic_orientation_deg: (azimuth, polar angle) looked at by every source and every microphone.
         None: sources uniform over (-180, 180) in both angles, as the reference draws them; microphones (0, 0).
+        rotate adds its angle to the azimuth of the microphones, which turns their look as far as the reference's law
+        of looking lets it: fully at a polar angle of 90, not at all at 0 (directivity.look_vector).
     bank: None for an endless supply of rooms; a number for a fixed bank of that many, drawn once, as the original had.
 
     Raises ValueError naming the field, its value and the rule.
@@ -56,12 +59,15 @@ class SceneConfig:
     bank: int | None = None
 
     def __post_init__(self):
+        for name in ("room_min_m", "room_max_m"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"scene.{name} must be (length, width, height), got {getattr(self, name)}")
         for low, high, axis in zip(self.room_min_m, self.room_max_m, ("length", "width", "height")):
-            if not 0 < low <= high:
-                raise ValueError(f"scene.room_min_m, scene.room_max_m must satisfy 0 < min <= max, "
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"scene.room_min_m, scene.room_max_m must satisfy 0 < min <= max < inf, "
                                  f"got {low} and {high} for the {axis}")
-        if not 0 < self.rt60_s[0] <= self.rt60_s[1]:
-            raise ValueError(f"scene.rt60_s must satisfy 0 < low <= high, got {self.rt60_s}")
+        if not 0 < self.rt60_s[0] <= self.rt60_s[1] < math.inf:
+            raise ValueError(f"scene.rt60_s must satisfy 0 < low <= high < inf, got {self.rt60_s}")
         if not 0 < self.src_dist_m[0] <= self.src_dist_m[1]:
             raise ValueError(f"scene.src_dist_m must satisfy 0 < low <= high, got {self.src_dist_m}")
         for name in ("num_src", "num_mics"):
@@ -69,19 +75,29 @@ class SceneConfig:
                 raise ValueError(f"scene.{name} must be >= 1, got {getattr(self, name)}")
         if self.bank is not None and self.bank < 1:
             raise ValueError(f"scene.bank must be >= 1 room, or null for endless rooms, got {self.bank}")
-        if self.wall_dist_m < 0:
+        if not self.wall_dist_m >= 0:
             raise ValueError(f"scene.wall_dist_m must be >= 0, got {self.wall_dist_m}")
+        for name in ("src_orientation_deg", "mic_orientation_deg"):
+            value = getattr(self, name)
+            if value is not None and not all(map(math.isfinite, value)):
+                raise ValueError(f"scene.{name} must be finite, got {value}")
         self._check_array()
         self._check_room()
 
     def _check_array(self):
         if self.mic_array_m is not None and self.array_radius_m is not None:
             raise ValueError("scene.mic_array_m and scene.array_radius_m exclude each other, got both")
-        if self.array_radius_m is not None and self.array_radius_m <= 0:
+        if self.array_radius_m is not None and not self.array_radius_m > 0:
             raise ValueError(f"scene.array_radius_m must be > 0, got {self.array_radius_m}")
-        if self.mic_array_m is not None and len(self.mic_array_m) == 0:
-            raise ValueError("scene.mic_array_m must hold at least one [x, y, z], got an empty list")
-        if self.mic_spacing_m <= 0:
+        if self.mic_array_m is not None:
+            if len(self.mic_array_m) == 0:
+                raise ValueError("scene.mic_array_m must hold at least one [x, y, z], got an empty list")
+            for position in self.mic_array_m:
+                if len(position) != 3 or not all(map(math.isfinite, position)):
+                    raise ValueError(f"scene.mic_array_m must hold [x, y, z] of finite numbers, got {position}")
+            if len(set(map(tuple, self.mic_array_m))) < len(self.mic_array_m):
+                raise ValueError(f"scene.mic_array_m must not hold a position twice, got {self.mic_array_m}")
+        if not self.mic_spacing_m > 0:
             raise ValueError(f"scene.mic_spacing_m must be > 0, got {self.mic_spacing_m}")
 
     def _check_room(self):
@@ -98,7 +114,7 @@ class SceneConfig:
                              f"room, where a source may be {reach:.3g} m from the array at most")
         inner = [high - 2 * self.wall_dist_m for high in self.room_max_m]
         farthest = min(self.src_dist_m[1] + self.radius, math.hypot(*inner))
-        if SPEED_OF_SOUND * self.rt60_s[0] <= farthest:
+        if SPEED_OF_SOUND * self.rt60_s[0] <= math.sqrt(farthest ** 2 + DISTANCE_EPSILON):
             raise ValueError(f"scene.rt60_s: {SPEED_OF_SOUND:g} m/s * {self.rt60_s[0]} s = "
                              f"{SPEED_OF_SOUND * self.rt60_s[0]:.3g} m must exceed the largest source distance, "
                              f"{farthest:.3g} m (scene.src_dist_m, scene.room_max_m)")
@@ -109,7 +125,8 @@ class SceneConfig:
         if self.array_radius_m is not None:
             return self.array_radius_m
         if self.mic_array_m is not None:
-            return max(math.hypot(*position) for position in self.mic_array_m)
+            centre = [sum(axis) / len(self.mic_array_m) for axis in zip(*self.mic_array_m)]
+            return max(math.dist(position, centre) for position in self.mic_array_m)
         return 0.5 * (self.num_mics - 1) * self.mic_spacing_m
 
     @property
@@ -151,6 +168,13 @@ class SceneBatch:
     def to(self, device: torch.device | str) -> "SceneBatch":
         """The same scenes on another device."""
         return self._map(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def concatenate(cls, batches: Sequence["SceneBatch"]) -> "SceneBatch":
+        """Several batches of the same numbers of microphones and sources as one."""
+        tensors = {f.name: torch.cat([getattr(batch, f.name) for batch in batches])
+                   for f in fields(cls) if f.name != "max_rt60"}
+        return cls(**tensors, max_rt60=max(batch.max_rt60 for batch in batches))
 
     @property
     def array_centre(self) -> Tensor:
@@ -208,14 +232,15 @@ def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Ten
         return offset * (cfg.array_radius_m / largest.clamp(min=cfg.array_radius_m))
     if cfg.mic_array_m is not None:
         offset = torch.tensor(cfg.mic_array_m, dtype=torch.float64)
+        offset = offset - offset.mean(0)
     else:
         offset = geometry.linear_array(cfg.num_mics, cfg.mic_spacing_m)
-    return offset.to(device).expand(batch, -1, -1)
+    return offset.to(device, non_blocking=True).expand(batch, -1, -1)
 
 
 def _orientation(angles_deg: tuple[float, float] | None, shape: tuple[int, int], device: torch.device) -> Tensor:
     angles = torch.tensor(angles_deg or (0.0, 0.0), dtype=torch.float64) * (math.pi / 180)
-    return angles.to(device).expand(*shape, 2).clone()
+    return angles.to(device, non_blocking=True).expand(*shape, 2).clone()
 
 
 def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -> SceneBatch:
@@ -225,8 +250,8 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly.
     """
     device = generator.device
-    low = torch.tensor(cfg.room_min_m, dtype=torch.float64).to(device)
-    high = torch.tensor(cfg.room_max_m, dtype=torch.float64).to(device)
+    low, high = (torch.tensor(corner, dtype=torch.float64).to(device, non_blocking=True)  # or the copy would sync
+                 for corner in (cfg.room_min_m, cfg.room_max_m))
     room = _uniform((batch, 3), low, high, generator)
     rt60 = _uniform((batch,), *cfg.rt60_s, generator)
     margin = cfg.wall_dist_m + cfg.radius
@@ -256,6 +281,16 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
                       valid.any(-1).all(-1), cfg.rt60_s[1])
 
 
+def _as_tensor(name: str, value) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array, or nested lists of numbers: {error}") from error
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+    return tensor
+
+
 def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None) -> SceneBatch:
     """Scenes of your own, checked: arrays or nested lists as in SceneBatch, orientations (0, 0) when left out.
 
@@ -263,28 +298,28 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
     position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's
     directivity is then 0/0), or 340 m/s * RT60 not above the distance of a source (the reference then returns NaN).
     """
-    room_dim, rt60, mic_pos, src_pos = (torch.as_tensor(x, dtype=torch.float64) for x in
-                                        (room_dim, rt60, mic_pos, src_pos))
-    batch = rt60.shape[0] if rt60.ndim == 1 else -1
-    for name, tensor, shape in (("room_dim", room_dim, "[batch, 3]"), ("rt60", rt60, "[batch]"),
-                                ("mic_pos", mic_pos, "[batch, mic, 3]"), ("src_pos", src_pos, "[batch, src, 3]")):
-        right = tensor.ndim == shape.count(",") + 1 and tensor.shape[0] == batch and 0 not in tensor.shape
-        if not right or (tensor.ndim > 1 and tensor.shape[-1] != 3):
-            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+    room_dim, rt60 = _as_tensor("room_dim", room_dim), _as_tensor("rt60", rt60)
+    mic_pos, src_pos = _as_tensor("mic_pos", mic_pos), _as_tensor("src_pos", src_pos)
+    if rt60.ndim != 1 or len(rt60) == 0:
+        raise ValueError(f"rt60 must be [batch], got {list(rt60.shape)}")
+    batch = len(rt60)
+    for name, tensor, axes in (("room_dim", room_dim, ""), ("mic_pos", mic_pos, " mic,"),
+                               ("src_pos", src_pos, " src,")):
+        right = tensor.ndim == (3 if axes else 2) and tensor.shape[0] == batch and tensor.shape[-1] == 3
+        if not right or tensor.shape[1] == 0:
+            raise ValueError(f"{name} must be [batch={batch},{axes} 3], got {list(tensor.shape)}")
     _check_positions(room_dim, rt60, mic_pos, src_pos)
     orientations = []
     for name, angles, positions in (("mic_orientation", mic_orientation, mic_pos),
                                     ("src_orientation", src_orientation, src_pos)):
         if angles is None:
-            angles = torch.zeros(*positions.shape[:2], 2)
-        angles = torch.as_tensor(angles, dtype=torch.float64)
+            angles = positions.new_zeros(*positions.shape[:2], 2)
+        angles = _as_tensor(name, angles)
         if angles.shape != (*positions.shape[:2], 2):
             raise ValueError(f"{name} must be {[*positions.shape[:2], 2]}, got {list(angles.shape)}")
         orientations.append(angles)
     return SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
-                      torch.ones(batch, dtype=torch.bool), float(rt60.max()))
+                      torch.ones_like(rt60, dtype=torch.bool), float(rt60.max()))
 
 
 def _check_positions(room_dim: Tensor, rt60: Tensor, mic_pos: Tensor, src_pos: Tensor) -> None:
@@ -299,10 +334,35 @@ def _check_positions(room_dim: Tensor, rt60: Tensor, mic_pos: Tensor, src_pos: T
         outside = ((position < 0) | (position > room_dim[:, None])).any(-1)
         refuse(outside, lambda b, i: f"{name} {i} must be inside the room {room_dim[b].tolist()}, "
                                      f"got {position[b, i].tolist()}")
-    dist = torch.linalg.vector_norm(src_pos[:, None] - mic_pos[:, :, None], dim=-1)
-    refuse(dist < 1e-3, lambda b, m, s: f"source {s} and microphone {m} must not coincide, "
-                                        f"got both at {src_pos[b, s].tolist()}")
-    reach = SPEED_OF_SOUND * rt60
+    offset = src_pos[:, None] - mic_pos[:, :, None]
+    refuse(torch.linalg.vector_norm(offset, dim=-1) < 1e-3,
+           lambda b, m, s: f"source {s} and microphone {m} must not coincide, got both at {src_pos[b, s].tolist()}")
+    reach, dist = SPEED_OF_SOUND * rt60, distance(offset)
     refuse(reach[:, None, None] <= dist,
            lambda b, m, s: f"{SPEED_OF_SOUND:g} m/s * rt60 = {reach[b]:.4g} m must exceed the distance from source "
                            f"{s} to microphone {m}, got {dist[b, m, s]:.4g} m")
+
+
+@dataclass(frozen=True, eq=False)
+class OriginalScenes(SceneBatch):
+    """Scenes of the original project, with the number of images num_images [batch] int64 it rendered each with."""
+
+    num_images: Tensor
+
+
+def original_scenes() -> OriginalScenes:
+    """The original project's 3,000 training scenes, equal to the last bit; [:200] are its 200 evaluation scenes.
+
+    Two microphones, two sources, all omnidirectional. Its RIRs had as many images as num_images says:
+
+        scenes = original_scenes()[:200]
+        images = draw_images(RirConfig(), scenes, generator=generator)
+        active = torch.arange(images.active.shape[1]) < scenes.num_images[:, None]
+        rirs = render_rir(RirConfig(), scenes, replace(images, active=active))
+    """
+    room_dim, rt60, centre, src_pos, num_images = map(torch.from_numpy, replay())
+    offset = torch.tensor([[-RADIUS, 0, 0], [RADIUS, 0, 0]], dtype=torch.float64)
+    look = torch.zeros(len(rt60), 2, 2, dtype=torch.float64)
+    valid = torch.ones(len(rt60), dtype=torch.bool)
+    return OriginalScenes(room_dim, rt60, centre[:, None] + offset, src_pos, look, look.clone(), valid, RT60_S[1],
+                          num_images)

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssl_gpu.hybrid import TailBatch, draw_rooms, render_rooms
+from ssl_gpu.ism import IsmConfig, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
-from ssl_gpu.rir import ImageBatch, RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import ImageBatch, RirBatch, RirConfig
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
+
+BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or the rooms would depend on the chunk
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,18 @@ class SimulatorConfig:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Everything random about a batch of mixtures. images None: the RIRs are rows `room` [batch] of the bank."""
+    """Everything random about a batch of mixtures: of its RIRs, what rir.method needs of images and tail, see
+    hybrid.draw_rooms; or, both None, the rows `room` [batch] of the bank that they are."""
 
     scenes: SceneBatch
     images: ImageBatch | None
+    tail: TailBatch | None
     room: Tensor | None
     mixture: MixtureDraw
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw on another device."""
-        parts = (self.scenes, self.images, self.room, self.mixture)
+        parts = (self.scenes, self.images, self.tail, self.room, self.mixture)
         return Draw(*(None if part is None else part.to(device) for part in parts))
 
 
@@ -56,11 +62,15 @@ class Simulator:
     Holds no randomness: every call takes a torch.Generator, whose device is the device of the draws. `draw` and
     `render` are the two halves of a call; drawing on a CPU and rendering anywhere gives the same rooms everywhere.
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
+    Raises ValueError when rir.method or rir.hybrid_share need the images of rooms whose RT60 can be infeasible.
     """
 
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
-                 mixture: MixtureConfig = MixtureConfig(), config: SimulatorConfig = SimulatorConfig()):
-        self.scene, self.rir, self.mixture, self.config = scene, rir, mixture, config
+                 mixture: MixtureConfig = MixtureConfig(), config: SimulatorConfig = SimulatorConfig(),
+                 ism: IsmConfig = IsmConfig()):
+        if rir.uses_walls:
+            check_law(ism, scene)
+        self.scene, self.rir, self.mixture, self.config, self.ism = scene, rir, mixture, config, ism
         self.bank: tuple[SceneBatch, RirBatch] | None = None
 
     @torch.no_grad()
@@ -73,15 +83,23 @@ class Simulator:
             raise ValueError(f"dry speech must be [batch, src={self.scene.num_src}, sample], got {list(dry.shape)}")
         return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator))
 
+    @torch.no_grad()
     def fill_bank(self, *, generator: torch.Generator) -> None:
-        """Draw and render the scene.bank rooms that every later call picks from. They stay on the device."""
+        """Draw and render the scene.bank rooms that every later call picks from. They stay on the device.
+
+        Raises ValueError when scene.bank is None, and when a room has no place for its sources.
+        """
         if self.scene.bank is None:
             raise ValueError("Simulator.fill_bank needs scene.bank to be a number of rooms, got None")
         scenes = sample_scenes(self.scene, self.scene.bank, generator=generator)
+        if not scenes.valid.all():
+            raise ValueError(f"scene: {int((~scenes.valid).sum())} of scene.bank={self.scene.bank} rooms have no place "
+                             f"for the sources, widen scene.src_dist_m={self.scene.src_dist_m} or scene.room_min_m")
         chunk, rooms = self.config.chunk_on(generator.device), []
-        for start in range(0, len(scenes), chunk):  # images drawn by the chunk: a large bank's do not fit at once
-            part = scenes[start:start + chunk]
-            rooms.append(render_rir(self.rir, part, draw_images(self.rir, part, generator=generator)))
+        for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
+            block = scenes[start:start + BANK_BLOCK]
+            drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
+            rooms += [self._render(block, *drawn, slice(i, i + chunk)) for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         self.bank = scenes, RirBatch(torch.cat([r.full for r in rooms]), early,
                                      torch.cat([r.length for r in rooms]), self.rir.sample_rate)
@@ -96,21 +114,31 @@ class Simulator:
                              generator=generator)
         if self.scene.bank is None:
             scenes = sample_scenes(self.scene, batch, generator=generator)
-            return Draw(scenes, draw_images(self.rir, scenes, generator=generator), None, noise)
+            return Draw(scenes, *draw_rooms(self.ism, self.rir, scenes, generator=generator), None, noise)
         if self.bank is None:
             raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before the first draw")
         room = torch.randint(self.scene.bank, (batch,), generator=generator, device=generator.device)
-        return Draw(self.bank[0][room], None, room, noise)
+        return Draw(self.bank[0][room], None, None, room, noise)
 
     @torch.no_grad()
     def render(self, dry: Tensor, draw: Draw) -> MixtureBatch:
-        """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch. Deterministic."""
+        """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch. Deterministic, but for the
+        last bits on a GPU, where arrivals that share a tap are added in any order.
+
+        Raises ValueError when dry does not belong to the draw.
+        """
+        if dry.shape[:1] != draw.scenes.rt60.shape:
+            raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
+                             f"got {list(dry.shape)}")
         chunk, parts = self.config.chunk_on(dry.device), []
         for start in range(0, dry.shape[0], chunk):
             part = slice(start, start + chunk)
-            scenes = draw.scenes[part]
-            rirs = self.bank[1][draw.room[part]] if draw.images is None else \
-                render_rir(self.rir, scenes, draw.images[part])
-            parts.append(mix(dry[part], rirs, scenes, draw.mixture[part]))
+            rirs = self.bank[1][draw.room[part]] if draw.room is not None else \
+                self._render(draw.scenes, draw.images, draw.tail, part)
+            parts.append(mix(dry[part], rirs, draw.scenes[part], draw.mixture[part]))
         early = None if parts[0].early is None else torch.cat([p.early for p in parts])
         return MixtureBatch(torch.cat([p.audio for p in parts]), early, draw.scenes, self.rir.sample_rate)
+
+    def _render(self, scenes: SceneBatch, images: ImageBatch | None, tail: TailBatch | None, part: slice) -> RirBatch:
+        return render_rooms(self.ism, self.rir, scenes[part], None if images is None else images[part],
+                            None if tail is None else tail[part])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -11,6 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Sequence
+
+if __name__ == "__main__":
+    # Before torch loads OpenMP: threads that wait at the end of a parallel region sleep instead of spinning. On two
+    # cores that others use too, a step on two threads took 0.7 s instead of 3.7 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tqdm import tqdm
@@ -43,6 +49,7 @@ class Run:
     averaged: Averaged | None
     optimizer: torch.optim.Optimizer
     step: int = 0
+    share: float = 0.0         # of the run that is over
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
 
@@ -73,7 +80,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     localizer = build_localizer(cfg)
     speech = training_speech(cfg, device)
     eval_set, fixed = prepare_eval(cfg, device)
-    simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator)
+    simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
     if cfg.scene.bank is not None:
         simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
                                                     device=device))
@@ -87,7 +94,9 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     optimizer = build_optimizer(cfg.train, localizer)
     run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer)
     if resumed is not None:
-        run.step, run.elapsed_s = resumed.step, resumed.extra["elapsed_s"]
+        run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
+        if cfg.train.max_minutes is not None:                          # a finished run may have been given more time
+            run.share = min(run.share, run.elapsed_s / (60 * cfg.train.max_minutes))
         optimizer.load_state_dict(resumed.optimizer)
         if averaged is not None:
             averaged.model.load_state_dict(resumed.ema)
@@ -115,16 +124,17 @@ def elapsed_s(run: Run) -> float:
     return run.elapsed_s + time.time() - runtime.process_start_time()
 
 
-def progress(run: Run, step: int, started_s: float) -> float:
+def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     """Share of the run that is over, 1 when it is time to end: by train.steps, by train.max_minutes less what the end
-    takes, or by whichever comes first. Time counts from the first step, so that the schedule starts at its start."""
-    train = run.cfg.train
+    takes, or by whichever comes first. began: share and elapsed seconds at the first step of this process, so that
+    the schedule starts at its start, and a resumed one where it was."""
+    train, (share, started_s) = run.cfg.train, began
     by_step = 0.0 if train.steps is None else step / train.steps
     if train.max_minutes is None:
         return by_step
     # The last evaluation and the checkpoint come out of the budget; twice the measured time, machines being shared.
-    budget_s = max(60 * train.max_minutes - 2 * run.eval_s - 2, started_s + 1e-3)
-    return max(by_step, (elapsed_s(run) - started_s) / (budget_s - started_s))
+    left_s = max(60 * train.max_minutes - 2 * run.eval_s - 2 - started_s, 1e-3)
+    return max(by_step, share + (1 - share) * (elapsed_s(run) - started_s) / left_s)
 
 
 def evaluate_now(run: Run) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def save(run: Run, step: int) -> None:
     """checkpoint.pt of the run folder."""
     averaged = None if run.averaged is None else run.averaged.model
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
-                    config=to_mapping(run.cfg), extra={"elapsed_s": elapsed_s(run)})
+                    config=to_mapping(run.cfg), extra={"elapsed_s": elapsed_s(run), "share": run.share})
 
 
 class Log:
@@ -186,11 +196,12 @@ def train(run: Run, log: Log) -> int:
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
     bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
-    timer, started_s, step, saved = runtime.StepTimer(run.device), elapsed_s(run), run.step, time.monotonic()
-    begun = progress(run, step, started_s) if cfg.max_minutes is None else 0.0
-    evaluated = math.floor(begun * cfg.evaluations)
+    timer = runtime.StepTimer(run.device)
+    tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None)
+    step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
+    share = progress(run, step, began)
+    evaluated = math.floor(share * cfg.evaluations)
     run.localizer.train()
-    share = begun
     while share < 1:
         with timer.section("simulate"):
             mixture = draw_batch(run, step)
@@ -208,18 +219,21 @@ def train(run: Run, log: Log) -> int:
             run.averaged.update(run.localizer)
         step += 1
         timer.step()
-        share = progress(run, step, started_s)
+        tuner.step()
+        share = progress(run, step, began)
+        run.step, run.share = step, share
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, loss, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
             evaluated = math.floor(share * cfg.evaluations)
             log_evaluation(run, log, step, share)
             timer.restart()
+            tuner.restart()
         if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
             save(run, step)
             saved = time.monotonic()
             timer.restart()
-        run.step = step
+            tuner.restart()
     return step
 
 
@@ -308,6 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing was written", file=sys.stderr)
+        return 130
     print(f"{run.out}: {run.cfg.model.kind.value} model, "
           f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
           f"{runtime.device_name(run.device)}; {run.speech.num_speakers} talkers, "
@@ -329,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     log.close()
     print(result_table(result))
-    print(f"{result['steps']} steps, {result['examples']} examples in {result['minutes']:.1f} min; {run.out}/result.json")
+    print(f"{result['steps']} steps, {result['examples']} examples in {result['minutes']:.1f} min; "
+          f"{run.out}/result.json")
     return 0
 
 

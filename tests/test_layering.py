@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl_gpu"
 
 # A module imports only from those before it.
-ORDER = ["runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "scene", "voices", "corpus", "speech",
-         "ism", "rir", "mixture", "conformer", "features", "doa", "metrics", "model", "localizer", "baselines",
-         "simulator", "evalset", "optim", "checkpoint", "config", "report", "evaluate", "train", "simulate", "localize"]
+ORDER = ["runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "original", "scene", "voices", "corpus",
+         "speech", "rir", "ism", "hybrid", "measure", "mixture", "conformer", "features", "doa", "metrics", "model",
+         "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint", "scenelist", "config", "report",
+         "evaluate", "train", "plots", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}

@@ -163,6 +163,16 @@ def test_digital_silence_has_no_phase_difference_and_finite_gradients(silent):
         assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("power_of_ten", range(-20, -3))
+def test_gradients_stay_finite_however_quiet_the_clip(power_of_ten):
+    """The tail of a padded utterance fades through every level: rsqrt gave an infinite derivative near 1e-9."""
+    stft, audio = STFT(), (noise(1, 2, 2_000) * 10.0**power_of_ten).requires_grad_()
+    features = phase_difference(*stft(audio))
+    (features * noise(*features.shape, seed=1)).sum().backward()
+    for gradient in (audio.grad, stft.conv_real.weight.grad, stft.conv_imag.weight.grad):
+        assert gradient.isfinite().all()
+
+
 def test_silent_clip_gives_finite_logits(model):
     with torch.no_grad():
         low, high = model(torch.zeros(1, 2, SHORTEST))

@@ -265,3 +265,58 @@ def test_versions_are_plain_text():
     assert found["python"] == ".".join(str(part) for part in sys.version_info[:3])
     assert set(found) == {"ssl_gpu", "python", "torch", "numpy", "cuda"}
     assert {type(value) for value in found.values()} == {str}
+
+
+class Machine:
+    """A clock and a number of threads for ThreadTuner; `pace` gives the seconds of a step by its threads."""
+
+    def __init__(self, monkeypatch, threads, pace):
+        self.now, self.threads, self.pace, self.used = 0.0, threads, pace, []
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
+        monkeypatch.setattr(runtime.time, "perf_counter", lambda: self.now)
+
+    def run(self, tuner, steps):
+        for _ in range(steps):
+            self.used.append(self.threads)
+            self.now += self.pace[self.threads]
+            tuner.step()
+
+
+def test_idle_machine_uses_all_threads_and_busy_machine_fewer(monkeypatch):
+    machine = Machine(monkeypatch, 4, {4: 0.1, 2: 0.2, 1: 0.4})
+    tuner = runtime.ThreadTuner(CPU)
+    machine.run(tuner, 40)
+    assert set(machine.used) == {4, 2, 1} and machine.used[-20:] == [4] * 20
+    machine.pace = {4: 6.0, 2: 3.0, 1: 0.8}
+    machine.now += 60
+    machine.run(tuner, 40)
+    assert machine.used[-25:] == [1] * 25
+
+
+def test_threads_are_tried_again_and_a_choice_that_lost_is_not_tried_to_the_end(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 0.1, 1: 9.0})
+    tuner = runtime.ThreadTuner(CPU)
+    machine.run(tuner, 20)
+    assert machine.used.count(1) == 1
+    machine.now += tuner.EVERY_S
+    machine.run(tuner, 20)
+    assert machine.used.count(1) == 2 and machine.threads == 2
+
+
+def test_a_pause_is_no_step(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 0.1, 1: 0.2})
+    tuner = runtime.ThreadTuner(CPU)
+    machine.run(tuner, 2)
+    machine.now += 500
+    tuner.restart()
+    machine.run(tuner, 20)
+    assert machine.threads == 2
+
+
+@pytest.mark.parametrize("device, enabled, threads", [(CPU, False, 2), (CPU, True, 1),
+                                                      (torch.device("cuda", 0), True, 2)])
+def test_threads_are_left_alone(monkeypatch, device, enabled, threads):
+    machine = Machine(monkeypatch, threads, {2: 0.1, 1: 0.01})
+    machine.run(runtime.ThreadTuner(device, enabled), 50)
+    assert set(machine.used) == {threads}

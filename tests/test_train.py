@@ -84,7 +84,7 @@ def test_saved_config_repeats_the_run(finished):
 def test_evaluate_repeats_the_numbers(finished, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate_cli.main([str(finished / "checkpoint.pt"), "--json", str(tmp_path / "again.json")]) == 0
-    again, result = json.loads((tmp_path / "again.json").read_text()), json.loads((finished / "result.json").read_text())
+    again, result = (json.loads(p.read_text()) for p in (tmp_path / "again.json", finished / "result.json"))
     assert {key: again[key] for key in KEYS} == {key: result[key] for key in KEYS}
     assert again["baseline"] == result["baseline"] and again["eval_digest"] == result["eval_digest"]
     table = capsys.readouterr().out

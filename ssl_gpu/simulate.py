@@ -1,0 +1,217 @@
+"""Render rooms into files: python -m ssl_gpu.simulate CONFIG --num-scenes N --out DIR [section.key=value ...].
+
+rir_<i>.npy   float32 [mic, src, tap], cut at the scene's own length, at rir.sample_rate, in the scale of FRA-RIR: a
+              direct path over d m peaks at about 0.0155 / d
+scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s), angles of the sources, measured t20 (s),
+              drr_db and c50_db [mic][src], seed; --scenes reads it, and with the same seed renders the same RIRs
+mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
+              64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
+scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
+
+Everything is drawn and rendered on the CPU, one scene at a time: scene i depends on configuration, seed and i only.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import signal
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_gpu import plots, rng
+from ssl_gpu.checkpoint import replacing_folder, write_json
+from ssl_gpu.config import RunConfig, load_config
+from ssl_gpu.evaluate import eval_speech
+from ssl_gpu.hybrid import draw_rooms, render_rooms
+from ssl_gpu.ism import check_feasible
+from ssl_gpu.measure import RirMeasures, measure_rirs
+from ssl_gpu.mixture import draw_mixture, mix
+from ssl_gpu.rir import OVERSAMPLING, RirBatch
+from ssl_gpu.scene import SceneBatch, sample_scenes
+from ssl_gpu.scenelist import read_scenes, scene_entries
+from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
+from ssl_gpu.train import interrupt
+
+WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR
+MAX_PLOTS = 16
+OURS = re.compile(r"scenes\.json|rir_\d+\.npy|mix_\d+\.wav|scene_\d+\.png")
+
+
+def generator(seed: int, stream: rng.Stream, index: int) -> torch.Generator:
+    """Of scene `index` alone. The split is one that neither training nor its evaluation set draws from."""
+    return rng.generator(seed, rng.Split.VALIDATION, stream, index)
+
+
+def draw_scene(cfg: RunConfig, seed: int, index: int) -> SceneBatch:
+    """Scene `index` of a seed. Raises ValueError when its room has no place for the sources."""
+    scene = sample_scenes(cfg.scene, 1, generator=generator(seed, rng.Stream.SCENE, index))
+    if not scene.valid.all():
+        raise ValueError(f"scene {index}: its room has no place for the sources, widen "
+                         f"scene.src_dist_m={cfg.scene.src_dist_m} or scene.room_min_m={cfg.scene.room_min_m}")
+    return scene
+
+
+def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int) -> RirBatch:
+    """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many."""
+    scene = replace(scene, max_rt60=float(scene.rt60[0]))
+    rir = replace(cfg.rir, early=False)
+    drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))
+    return render_rooms(cfg.ism, rir, scene, *drawn)
+
+
+def draw_audio(cfg: RunConfig, bank: SpeechBank, scene: SceneBatch, rirs: RirBatch, seed: int, index: int) -> Tensor:
+    """What the microphones hear in a single scene, [mic, sample], with the levels and noises of the configuration."""
+    num_mics, num_src = rirs.full.shape[1:3]
+    num_samples = round(cfg.speech.clip_s * rirs.sample_rate)
+    crops = draw_crops(bank, 1, num_src, num_samples, cfg.speech.crop,
+                       generator=generator(seed, rng.Stream.SPEECH, index))
+    noise = draw_mixture(cfg.mixture, 1, num_src, num_mics, num_samples,
+                         generator=generator(seed, rng.Stream.MIXTURE, index))
+    return mix(gather_crops(bank, crops, num_samples), rirs, scene, noise).audio[0] * WAV_GAIN
+
+
+def write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
+    """audio [channel, sample] float32 -> WAV of 32-bit floats, which do not clip.
+
+    Written here because libsndfile puts the time of day into the header of such files.
+    """
+    data = audio.T.contiguous().numpy().astype("<f4").tobytes()
+    channels, samples = audio.shape
+    kind = struct.pack("<HHIIHHH", 3, channels, sample_rate, 4 * channels * sample_rate, 4 * channels, 32, 0)
+    chunks = ((b"fmt ", kind), (b"fact", struct.pack("<I", samples)), (b"data", data))
+    body = b"WAVE" + b"".join(name + struct.pack("<I", len(content)) + content for name, content in chunks)
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+def describe(scene: SceneBatch, measures: RirMeasures, seed: int, index: int) -> dict[str, Any]:
+    """The entry of a single scene in scenes.json; a measure that is undefined is None."""
+    [entry] = scene_entries(scene)
+    found = {name: getattr(measures, name)[0].tolist() for name in ("t20", "drr_db", "c50_db")}
+    found = {name: [[value if math.isfinite(value) else None for value in row] for row in rows]
+             for name, rows in found.items()}
+    first = {name: entry.pop(name) for name in ("mic_pos", "src_pos", "array_pos")}
+    return {**first, "fname": f"rir_{index}.npy", **entry, **found, "seed": seed}
+
+
+def each_scene(cfg: RunConfig, given: SceneBatch | None, num_scenes: int, seed: int) -> Iterator[SceneBatch]:
+    """The scenes one by one: drawn, or those given."""
+    for index in range(num_scenes):
+        yield draw_scene(cfg, seed, index) if given is None else given[index:index + 1]
+
+
+def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes: int, seed: int,
+              bank: SpeechBank | None, plot: bool) -> list[dict[str, Any]]:
+    """Fills a folder with everything, and returns what is in scenes.json."""
+    entries = []
+    for index, scene in enumerate(tqdm(each_scene(cfg, given, num_scenes, seed), "simulating", num_scenes,
+                                       unit="scene")):
+        rirs = draw_rirs(cfg, scene, seed, index)
+        np.save(folder / f"rir_{index}.npy", rirs.full[0].numpy().astype("<f4"), allow_pickle=False)
+        measures = measure_rirs(rirs, scene)
+        entries.append(describe(scene, measures, seed, index))
+        if bank is not None:
+            audio = draw_audio(cfg, bank, scene, rirs, seed, index)
+            write_wav(folder / f"mix_{index}.wav", audio, rirs.sample_rate)
+        if plot and index < MAX_PLOTS:
+            plots.draw_scene(folder / f"scene_{index}.png", scene, rirs, measures, f"scene {index}, seed {seed}")
+    write_json(folder / "scenes.json", entries)
+    return entries
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raises ValueError where the set may not be put: over files, but for those of an earlier set with --force."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
+    names = sorted(path.name for path in out.iterdir())
+    if names and not force:
+        raise ValueError(f"--out must be a new or empty folder, or one to replace by --force, got {out} "
+                         f"with {names[0]}")
+    strange = [name for name in names if not OURS.fullmatch(name)]
+    if strange:
+        raise ValueError(f"--force replaces only what an earlier run wrote, but {out} holds {strange[0]}")
+
+
+def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
+    """The first `count` scenes of a list, or all. Raises ValueError for fewer, or where rir.method refuses one."""
+    scenes = read_scenes(path)
+    if count is not None and count > len(scenes):
+        raise ValueError(f"--num-scenes must be <= {len(scenes)}, the scenes in {path}, got {count}")
+    scenes = scenes[:count]
+    if cfg.rir.uses_walls:
+        try:
+            check_feasible(cfg.ism, scenes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return scenes
+
+
+def simulate(args: argparse.Namespace) -> str:
+    """Does what the command line says, and returns a line about it. Raises ValueError or OSError with a line, too."""
+    out = Path(args.out).expanduser().resolve()
+    if args.num_scenes is None and args.scenes is None:
+        raise ValueError("--num-scenes N must say how many scenes to draw, unless --scenes FILE gives them")
+    if args.num_scenes is not None and args.num_scenes < 1:
+        raise ValueError(f"--num-scenes must be >= 1, got {args.num_scenes}")
+    if not 0 <= args.seed <= rng.MAX_SEED:
+        raise ValueError(f"--seed must satisfy 0 <= seed <= {rng.MAX_SEED}, got {args.seed}")
+    check_out(out, args.force)
+    cfg = load_config(RunConfig, args.config, args.overrides)
+    given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
+    num_scenes = args.num_scenes or len(given)
+    if args.plot:
+        plots.require_matplotlib()
+    bank = eval_speech(cfg) if args.wav else None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), replacing_folder(out) as folder:
+            entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.plot)
+            megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            check_out(out, args.force)  # rendering takes a while
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror or error}") from error
+    num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
+    return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
+            f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.simulate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="for example scene.num_mics=4 rir.sample_rate=48000")
+    parser.add_argument("--num-scenes", type=int, metavar="N",
+                        help="how many scenes to draw; with --scenes, how many of them to render (default: all)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder, filled when all is done")
+    parser.add_argument("--scenes", metavar="FILE", help="render the scenes of this JSON list instead of drawing them")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn (default: %(default)s)")
+    parser.add_argument("--wav", action="store_true", help="write mixtures of speech as well")
+    parser.add_argument("--plot", action="store_true", help=f"draw the first {MAX_PLOTS} scenes; needs matplotlib")
+    parser.add_argument("--force", action="store_true", help="replace a folder that an earlier run wrote")
+    args = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        print(simulate(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from oracle import mixture
+from torch.testing import assert_close
+
+from ssl_gpu.mixture import MixtureConfig, mix
+from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir
+from ssl_gpu.scene import SceneConfig, sample_scenes
+from ssl_gpu.simulator import BANK_BLOCK, Simulator, SimulatorConfig
+
+SCENE, RIR = SceneConfig(rt60_s=(0.05, 0.15), rotate=True), RirConfig(num_images=(20, 40))
+MIX = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(20.0, 30.0), diffuse_snr_db=(10.0, 20.0))
+TENSORS = ("room_dim", "rt60", "mic_pos", "src_pos", "mic_orientation", "src_orientation", "valid")
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def simulator(scene=SCENE, rir=RIR, mixing=MIX, chunk=None):
+    return Simulator(scene, rir, mixing, SimulatorConfig(chunk))
+
+
+def speech(batch=5, srcs=2, samples=2000):
+    return torch.randn(batch, srcs, samples, generator=seeded(99))
+
+
+def same(first, second):
+    assert torch.equal(first.audio, second.audio) and torch.equal(first.early, second.early)
+    for name in TENSORS:
+        assert torch.equal(getattr(first.scenes, name), getattr(second.scenes, name))
+
+
+def test_same_seed_same_audio_and_no_global_randomness():
+    state = torch.get_rng_state()
+    first, again = (simulator()(speech(), generator=seeded(1)) for _ in range(2))
+    same(first, again)
+    assert torch.equal(state, torch.get_rng_state())
+    other = simulator()(speech(), generator=seeded(2))
+    assert not torch.equal(first.audio, other.audio)
+    draws = [simulator().draw(5, 2000, generator=seeded(seed)) for seed in (1, 2)]
+    for part, name in (("scenes", "src_pos"), ("images", "direction"), ("mixture", "sensor")):
+        assert not torch.equal(*(getattr(getattr(drawn, part), name) for drawn in draws))
+    generator, one = seeded(1), simulator()
+    assert torch.equal(one(speech(), generator=generator).audio, first.audio)
+    assert not torch.equal(one(speech(), generator=generator).audio, first.audio)  # and a new room at every call
+
+
+def test_audio_is_dry_speech_through_the_rirs_of_its_scenes():
+    """From the draw by hand: the labels, the RIRs and the audio belong together."""
+    simulate, dry = simulator(mixing=MixtureConfig(level_difference_db=(-5.0, 5.0))), speech()
+    drawn = simulate.draw(5, 2000, generator=seeded(1))
+    batch = simulate.render(dry, drawn)
+    assert batch.audio.shape == (5, 2, 2000) and batch.early.shape == (5, 2, 2, 2000) and batch.sample_rate == 16000
+    rirs = render_rir(RIR, drawn.scenes, drawn.images)
+    for row in range(5):
+        expected = torch.from_numpy(mixture(dry[row].double().numpy(), rirs.full[row].double().numpy(),
+                                            drawn.mixture.gain[row].double().numpy()))
+        assert_close(batch.audio[row].double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    assert batch.scenes is drawn.scenes and drawn.room is None
+
+
+def test_draw_on_the_cpu_then_render_equals_the_call():
+    """Bit for bit; moving the draw, as to another device, changes nothing."""
+    simulate, dry = simulator(), speech()
+    called = simulate(dry, generator=seeded(1))
+    same(simulate.render(dry, simulate.draw(5, 2000, generator=seeded(1)).to("cpu")), called)
+
+
+@pytest.mark.parametrize("bank", [None, 3])
+def test_chunk_does_not_change_the_result(bank):
+    """To 1e-6 of the loudest sample; batched FFTs may round otherwise in another batch size."""
+    def run(chunk):
+        simulate = simulator(replace(SCENE, bank=bank), chunk=chunk)
+        if bank:
+            simulate.fill_bank(generator=seeded(0))
+        return simulate(speech(), generator=seeded(1))
+
+    whole = run(None)
+    for chunk in (1, 2, 5, 100):
+        part = run(chunk)
+        for name in ("audio", "early"):
+            expected = getattr(whole, name)
+            assert_close(getattr(part, name), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        assert torch.equal(part.scenes.src_pos, whole.scenes.src_pos)
+
+
+def test_rooms_of_a_bank_do_not_depend_on_the_chunk():
+    """Their images are drawn in blocks of a fixed size."""
+    few = replace(RIR, num_images=(4, 8), early=False)
+    banks = []
+    for chunk in (None, 50):
+        simulate = simulator(replace(SCENE, bank=BANK_BLOCK + 6), few, chunk=chunk)
+        simulate.fill_bank(generator=seeded(0))
+        banks.append(simulate.bank[1])
+    assert banks[0].full.shape[0] == BANK_BLOCK + 6 and banks[0].early is None
+    assert_close(banks[0].full, banks[1].full, rtol=0, atol=1e-8)
+    assert torch.equal(banks[0].length, banks[1].length)
+    assert len(banks[0].full.abs().sum((1, 2, 3)).unique()) == BANK_BLOCK + 6  # no room twice
+
+
+def test_only_rooms_of_the_bank_occur_and_every_one_does():
+    simulate = simulator(replace(SCENE, bank=3), chunk=7)
+    simulate.fill_bank(generator=seeded(0))
+    scenes, rirs = simulate.bank
+    dry = speech(60)
+    drawn = simulate.draw(60, 2000, generator=seeded(1))
+    assert drawn.images is None and torch.bincount(drawn.room, minlength=3).min() >= 5 and drawn.room.max() == 2
+    batch = simulate.render(dry, drawn)
+    for name in TENSORS:
+        assert torch.equal(getattr(batch.scenes, name), getattr(scenes, name)[drawn.room])
+    expected = mix(dry, rirs[drawn.room], batch.scenes, drawn.mixture)
+    assert_close(batch.audio, expected.audio, rtol=0, atol=1e-6)
+    assert_close(batch.early, expected.early, rtol=0, atol=1e-6)
+
+
+def test_bank_is_drawn_like_any_other_room():
+    simulate, generator = simulator(replace(SCENE, bank=3)), seeded(0)
+    simulate.fill_bank(generator=seeded(0))
+    scenes = sample_scenes(SCENE, 3, generator=generator)
+    expected = render_rir(RIR, scenes, draw_images(RIR, scenes, generator=generator))
+    assert torch.equal(simulate.bank[0].src_pos, scenes.src_pos)
+    assert_close(simulate.bank[1].full, expected.full, rtol=0, atol=1e-8)
+    assert_close(simulate.bank[1].early, expected.early, rtol=0, atol=1e-8)
+
+
+def test_bank_is_filled_once_from_its_generator():
+    first, again, other = (simulator(replace(SCENE, bank=2)) for _ in range(3))
+    for simulate, seed in ((first, 0), (again, 0), (other, 1)):
+        simulate.fill_bank(generator=seeded(seed))
+    assert torch.equal(first.bank[1].full, again.bank[1].full)
+    assert not torch.equal(first.bank[1].full, other.bank[1].full)
+    before = first.bank[1].full
+    first(speech(), generator=seeded(5))
+    assert first.bank[1].full is before
+
+
+def test_an_unfilled_bank_is_an_error_of_one_line():
+    with pytest.raises(ValueError, match="^scene.bank=3 needs Simulator.fill_bank before the first draw$"):
+        simulator(replace(SCENE, bank=3))(speech(), generator=seeded(0))
+    with pytest.raises(ValueError, match="^Simulator.fill_bank needs scene.bank to be a number of rooms, got None$"):
+        simulator().fill_bank(generator=seeded(0))
+
+
+def test_a_bank_with_rooms_that_break_the_law_is_refused():
+    law = replace(SCENE, room_max_m=(3.0, 3.0, 2.5), src_dist_m=(1.5, 5.0), bank=100)
+    with pytest.raises(ValueError, match=r"^scene: \d+ of scene.bank=100 rooms have no place for the sources, widen "
+                                         r"scene.src_dist_m=\(1.5, 5.0\) or scene.room_min_m$"):
+        simulator(law).fill_bank(generator=seeded(0))
+
+
+def test_no_gradient_graph_is_attached():
+    dry = speech().requires_grad_()
+    for bank in (None, 2):
+        simulate = simulator(replace(SCENE, bank=bank))
+        if bank:
+            simulate.fill_bank(generator=seeded(0))
+        batch = simulate(dry, generator=seeded(0))
+        assert not batch.audio.requires_grad and not batch.early.requires_grad
+        assert not batch.audio.is_inference()  # such tensors could not enter a backward pass
+        rendered = simulate.render(dry, simulate.draw(5, 2000, generator=seeded(0)))
+        assert not rendered.audio.requires_grad
+
+
+@pytest.mark.parametrize("scene", [SceneConfig(num_mics=1, num_src=1), SceneConfig(num_mics=5, num_src=4),
+                                   SceneConfig(array_radius_m=0.2, num_mics=3),
+                                   SceneConfig(mic_array_m=((0, 0, 0), (0.1, 0, 0), (0, 0.1, 0)), num_src=3)])
+def test_any_number_of_microphones_and_sources(scene):
+    batch = simulator(scene)(speech(2, scene.num_src), generator=seeded(0))
+    assert batch.audio.shape == (2, scene.mic_count, 2000) and torch.isfinite(batch.audio).all()
+    assert batch.early.shape == (2, scene.mic_count, scene.num_src, 2000)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2000), (5, 2000), (5, 2, 0), (0, 2, 2000)])
+def test_speech_of_the_wrong_shape_is_refused(shape):
+    with pytest.raises(ValueError) as error:
+        simulator()(torch.zeros(shape), generator=seeded(0))
+    assert str(error.value) == f"dry speech must be [batch, src=2, sample], got {list(shape)}"
+
+
+def test_speech_of_another_batch_than_the_draw_is_refused():
+    """With a chunk that divides both, labels of scenes nobody speaks in would come back."""
+    simulate = simulator(chunk=2, mixing=MixtureConfig())
+    drawn = simulate.draw(4, 2000, generator=seeded(0))
+    with pytest.raises(ValueError) as error:
+        simulate.render(speech(2), drawn)
+    assert str(error.value) == "dry speech must be [batch=4, src, sample] for this draw, got [2, 2, 2000]"
+
+
+def test_chunk_below_one_is_refused():
+    with pytest.raises(ValueError, match="^simulator.chunk must be >= 1 scene, got 0$"):
+        SimulatorConfig(chunk=0)
+    assert [SimulatorConfig().chunk_on(torch.device(device)) for device in ("cpu", "meta")] == [16, 512]
+    assert SimulatorConfig(7).chunk_on(torch.device("cpu")) == 7
+
+
+def test_every_section_reaches_the_mixture():
+    plain = simulator()(speech(), generator=seeded(0))
+    for change in (dict(scene=replace(SCENE, rotate=False)), dict(rir=replace(RIR, perturbation=(-1.0, 1.0))),
+                   dict(mixing=MixtureConfig())):
+        assert not torch.equal(simulator(**change)(speech(), generator=seeded(0)).audio, plain.audio)
+    walls = replace(SCENE, rt60_s=(0.3, 0.4))
+    plain = simulator(walls)(speech(), generator=seeded(0))
+    for change in (dict(method=Method.HYBRID), dict(method=Method.ISM), dict(hybrid_share=1.0)):
+        other = simulator(walls, replace(RIR, **change))(speech(), generator=seeded(0))
+        assert torch.equal(other.scenes.src_pos, plain.scenes.src_pos) and not torch.equal(other.audio, plain.audio)
+    assert [f.name for f in fields(SimulatorConfig)] == ["chunk"]  # which changes memory alone, see above
