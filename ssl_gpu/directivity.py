@@ -36,13 +36,23 @@ def pattern_gain(pattern: Pattern, cosine: Tensor) -> Tensor:
     return share + (1 - share) * cosine
 
 
-def look_vector(orientation: Tensor) -> Tensor:
-    """Orientation [..., 2] rad, (azimuth, polar angle from +z) -> unit look vector [..., 3], the reference's law.
+class LookVector(Enum):
+    """Orientation to direction: as the reference has it, or as it is meant. See look_vector."""
+
+    REFERENCE = "reference"
+    EXACT = "exact"
+
+
+def look_vector(orientation: Tensor, law: LookVector = LookVector.REFERENCE) -> Tensor:
+    """Orientation [..., 2] rad, (azimuth, polar angle from +z) -> unit look vector [..., 3].
 
     The reference writes cos(azimuth sin(polar)) where cos(azimuth) sin(polar) is meant, and normalises: exact only
     at polar = pi/2, 15 degrees off on average, and (0, 0), "up", looks along (1, 0, 1).
     """
     azimuth, polar = orientation.unbind(-1)
-    bent = azimuth * torch.sin(polar)
-    vector = torch.stack((torch.cos(bent), torch.sin(bent), torch.cos(polar)), -1)
+    sin, cos = torch.sin(polar), torch.cos(polar)
+    if law is LookVector.EXACT:
+        return torch.stack((torch.cos(azimuth) * sin, torch.sin(azimuth) * sin, cos), -1)
+    bent = azimuth * sin
+    vector = torch.stack((torch.cos(bent), torch.sin(bent), cos), -1)
     return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)

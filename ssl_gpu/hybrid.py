@@ -82,7 +82,8 @@ def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: 
 
 def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> Arrivals:
     """When and how strongly the direct path, the exact images and the tail reach every microphone, in this order."""
-    images = trace_images(rir_cfg, Shoebox.of(cfg, scenes), _table_on(cfg.hybrid_order, scenes.rt60.device))
+    box = Shoebox.of(cfg, scenes, rir_cfg.look_vector)
+    images = trace_images(rir_cfg, box, _table_on(cfg.hybrid_order, scenes.rt60.device))
     slot, amplitude = (torch.cat(parts, -1) for parts in zip(images, _trace_tail(cfg, rir_cfg, scenes, tail)))
     last = slots_in_rir(rir_cfg, scenes.rt60)[:, None, None, None] - 1
     amplitude = torch.where(slot <= last, amplitude, 0.0)
@@ -115,7 +116,7 @@ def _trace_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: Ta
     if tail.src_cosine is not None:
         amplitude = amplitude * pattern_gain(rir_cfg.src_pattern, tail.src_cosine)[:, None]
     if rir_cfg.mic_pattern is not Pattern.OMNI:
-        look = look_vector(scenes.mic_orientation).to(torch.float32)[:, :, None, None]
+        look = look_vector(scenes.mic_orientation, rir_cfg.look_vector).to(torch.float32)[:, :, None, None]
         amplitude = amplitude * pattern_gain(rir_cfg.mic_pattern, (look * tail.direction[:, None]).sum(-1))
     slot = nearest_slot(rir_cfg, dist[:, None] - ahead)
     return slot, amplitude.expand_as(slot)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
+from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.rir import OVERSAMPLING, RirBatch, RirConfig, is_early, slots_in_rir, synthesize_dense, taps_for
 from ssl_gpu.scene import SceneBatch, SceneConfig
 
@@ -141,13 +141,13 @@ class Shoebox:
     log2_coefficient: Tensor
 
     @classmethod
-    def of(cls, cfg: IsmConfig, scenes: SceneBatch) -> "Shoebox":
-        """For [batch, mic, src, image]."""
+    def of(cls, cfg: IsmConfig, scenes: SceneBatch, look: LookVector = LookVector.REFERENCE) -> "Shoebox":
+        """For [batch, mic, src, image]; look: the law of the look vectors, rir.look_vector."""
         kept = 0.5 * torch.log2(1 - wall_absorption(cfg, scenes.room_dim, scenes.rt60))
         src, src_look = (x.movedim(-1, 0)[:, :, None, :, None] for x in
-                         (scenes.src_pos, look_vector(scenes.src_orientation)))
+                         (scenes.src_pos, look_vector(scenes.src_orientation, look)))
         mic, mic_look = (x.movedim(-1, 0)[:, :, :, None, None] for x in
-                         (scenes.mic_pos, look_vector(scenes.mic_orientation)))
+                         (scenes.mic_pos, look_vector(scenes.mic_orientation, look)))
         return cls(scenes.room_dim.T[:, :, None, None, None], src, mic, src_look, mic_look, kept[:, None, None, None])
 
     def rows(self, index: Tensor) -> "Shoebox":
@@ -206,7 +206,7 @@ def _trace_all(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, parts: in
     """All images within RT60 added up on the 64x grid, [batch, mic, src, part, slot] float32."""
     shape = (len(scenes), scenes.mic_pos.shape[1], scenes.src_pos.shape[1])
     device = scenes.rt60.device
-    box, last = Shoebox.of(cfg, scenes), slots_in_rir(rir_cfg, scenes.rt60) - 1
+    box, last = Shoebox.of(cfg, scenes, rir_cfg.look_vector), slots_in_rir(rir_cfg, scenes.rt60) - 1
     pair = torch.arange(shape[1] * shape[2], device=device).view(*shape[1:], 1)
     train = torch.zeros(shape[0] * pair.numel() * parts * width, device=device)
     direct, _ = trace_images(rir_cfg, box, torch.zeros(3, 1, 1, 1, 1, dtype=torch.int64, device=device))

@@ -9,7 +9,7 @@ the target rate: an arrival in slot 64 b + phase contributes a tabulated 16-tap 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import lru_cache
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
+from ssl_gpu.bands import air_absorption_db, band_gain, join_bands, octave_centres
 from ssl_gpu.convolve import fast_length
-from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
+from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
+from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain
 from ssl_gpu.scene import SceneBatch
 
 OVERSAMPLING = 64  # slots per sample
@@ -52,6 +54,19 @@ class RirConfig:
     early: render the early RIR as well; RirBatch.early is None otherwise.
     early_window_ms: the early part, whole ms relative to the direct path.
 
+    Choices where the reference is wrong (ssl_gpu.laws, docs/fidelity.md):
+    image_directions: images from above only, or from all round.
+    src_directions: of patterned sources, in which directions images leave them.
+    look_vector: what patterns look along, see directivity.look_vector; for ism and hybrid, too.
+    image_range: how far images reach, short of the end of the RIR or up to it.
+    images_per_s: range of the uniform integer law of the number of images per second of RT60; the batch has room for
+        those of max_rt60. None: num_images, however long the RIR.
+    decay: what RT60 means; measured makes it T20.
+    band_rt60_ratio: for every octave band from 125 Hz to half the sample rate the range of the uniform law of its RT60
+        over the scene's, in 0..1: the scene's is that of the slowest band. None: all bands alike.
+    air: temperature in C and relative humidity in percent of air that absorbs sound (ISO 9613-1). None: it does not.
+        This and band_rt60_ratio render every octave band on its own, as many times the cost.
+
     Raises ValueError naming the field, its value and the rule.
     """
 
@@ -65,10 +80,18 @@ class RirConfig:
     mic_pattern: Pattern = Pattern.OMNI
     early: bool = True
     early_window_ms: tuple[int, int] = (-6, 50)
+    image_directions: ImageDirections = ImageDirections.UPPER
+    src_directions: SrcDirections = SrcDirections.PRODUCT
+    look_vector: LookVector = LookVector.REFERENCE
+    image_range: ImageRange = ImageRange.REFERENCE
+    images_per_s: tuple[int, int] | None = None
+    decay: Decay = Decay.NOMINAL
+    band_rt60_ratio: tuple[tuple[float, float], ...] | None = None
+    air: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name, numbers in (("sample_rate", (self.sample_rate,)), ("num_images", self.num_images),
-                              ("early_window_ms", self.early_window_ms)):
+                              ("early_window_ms", self.early_window_ms), ("images_per_s", self.images_per_s or ())):
             if not all(hasattr(number, "__index__") for number in numbers):
                 raise ValueError(f"rir.{name} must be whole, got {getattr(self, name)}")
         if not 0 <= self.hybrid_share <= 1:
@@ -86,6 +109,29 @@ class RirConfig:
             raise ValueError(f"rir.perturbation_exponent must be finite, got {self.perturbation_exponent}")
         if not self.early_window_ms[0] < self.early_window_ms[1]:
             raise ValueError(f"rir.early_window_ms must satisfy low < high, got {self.early_window_ms}")
+        if self.images_per_s is not None and not 1 <= self.images_per_s[0] <= self.images_per_s[1]:
+            raise ValueError(f"rir.images_per_s must satisfy 1 <= low <= high, got {self.images_per_s}")
+        self._check_bands()
+
+    def _check_bands(self):
+        if self.uses_walls and self.in_bands:
+            raise ValueError("rir.band_rt60_ratio and rir.air must be null unless rir.method is fra and "
+                             "rir.hybrid_share is 0")
+        bands = octave_centres(self.sample_rate)
+        if self.band_rt60_ratio is not None:
+            if len(self.band_rt60_ratio) != len(bands):
+                raise ValueError(f"rir.band_rt60_ratio must hold a range for each of {len(bands)} octaves, from "
+                                 f"{bands[0]:g} to {bands[-1]:g} Hz, got {len(self.band_rt60_ratio)}")
+            for ratio in self.band_rt60_ratio:
+                if not 0 < ratio[0] <= ratio[1] <= 1:
+                    raise ValueError(f"rir.band_rt60_ratio must satisfy 0 < low <= high <= 1, got {ratio}")
+        if self.air is not None and not (-20 <= self.air[0] <= 50 and 10 <= self.air[1] <= 100):
+            raise ValueError(f"rir.air must be a temperature in -20..50 C and a humidity in 10..100 %, got {self.air}")
+
+    @property
+    def in_bands(self) -> bool:
+        """Whether every octave band is rendered on its own."""
+        return self.band_rt60_ratio is not None or self.air is not None
 
     @property
     def uses_walls(self) -> bool:
@@ -101,7 +147,8 @@ class ImageBatch:
     ratio [batch, src, image] float32: distance of the image over distance of the source, both to that microphone;
     perturbation [batch, src, image] float32: the raw U of the reflection count's perturbation;
     src_cosine [batch, src, image] float32: cosine at which the image leaves its source, None for omni sources;
-    active [batch, image] bool: False pads a scene with fewer images than the batch has room for.
+    active [batch, image] bool: False pads a scene with fewer images than the batch has room for;
+    band_ratio [batch, band] float32: RT60 of an octave band over the scene's, None where all are alike.
     """
 
     direction: Tensor
@@ -109,6 +156,7 @@ class ImageBatch:
     perturbation: Tensor
     src_cosine: Tensor | None
     active: Tensor
+    band_ratio: Tensor | None = None
 
     def __getitem__(self, index: slice | Tensor) -> "ImageBatch":
         """The images of a slice or of an index tensor [n] of scenes."""
@@ -149,29 +197,52 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     """Draw the images of every source of every scene, on the scenes' device, without a device sync.
 
     One uniform number of images per scene. Distance ratio r = 1 + (340 RT60 / d - 2) sqrt(U), the continuous form of
-    the reference's P(k) proportional to k on a grid; azimuth U(-pi, pi) and an angle U(-pi/2, pi/2) that is used as
-    polar angle, so that all images lie in the upper half space, dense at the zenith: the reference's law.
+    the reference's P(k) proportional to k on a grid, or 1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an
+    angle U(-pi/2, pi/2) that is used as polar angle, so that all images lie in the upper half space, dense at the
+    zenith: the reference's law. For the others see ssl_gpu.laws.
     The generator must be on the scenes' device.
     """
     device, (batch, num_src) = scenes.rt60.device, scenes.src_pos.shape[:2]
-    low, high = cfg.num_images
-    shape = (batch, num_src, high)
+    low, high = cfg.num_images if cfg.images_per_s is None else cfg.images_per_s
+    most = high if cfg.images_per_s is None else math.ceil(high * scenes.max_rt60)
+    shape = (batch, num_src, most)
 
     def uniform(a: float, b: float) -> Tensor:
         return torch.rand(shape, generator=generator, device=device).mul_(b - a).add_(a)
 
     count = torch.randint(low, high + 1, (batch, 1), generator=generator, device=device)
+    if cfg.images_per_s is not None:
+        count = (count * scenes.rt60[:, None]).ceil()
     _, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None]).squeeze(1)
-    span = (SPEED_OF_SOUND * scenes.rt60[:, None] / closest - 2).to(torch.float32)
-    ratio = 1 + span[..., None] * uniform(0, 1).sqrt_()
-    azimuth, polar = uniform(-math.pi, math.pi), uniform(-math.pi / 2, math.pi / 2)
+    span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)
+    place = uniform(0, 1) if cfg.decay is Decay.MEASURED else uniform(0, 1).sqrt_()
+    ratio = 1 + span[..., None] * place
+    azimuth = uniform(-math.pi, math.pi)
+    sphere = cfg.image_directions is ImageDirections.SPHERE
+    polar = torch.acos(uniform(-1, 1)) if sphere else uniform(-math.pi / 2, math.pi / 2)
     perturbation = uniform(*cfg.perturbation)
     src_cosine = None
     if cfg.src_pattern is not Pattern.OMNI:
-        src_cosine = torch.cos(uniform(-math.pi, math.pi)) * torch.cos(uniform(-math.pi, math.pi))
-    active = torch.arange(high, device=device) < count
-    return ImageBatch(unit_from_polar(azimuth, polar), ratio, perturbation, src_cosine, active)
+        src_cosine = uniform(-1, 1) if cfg.src_directions is SrcDirections.SPHERE else \
+            torch.cos(uniform(-math.pi, math.pi)) * torch.cos(uniform(-math.pi, math.pi))
+    active = torch.arange(most, device=device) < count
+    return ImageBatch(unit_from_polar(azimuth, polar), ratio, perturbation, src_cosine, active,
+                      draw_band_ratio(cfg, batch, generator=generator))
+
+
+def draw_band_ratio(cfg: RirConfig, batch: int, *, generator: torch.Generator) -> Tensor | None:
+    """RT60 of every octave band over the scene's, [batch, band] float32, on the generator's device, if they differ."""
+    if cfg.band_rt60_ratio is None:
+        return None
+    draw = torch.rand(batch, len(cfg.band_rt60_ratio), generator=generator, device=generator.device)
+    return torch.stack([low + (high - low) * draw[:, band]
+                        for band, (low, high) in enumerate(cfg.band_rt60_ratio)], -1)
+
+
+def image_span(cfg: RirConfig, rt60: Tensor, closest: Tensor) -> Tensor:
+    """rt60 [...] s, source distance closest [...] m -> largest distance ratio of an image, less 1."""
+    return SPEED_OF_SOUND * rt60 / closest - (1 if cfg.image_range is ImageRange.FULL else 2)
 
 
 def unit_from_polar(azimuth: Tensor, polar: Tensor) -> Tensor:
@@ -211,31 +282,49 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image], from the nearest mic
     image_offset = torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
                                 for axis in range(3)]).movedim(0, -1)  # [batch, mic, src, image, 3], x, y, z apart
-    reach = SPEED_OF_SOUND * scenes.rt60[:, None, None, None]          # m travelled in one RT60
     dist = distance(image_offset)
-
-    coefficient = reflection_coefficient(scenes.room_dim, scenes.rt60)[:, None, None, None]
-    max_reflections = (torch.log10(reach) - 3) / torch.log10(coefficient)
-    spread = images.perturbation * images.ratio ** cfg.perturbation_exponent
-    reflections = ((dist / reach) * (max_reflections - 1) + 1).to(torch.float32) + spread[:, None]
-    near = dist.to(torch.float32)
-    decay = torch.exp2(reflections.clamp(min=1) * torch.log2(coefficient).to(torch.float32)) / near
-    amplitude = torch.where(images.active[:, None, None], decay, 0.0)
+    amplitude = image_amplitude(cfg, scenes, images, dist, closest)
     direct_amplitude = direct.to(torch.float32).reciprocal()
     if images.src_cosine is not None:
         amplitude = amplitude * pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
-        direct_amplitude = direct_amplitude * _gain(cfg.src_pattern, scenes.src_orientation[:, None], -offset)
+        orientation = scenes.src_orientation[:, None]
+        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.src_pattern, orientation, -offset)
     if cfg.mic_pattern is not Pattern.OMNI:
         orientation = scenes.mic_orientation[:, :, None]
-        amplitude = amplitude * _gain(cfg.mic_pattern, orientation[..., None, :], image_offset)
-        direct_amplitude = direct_amplitude * _gain(cfg.mic_pattern, orientation, offset)
+        amplitude = amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation[..., None, :], image_offset)
+        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation, offset)
 
     dist = torch.cat((direct[..., None], dist), -1)
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
     last = slots_in_rir(cfg, scenes.rt60)[:, None, None, None] - 1
     slot = torch.minimum(unclamped, last)
+    if cfg.image_range is ImageRange.FULL:
+        amplitude = torch.where(unclamped[..., 1:] <= last, amplitude, 0.0)
     early = is_early(cfg, slot, unclamped[..., :1], last) if cfg.early else None
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
+
+
+def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist: Tensor, closest: Tensor) -> Tensor:
+    """Of images at dist [batch, mic, src, image] m, polar patterns aside, likewise float32.
+
+    closest [batch, 1, src] m: distance of the source to its nearest microphone.
+    """
+    reach = SPEED_OF_SOUND * scenes.rt60[:, None, None, None]          # m travelled in one RT60
+    coefficient = reflection_coefficient(scenes.room_dim, scenes.rt60)[:, None, None, None]
+    max_reflections = (torch.log10(reach) - 3) / torch.log10(coefficient)
+    widening = images.ratio ** cfg.perturbation_exponent
+    spread = images.perturbation * widening
+    reflections = ((dist / reach) * (max_reflections - 1) + 1).to(torch.float32) + spread[:, None]
+    log2_coefficient = torch.log2(coefficient).to(torch.float32)
+    if cfg.decay is Decay.MEASURED:
+        spacing = (image_span(cfg, scenes.rt60[:, None, None], closest) * closest).abs()[..., None]
+        spacing = spacing / images.active.sum(-1)[:, None, None, None]
+        low, high = (reflections + (end * widening - spread)[:, None] for end in cfg.perturbation)
+        decay = diffuse_amplitude(scenes.room_dim.prod(-1)[:, None, None, None], spacing, dist / reach)
+        decay = decay * perturbation_gain(reflections, low, high, log2_coefficient)
+    else:
+        decay = torch.exp2(reflections.clamp(min=1) * log2_coefficient) / dist.to(torch.float32)
+    return torch.where(images.active[:, None, None], decay, 0.0)
 
 
 def is_early(cfg: RirConfig, slot: Tensor, direct_slot: Tensor, last: Tensor) -> Tensor:
@@ -244,9 +333,9 @@ def is_early(cfg: RirConfig, slot: Tensor, direct_slot: Tensor, last: Tensor) ->
     return (slot >= (direct_slot + start).clamp(min=0)) & (slot < torch.minimum(direct_slot + stop, last + 1))
 
 
-def _gain(pattern: Pattern, orientation: Tensor, offset: Tensor) -> Tensor:
+def _gain(law: LookVector, pattern: Pattern, orientation: Tensor, offset: Tensor) -> Tensor:
     """Gain [...] float32 of a pattern that looks along orientation [..., 2] rad, towards offset [..., 3] m."""
-    look = look_vector(orientation).to(torch.float32)
+    look = look_vector(orientation, law).to(torch.float32)
     towards = offset.to(torch.float32)
     cosine = (look * towards).sum(-1) / torch.linalg.vector_norm(towards, dim=-1)
     return pattern_gain(pattern, cosine)
@@ -329,7 +418,27 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBat
     images in the last slot), and the reference's clamp to [-1, 1] at the 8x rate, which a source nearer than 0.12 m to
     a microphone can reach and which is left out.
     """
-    return synthesize(cfg, find_arrivals(cfg, scenes, images), slots_in_rir(cfg, scenes.rt60), scenes.max_rt60)
+    arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg, scenes.rt60)
+    if cfg.in_bands:
+        return _render_bands(cfg, scenes, images, arrivals, slots)
+    return synthesize(cfg, arrivals, slots, scenes.max_rt60)
+
+
+def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals,
+                  slots: Tensor) -> RirBatch:
+    """Every octave band on its own, its arrivals as much weaker as walls and air make them on their way."""
+    reach = SPEED_OF_SOUND * scenes.rt60
+    travelled = arrivals.slot / (scenes.rt60 * (OVERSAMPLING * cfg.sample_rate))[:, None, None, None]
+    parts = []
+    for band, freq in enumerate(octave_centres(cfg.sample_rate)):
+        air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
+        ratio = None if images.band_ratio is None else images.band_ratio[:, band]
+        weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
+        parts.append(synthesize(cfg, weaker, slots, scenes.max_rt60))
+    inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
+    full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, cfg.sample_rate), 0.0)
+                   for columns in ([part.full for part in parts], [part.early for part in parts]))
+    return replace(parts[0], full=full, early=early)
 
 
 def taps_for(cfg: RirConfig, max_rt60: float) -> int:
@@ -348,7 +457,8 @@ def synthesize(cfg: RirConfig, arrivals: Arrivals, slots: Tensor, max_rt60: floa
     parts = 1 if arrivals.early is None else 2                          # an early arrival goes to the second part
     shape = arrivals.slot.shape[:3]
     table = _kernel_on(cfg.sample_rate, device)
-    phase, start = (arrivals.slot % OVERSAMPLING).flatten(), arrivals.slot // OVERSAMPLING
+    # slot % 64 and slot // 64, but divisions of int64 take ten times as long.
+    phase, start = (arrivals.slot & (OVERSAMPLING - 1)).flatten(), arrivals.slot >> (OVERSAMPLING.bit_length() - 1)
     if arrivals.early is not None:
         start = start + arrivals.early * width
     train = torch.zeros(2, *shape, parts * width, device=device)        # main, remainder
@@ -379,13 +489,13 @@ def _filter(cfg: RirConfig, train: Tensor, slots: Tensor) -> RirBatch:
     max_taps = width - LEAD - TAIL - 1
     n_fft = fast_length(width + math.ceil(RINGING_S * cfg.sample_rate))
     main, rest = _response_on(cfg.sample_rate, n_fft, train.device)
-    spectrum = torch.fft.rfft(train[0], n_fft) * main + torch.fft.rfft(train[1], n_fft) * rest
     length = taps_in_rir(slots)
     inside = torch.arange(max_taps, device=train.device) < length[:, None, None, None]
 
-    def finish(spectrum: Tensor) -> Tensor:
+    def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, width]
+        spectrum = torch.fft.rfft(train[0], n_fft).mul_(main).addcmul_(torch.fft.rfft(train[1], n_fft), rest)
         return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + max_taps], 0.0)
 
     if train.shape[-2] == 1:
-        return RirBatch(finish(spectrum.squeeze(3)), None, length, cfg.sample_rate)
-    return RirBatch(finish(spectrum.sum(3)), finish(spectrum[..., 1, :]), length, cfg.sample_rate)
+        return RirBatch(finish(train.squeeze(-2)), None, length, cfg.sample_rate)
+    return RirBatch(finish(train.sum(-2)), finish(train[..., 1, :]), length, cfg.sample_rate)

@@ -32,12 +32,14 @@ class SceneConfig:
     num_src: talkers per scene.
     num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
     mic_array_m: microphone positions, one [x, y, z] each; their mean is put at the centre of the array.
-    array_radius_m: random arrays, num_mics microphones uniform in a ball of this radius, another for every scene.
+    array_radius_m: random arrays, another for every scene: num_mics microphones uniform in a ball of this radius, then
+        moved so that their mean is its centre.
     rotate: turn the array about the vertical by an angle uniform over the circle.
     src_orientation_deg, mic_orientation_deg: (azimuth, polar angle) looked at by every source and every microphone.
         None: sources uniform over (-180, 180) in both angles, as the reference draws them; microphones (0, 0).
         rotate adds its angle to the azimuth of the microphones, which turns their look as far as the reference's law
-        of looking lets it: fully at a polar angle of 90, not at all at 0 (directivity.look_vector).
+        of looking lets it: fully at a polar angle of 90, not at all at 0 (directivity.look_vector); with
+        rir.look_vector=exact the look turns like the array.
     bank: None for an endless supply of rooms; a number for a fixed bank of that many, drawn once, as the original had.
 
     Raises ValueError naming the field, its value and the rule.

@@ -122,8 +122,8 @@ class Simulator:
 
     @torch.no_grad()
     def render(self, dry: Tensor, draw: Draw) -> MixtureBatch:
-        """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch. Deterministic, but for the
-        last bits on a GPU, where arrivals that share a tap are added in any order.
+        """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch; scenes that are not valid are silent.
+        Deterministic, but for the last bits on a GPU, where arrivals that share a tap are added in any order.
 
         Raises ValueError when dry does not belong to the draw.
         """
@@ -136,8 +136,13 @@ class Simulator:
             rirs = self.bank[1][draw.room[part]] if draw.room is not None else \
                 self._render(draw.scenes, draw.images, draw.tail, part)
             parts.append(mix(dry[part], rirs, draw.scenes[part], draw.mixture[part]))
-        early = None if parts[0].early is None else torch.cat([p.early for p in parts])
-        return MixtureBatch(torch.cat([p.audio for p in parts]), early, draw.scenes, self.rir.sample_rate)
+        # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
+        valid = draw.scenes.valid[:, None, None]
+        audio = torch.where(valid, torch.cat([p.audio for p in parts]), 0.0)
+        early = None
+        if parts[0].early is not None:
+            early = torch.where(valid[..., None], torch.cat([p.early for p in parts]), 0.0)
+        return MixtureBatch(audio, early, draw.scenes, self.rir.sample_rate)
 
     def _render(self, scenes: SceneBatch, images: ImageBatch | None, tail: TailBatch | None, part: slice) -> RirBatch:
         return render_rooms(self.ism, self.rir, scenes[part], None if images is None else images[part],

@@ -201,6 +201,7 @@ def train(run: Run, log: Log) -> int:
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
+    invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
     run.localizer.train()
     while share < 1:
         with timer.section("simulate"):
@@ -217,13 +218,14 @@ def train(run: Run, log: Log) -> int:
         run.optimizer.step()
         if run.averaged is not None:
             run.averaged.update(run.localizer)
+        invalid += (~mixture.scenes.valid).sum()
         step += 1
         timer.step()
         tuner.step()
         share = progress(run, step, began)
         run.step, run.share = step, share
         if step % cfg.log_every == 0 or share >= 1:
-            log_step(run, log, step, share, loss, timer.read())
+            log_step(run, log, step, share, loss, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
             evaluated = math.floor(share * cfg.evaluations)
             log_evaluation(run, log, step, share)
@@ -237,7 +239,8 @@ def train(run: Run, log: Log) -> int:
     return step
 
 
-def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, times: runtime.StepTimes) -> None:
+def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, invalid: torch.Tensor,
+             times: runtime.StepTimes) -> None:
     """One line of metrics.jsonl and the numbers behind the progress bar. Reading the loss is the interval's one sync.
 
     Raises FloatingPointError when the loss is not finite any more.
@@ -247,7 +250,7 @@ def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, ti
         raise FloatingPointError(f"the loss is {value} at step {step}: lower train.lr or set train.clip_norm")
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
     log.write({"step": step, "loss": value, "lr": run.optimizer.param_groups[0]["lr"], "examples_per_s": speed,
-               "simulate_share": simulate, "elapsed_s": elapsed_s(run)}, share)
+               "simulate_share": simulate, "invalid_scenes": int(invalid), "elapsed_s": elapsed_s(run)}, share)
     log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s, {100 * simulate:.0f} % simulating")
 
 

@@ -135,5 +135,3 @@ def test_only_the_distance_term_grows_with_the_distance_of_a_miss():
     assert loss[50, 0.0] == pytest.approx(loss[130, 0.0])
     assert loss[50, 2.0] - loss[50, 0.0] == pytest.approx(2.0 * 5 / 91, rel=1e-4)   # 5 cells of 91 apart
     assert loss[130, 2.0] - loss[130, 0.0] == pytest.approx(2.0 * 45 / 91, rel=1e-4)
-
-

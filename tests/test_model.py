@@ -76,7 +76,7 @@ def printed_shapes(text):
         indent, name, module, description = match.groups()
         first, _, last = name.partition("-")
         names = [str(i) for i in range(int(first), int(last) + 1)] if last else [name]
-        path[len(indent) // 2 - 1 :] = [names]
+        path[len(indent) // 2 - 1:] = [names]
         for prefix, (key, shape) in product(product(*path), leaf_shapes(module, description).items()):
             shapes[".".join((*prefix, key))] = shape
     return shapes

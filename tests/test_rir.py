@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from torchaudio.functional import lfilter
 
 from ssl_gpu import rir
-from ssl_gpu.directivity import Pattern
+from ssl_gpu.directivity import LookVector, Pattern
+from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections
 from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, render_rir, rir_kernel, synthesize
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 
@@ -439,7 +440,11 @@ def test_length_rounds_up_twice_after_a_float32_product():
 
 
 CHANGES = dict(sample_rate=8000, num_images=(41, 80), perturbation=(-1.0, 2.0), perturbation_exponent=0.5,
-               src_pattern=P.CARDIOID, mic_pattern=P.CARDIOID, early=False, early_window_ms=(-6, 10))
+               src_pattern=P.CARDIOID, mic_pattern=P.CARDIOID, early=False, early_window_ms=(-6, 10),
+               image_directions=ImageDirections.SPHERE, src_directions=SrcDirections.SPHERE,
+               look_vector=LookVector.EXACT, image_range=ImageRange.FULL, images_per_s=(40, 80), decay=Decay.MEASURED,
+               band_rt60_ratio=((0.5, 1.0),) * 7, air=(20.0, 50.0))
+WITH = {"src_directions": dict(src_pattern=P.CARDIOID), "look_vector": dict(mic_pattern=P.CARDIOID)}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(RirConfig) if f.name not in ("method", "hybrid_share")])
@@ -449,7 +454,8 @@ def test_every_field_changes_the_rir(name):
         rirs = render_rir(cfg, scenes, images)
         return rirs.full, rirs.early
 
-    plain, changed = outcome(FEW), outcome(replace(FEW, **{name: CHANGES[name]}))
+    base = replace(FEW, **WITH.get(name, {}))
+    plain, changed = outcome(base), outcome(replace(base, **{name: CHANGES[name]}))
     assert not all(b is not None and a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, changed))
 
 

@@ -189,6 +189,18 @@ def test_speech_of_another_batch_than_the_draw_is_refused():
     assert str(error.value) == "dry speech must be [batch=4, src, sample] for this draw, got [2, 2, 2000]"
 
 
+def test_scenes_that_break_their_law_are_silent_and_leave_the_others_alone():
+    simulate, dry = simulator(), speech()
+    drawn = simulate.draw(5, 2000, generator=seeded(0))
+    whole = simulate.render(dry, drawn)
+    drawn.scenes.valid[1] = False
+    drawn.images.ratio[1] = -0.5  # as at 340 m/s * RT60 below the distance of the source: the RIR is NaN
+    part = simulate.render(dry, drawn)
+    assert (part.audio[1] == 0).all() and (part.early[1] == 0).all()
+    kept = [0, 2, 3, 4]
+    assert torch.equal(part.audio[kept], whole.audio[kept]) and torch.equal(part.early[kept], whole.early[kept])
+
+
 def test_chunk_below_one_is_refused():
     with pytest.raises(ValueError, match="^simulator.chunk must be >= 1 scene, got 0$"):
         SimulatorConfig(chunk=0)

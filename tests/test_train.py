@@ -60,6 +60,7 @@ def test_run_folder_holds_what_it_promises(finished):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/acc_at_5" in line] == [2, 4]
     assert all(0 < line["simulate_share"] < 1 and line["examples_per_s"] > 0 for line in lines if "loss" in line)
+    assert all(line["invalid_scenes"] == 0 for line in lines if "loss" in line)
 
 
 def test_result_has_every_key_for_model_baseline_and_chance(finished):
@@ -166,6 +167,23 @@ def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
     step = load_checkpoint(tiny / "run" / "checkpoint.pt").step
     assert step >= 1
     assert start("train.out=run", f"train.steps={step + 1}", "--resume") == 0
+
+
+def test_invalid_scenes_are_reported_and_not_learned_from(tiny, monkeypatch):
+    """Half of every batch breaks its law: the loss is that of the other half, and the number is in the log."""
+    draw_batch = train_cli.draw_batch
+
+    def spoiled(run, step):
+        mixture = draw_batch(run, step)
+        mixture.scenes.valid[:2] = False
+        mixture.scenes.src_pos[:2] = float("nan")
+        return mixture
+
+    monkeypatch.setattr(train_cli, "draw_batch", spoiled)
+    assert start("train.out=run") == 0
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["invalid_scenes"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
 def write_speech(folder, speakers=3, seconds=1.5):

@@ -1,0 +1,300 @@
+"""What each choice against the reference's laws changes: python -m ssl_gpu.fidelity --out DIR [--rooms N] [--seed S].
+
+Prints, for every choice of RirConfig, measures with the reference's law and with the choice, and draws them, one PNG
+per choice in DIR. docs/fidelity.md is about both. Takes seconds on a core, and matplotlib.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ssl_gpu.acoustics import SPEED_OF_SOUND, distance
+from ssl_gpu.bands import air_absorption_db, octave_centres
+from ssl_gpu.directivity import OMNI_SHARE, LookVector, Pattern, look_vector
+from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections
+from ssl_gpu.measure import RirMeasures, decay_time, energy_decay, late_spectra, measure_rirs
+from ssl_gpu.plots import COLOURS, GREY, require_matplotlib
+from ssl_gpu.rir import RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, sample_scenes
+
+BEFORE, AFTER = COLOURS[1], COLOURS[0]
+REFERENCE = RirConfig(early=False)
+MEASURED = replace(REFERENCE, decay=Decay.MEASURED)
+CHUNK = 10
+AIR = (20.0, 50.0)
+BAND_RATIO = (0.5, 0.6, 0.8, 1.0, 0.9, 0.8, 0.6)
+
+
+def _one_room(count: int, rt60: float, mics: Sequence = ((2.0, 2.0, 1.2),),
+              src: Sequence[float] = (4.0, 3.2, 1.6)) -> SceneBatch:
+    """A room of 6 x 5 x 3 m, again and again."""
+    return make_scenes([[6, 5, 3]] * count, [rt60] * count, [mics] * count, [[src]] * count)
+
+
+def _random_rooms(count: int, seed: int, low: float, high: float) -> SceneBatch:
+    """One microphone and source per room of the original law, but for the range of rt60; in order of rt60."""
+    law = SceneConfig(num_mics=1, num_src=1, rt60_s=(low, high))
+    scenes = sample_scenes(law, count, generator=torch.Generator().manual_seed(seed))
+    return scenes[scenes.rt60.argsort()]
+
+
+def _rendered(cfg: RirConfig, scenes: SceneBatch, seed: int) -> Iterator[tuple[SceneBatch, RirBatch]]:
+    """Some at a time, with no tap too many."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(scenes), CHUNK):
+        part = scenes[start:start + CHUNK]
+        part = replace(part, max_rt60=float(part.rt60.max()))
+        yield part, render_rir(cfg, part, draw_images(cfg, part, generator=generator))
+
+
+def _measured(cfg: RirConfig, scenes: SceneBatch, seed: int) -> RirMeasures:
+    return RirMeasures.concatenate([measure_rirs(rirs, part) for part, rirs in _rendered(cfg, scenes, seed)])
+
+
+def _direct_tap(scenes: SceneBatch, sample_rate: int) -> Tensor:
+    dist = distance(scenes.src_pos[:, None] - scenes.mic_pos[:, :, None])
+    return (dist * (sample_rate / SPEED_OF_SOUND)).round().to(torch.int64)
+
+
+def _db(power: Tensor) -> Tensor:
+    return 10 * torch.log10(power)
+
+
+# ---- one function per choice: draws on the axes it is given, and returns lines of numbers ----
+
+
+def image_directions(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """Coherence of the late sound at two microphones 0.1 m apart."""
+    lines, frequency = [], torch.arange(129).double() * 62.5
+    kd = 2 * math.pi * frequency * 0.1 / SPEED_OF_SOUND
+    sinc = torch.sinc(kd / math.pi)
+    for panel, name, apart in ((axes[0], "side by side", (0.05, 0, 0)), (axes[1], "one above the other", (0, 0, 0.05))):
+        mics = [[centre + sign * step for centre, step in zip((2.0, 2.0, 1.2), apart)] for sign in (-1, 1)]
+        for law, colour in ((ImageDirections.UPPER, BEFORE), (ImageDirections.SPHERE, AFTER)):
+            pool = 0
+            for scenes, rirs in _rendered(replace(REFERENCE, image_directions=law), _one_room(rooms, 0.6, mics), seed):
+                tap = _direct_tap(scenes, rirs.sample_rate)
+                pool = pool + late_spectra(rirs.full, rirs.length, tap, rirs.sample_rate).sum((0, 1))
+            coherence = pool[0] / (pool[1] * pool[2]).sqrt()
+            panel.plot(frequency / 1e3, coherence, color=colour, label=law.value)
+            off = float((coherence - sinc)[2:128].square().mean().sqrt())
+            lines.append(f"{law.value}, microphones {name}: coherence off sin(kd)/(kd) by {off:.3f} rms")
+        panel.plot(frequency / 1e3, sinc, ":", color="black", label="sin(kd) / (kd)")
+        panel.set(title=f"late sound, 0.1 m {name}", xlabel="frequency (kHz)", ylabel="coherence (real part)")
+        panel.legend(frameon=False)
+    return lines
+
+
+def src_directions(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """Late level of patterned sources relative to an omnidirectional one."""
+    def late(pattern: Pattern, law: SrcDirections) -> float:
+        cfg = replace(MEASURED, src_pattern=pattern, src_directions=law)
+        return sum(float(rirs.full[..., 1600:].double().square().sum())
+                   for _, rirs in _rendered(cfg, _one_room(rooms, 0.4), seed))
+
+    omni, lines = late(Pattern.OMNI, SrcDirections.SPHERE), []
+    for place, (pattern, share) in enumerate(OMNI_SHARE.items()):
+        diffuse = 10 * math.log10(share ** 2 + (1 - share) ** 2 / 3)
+        level = {law: 10 * math.log10(late(pattern, law) / omni) for law in SrcDirections}
+        for law, shift, colour in ((SrcDirections.PRODUCT, -0.2, BEFORE), (SrcDirections.SPHERE, 0.2, AFTER)):
+            axes[0].bar(place + shift, level[law], 0.38, color=colour, label=None if place else law.value)
+        axes[0].hlines(diffuse, place - 0.45, place + 0.45, color="black", label=None if place else "isotropic")
+        lines.append(f"{pattern.value}: late level {level[SrcDirections.PRODUCT]:.2f} -> "
+                     f"{level[SrcDirections.SPHERE]:.2f} dB (isotropic: {diffuse:.2f})")
+    axes[0].set(title="late energy of patterned sources", ylabel="re omni (dB)")
+    axes[0].set_xticks(range(len(OMNI_SHARE)), [pattern.value.replace("_", "\n") for pattern in OMNI_SHARE])
+    axes[0].legend(frameon=False, loc="lower left")
+    return lines
+
+
+def look(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """Angle between the vector that a pattern looks along and its orientation."""
+    azimuth = (torch.arange(180, dtype=torch.float64) + 0.5) * 2 - 180
+    height = (torch.arange(100, dtype=torch.float64) + 0.5) / 50 - 1    # cos(polar): equal areas of the sphere
+    orientation = torch.stack(torch.meshgrid(torch.deg2rad(azimuth), torch.acos(height), indexing="ij"), -1)
+    exact = look_vector(orientation, LookVector.EXACT)
+    error = torch.rad2deg(torch.acos((exact * look_vector(orientation)).sum(-1).clamp(-1, 1)))
+    polar = torch.rad2deg(torch.acos(height))
+    filled = axes[0].contourf(azimuth, polar, error.T, range(0, 61, 10), cmap="viridis")
+    axes[0].figure.colorbar(filled, ax=axes[0], label="degrees off")
+    axes[0].set(title="reference", xlabel="azimuth (degrees)", ylabel="polar angle (degrees)")
+    axes[0].invert_yaxis()
+    share = (torch.arange(error.numel()) + 1) / error.numel()
+    axes[1].plot(error.flatten().sort().values, share, color=BEFORE, label="reference")
+    axes[1].plot((0, 0, 60), (0, 1, 1), color=AFTER, label="exact")
+    axes[1].set(title="over the sphere", xlabel="at most so many degrees off", ylabel="share of orientations")
+    axes[1].legend(frameon=False)
+    return [f"reference: {float(error.mean()):.1f} degrees off on average, {float(error.median()):.1f} in the median, "
+            f"{float(error.quantile(0.95)):.1f} for 1 of 20, {float(error.max()):.1f} at most; exact: 0"]
+
+
+def decay(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """T20 of random rooms, and the mean decay."""
+    scenes, lines = _random_rooms(4 * rooms, seed, 0.15, 1.0), []
+    for law, colour in ((Decay.NOMINAL, BEFORE), (Decay.MEASURED, AFTER)):
+        measures = _measured(replace(REFERENCE, decay=law), scenes, seed)
+        t20, t30, edt = (x[:, 0, 0] / scenes.rt60 for x in (measures.t20, measures.t30, measures.edt))
+        error = torch.where(t20.isfinite(), (t20 - 1).abs(), torch.inf)
+        axes[0].plot(scenes.rt60, t20, ".", color=colour, markersize=3, label=law.value)
+        lines.append(f"{law.value}: T20/rt60 {float(t20.nanmean()):.3f}, T30/rt60 {float(t30.nanmean()):.3f}, "
+                     f"EDT/rt60 {float(edt.nanmedian()):.3f} (median), DRR {float(measures.drr_db.mean()):.1f} dB; "
+                     f"|T20/rt60 - 1| median {100 * float(error.median()):.1f} %, 9 of 10 below "
+                     f"{100 * float(error.quantile(0.9)):.1f} %, all below {100 * float(error.max()):.1f} %")
+        for rt60, style in ((0.15, "-"), (0.4, "--"), (1.0, ":")):
+            power, room = 0, _one_room(rooms, rt60)
+            for _, rirs in _rendered(replace(REFERENCE, decay=law), room, seed):
+                power = power + rirs.full[:, 0].double().square().sum(0)
+            curve = energy_decay(power.sqrt(), _direct_tap(room, 16000)[0, 0])[0]
+            time = torch.arange(len(curve)) / 16000 / rt60
+            axes[1].plot(time[::8], curve[::8], style, color=colour, linewidth=1.2,
+                         label=f"rt60 {rt60} s" if law is Decay.MEASURED else None)
+    axes[0].axhline(1, color=GREY, linewidth=0.8)
+    axes[0].set(title=f"{len(scenes)} random rooms", xlabel="rt60 (s)", ylabel="T20 / rt60", ylim=(0, 3.2))
+    axes[0].legend(frameon=False, markerscale=3)
+    axes[1].plot((0, 1), (0, -60), color=GREY, linewidth=0.8)
+    axes[1].set(title="mean decay in 6 x 5 x 3 m, 2.4 m apart", xlabel="time / rt60", ylabel="energy left (dB)",
+                xlim=(0, 1), ylim=(-60, 3))
+    axes[1].legend(frameon=False)
+    return lines + _decay_by_distance(rooms, seed)
+
+
+def _decay_by_distance(rooms: int, seed: int) -> list[str]:
+    lines = []
+    for dist in (0.2, 0.3, 0.5, 1.0, 3.0):
+        for times in ((0.15,), (0.25, 0.5, 1.0)):
+            error, drr = [], []
+            for rt60 in times:
+                scenes = _one_room(rooms, rt60, ((1.0, 1.0, 1.2),), (1 + 0.8 * dist, 1 + 0.6 * dist, 1.2))
+                measures = _measured(MEASURED, scenes, seed)
+                error.append((measures.t20 / rt60 - 1).abs().flatten())
+                drr.append(measures.drr_db.mean())
+            error = torch.cat(error)
+            lines.append(f"measured, source at {dist} m, rt60 {times[0]} to {times[-1]} s: |T20/rt60 - 1| median "
+                         f"{100 * float(error.median()):.1f} %, 9 of 10 below {100 * float(error.quantile(0.9)):.1f} "
+                         f"%; DRR {float(min(drr)):.1f} to {float(max(drr)):.1f} dB")
+    return lines
+
+
+def images_per_s(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """Images per second, and how dense they sound in the middle of the RIR."""
+    scenes, lines = _random_rooms(4 * rooms, seed, 0.1, 1.0), []
+    for name, cfg, colour in (("num_images", REFERENCE, BEFORE),
+                              ("images_per_s", replace(REFERENCE, images_per_s=(5000, 10000)), AFTER)):
+        generator = torch.Generator().manual_seed(seed)
+        rate = draw_images(cfg, scenes, generator=generator).active.sum(-1) / scenes.rt60
+        density = _measured(cfg, scenes, seed).echo_density_half[:, 0, 0]
+        axes[0].semilogy(scenes.rt60, rate, ".", color=colour, markersize=3, label=name)
+        axes[1].plot(scenes.rt60, density, ".", color=colour, markersize=3, label=name)
+        for low, high in ((0.1, 0.2), (0.8, 1.0)):
+            inside = (scenes.rt60 >= low) & (scenes.rt60 < high)
+            lines.append(f"{name}, rt60 {low} to {high} s: {float(rate[inside].mean()):.0f} images/s, echo density at "
+                         f"rt60/2 {float(density[inside].nanmean()):.2f}")
+    axes[0].set(title="images", xlabel="rt60 (s)", ylabel="per second")
+    axes[1].set(title="echo density at rt60 / 2", xlabel="rt60 (s)", ylabel="1: Gaussian noise", ylim=(0, 1.2))
+    for panel in axes:
+        panel.legend(frameon=False, markerscale=3)
+    return lines
+
+
+def image_range(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """Mean energy at the end of RIRs of 0.3 s, the source 4 m away: 12 ms."""
+    scenes, lines = _one_room(2 * rooms, 0.3, ((1.0, 1.0, 1.2),), (4.2, 3.4, 1.2)), []
+    for law, colour in ((ImageRange.REFERENCE, BEFORE), (ImageRange.FULL, AFTER)):
+        power = torch.cat([rirs.full for _, rirs in _rendered(replace(REFERENCE, image_range=law), scenes, seed)])
+        power = power.double().square().mean((0, 1, 2))[:4800].unflatten(0, (-1, 16)).mean(-1)
+        level = _db(power / power.max())
+        axes[0].plot(torch.arange(len(level)) + 0.5, level, color=colour, label=law.value)
+        last, before = (float(_db(power[part].mean() / power.max())) for part in (slice(-10, None), slice(-25, -15)))
+        lines.append(f"{law.value}: mean level of the last 10 ms {last:.1f} dB, of the 10 ms that end 15 ms before "
+                     f"{before:.1f} dB (re the loudest ms)")
+    axes[0].set(title="end of an RIR of 0.3 s, source at 4 m", xlabel="time (ms)", ylabel="mean level (dB)",
+                xlim=(220, 300), ylim=(-110, -20))
+    axes[0].legend(frameon=False)
+    return lines
+
+
+def bands(axes: Sequence, rooms: int, seed: int) -> list[str]:
+    """T20 in narrow bands at the centres of the octaves, of the mean energy of many draws in one room."""
+    centres, rt60, lines = octave_centres(REFERENCE.sample_rate)[:-1], 0.8, []
+    cfg = replace(MEASURED, images_per_s=(8000, 8000))
+    air = [rt60 / (1 + air_absorption_db(centre, *AIR) * SPEED_OF_SOUND * rt60 / 60) for centre in centres]
+    walls = [rt60 * ratio for ratio in BAND_RATIO[:-1]]
+    for panel, name, change, given in (
+            (axes[0], "band_rt60_ratio", dict(band_rt60_ratio=tuple((ratio, ratio) for ratio in BAND_RATIO)), walls),
+            (axes[1], f"air of {AIR[0]:g} C and {AIR[1]:g} %", dict(air=AIR), air)):
+        before, after = (_t20_by_octave(c, _one_room(rooms, rt60), seed) for c in (cfg, replace(cfg, **change)))
+        panel.semilogx(centres, before, "o", color=BEFORE, label="off")
+        panel.semilogx(centres, after, "o", color=AFTER, label="on")
+        panel.semilogx(centres, given, "_", color="black", markersize=14, label="asked for")
+        panel.set(title=name, xlabel="octave (Hz)", ylabel="T20 (s)", ylim=(0, 1.1))
+        panel.set_xticks(centres, [f"{centre:g}" for centre in centres])
+        panel.minorticks_off()
+        panel.legend(frameon=False, loc="lower left")
+        lines += [f"{name}, {centre:g} Hz: T20 {off:.3f} -> {on:.3f} s (asked for: {asked:.3f})"
+                  for centre, off, on, asked in zip(centres, before, after, given)]
+    return lines
+
+
+def _t20_by_octave(cfg: RirConfig, scenes: SceneBatch, seed: int) -> list[float]:
+    full = torch.cat([rirs.full[:, 0, 0] for _, rirs in _rendered(cfg, scenes, seed)]).double()
+    taps = full.shape[-1]
+    spectrum = torch.fft.rfft(full, 2 * taps)
+    octave = torch.fft.rfftfreq(2 * taps, 1 / cfg.sample_rate).clamp(min=1).log2()
+    tap, found = _direct_tap(scenes, cfg.sample_rate)[0, 0], []
+    for centre in octave_centres(cfg.sample_rate)[:-1]:
+        weight = torch.exp(-0.5 * ((octave - math.log2(centre)) * 8).square())
+        power = torch.fft.irfft(spectrum * weight)[:, :taps].square().mean(0, keepdim=True)
+        found.append(float(decay_time(energy_decay(power.sqrt(), tap), tap, cfg.sample_rate, -5, -25)))
+    return found
+
+
+CHOICES: dict[str, tuple[int, Callable[[Sequence, int, int], list[str]]]] = {  # panels of the figure, function
+    "image_directions": (2, image_directions), "src_directions": (1, src_directions), "look_vector": (2, look),
+    "decay": (2, decay), "images_per_s": (2, images_per_s), "image_range": (1, image_range), "bands": (2, bands)}
+
+
+def draw(name: str, path: Path, rooms: int, seed: int) -> list[str]:
+    """The figure of one choice as a PNG, and its numbers as lines. Raises ValueError without matplotlib."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    panels, function = CHOICES[name]
+    figure = Figure(figsize=(4.6 * panels + 0.4, 3.4), dpi=80, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    lines = function(axes, rooms, seed)
+    for panel in axes:
+        panel.grid(alpha=0.25)
+    figure.savefig(path, metadata={"Software": None})  # its version would make the same picture another file
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.fidelity", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder for the figures")
+    parser.add_argument("--rooms", type=int, default=100, metavar="N", help="draws per point (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all draws (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        if args.rooms < 2:
+            raise ValueError(f"--rooms must be >= 2, got {args.rooms}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in CHOICES:
+            for line in draw(name, args.out / f"{name}.png", args.rooms, args.seed):
+                print(f"{name}: {line}", flush=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

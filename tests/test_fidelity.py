@@ -1,0 +1,44 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from ssl_gpu.fidelity import CHOICES, main
+from ssl_gpu.rir import RirConfig
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_command_draws_every_choice_and_prints_its_numbers(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    outputs = []
+    for folder in ("first", "second"):
+        assert main(["--out", str(tmp_path / folder), "--rooms", "2"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    lines = outputs[0].splitlines()
+    for name in CHOICES:
+        assert any(line.startswith(f"{name}: ") for line in lines)
+        pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("first", "second")]
+        assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
+    assert sorted(path.stem for path in (tmp_path / "first").iterdir()) == sorted(CHOICES)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--rooms", "1"], "error: --rooms must be >= 2, got 1"),
+    (["--out", __file__], f"error: [Errno 17] File exists: '{__file__}'"),
+])
+def test_what_cannot_be_is_one_line(tmp_path, capsys, arguments, message):
+    assert main(["--out", str(tmp_path), *arguments]) == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_the_document_shows_every_choice():
+    """Its figures are there and small, and it names every field that has a choice."""
+    text = (DOCS / "fidelity.md").read_text(encoding="utf-8")
+    for name in CHOICES:
+        assert f"figures/{name}.png" in text
+        assert (DOCS / "figures" / f"{name}.png").stat().st_size < 100_000
+    names = [field.name for field in fields(RirConfig)]
+    for name in names[names.index("image_directions"):]:
+        assert f"`{name}" in text
