@@ -87,9 +87,14 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise CheckpointError(f"{path} is no checkpoint of ssl_gpu, though torch can read it")
-    if content["format"] > FORMAT:
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise CheckpointError(f"{path} is of checkpoint format {content['format']}; ssl_gpu {versions()['ssl_gpu']} "
                               f"reads formats up to {FORMAT}: install a newer ssl_gpu")
+    kinds = {"format": int, "model": dict, "step": int, "config": dict, "versions": dict, "extra": dict}
+    wrong = [name for name in (*kinds, "optimizer", "ema")
+             if name not in content or not isinstance(content[name], kinds.get(name, object))]
+    if wrong:
+        raise CheckpointError(f"{path} is no usable checkpoint: it holds no {wrong[0]}")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
 
 

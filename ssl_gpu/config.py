@@ -23,7 +23,7 @@ import yaml
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.evalset import EvalConfig
 from ssl_gpu.features import FeatureConfig
-from ssl_gpu.ism import IsmConfig, check_law
+from ssl_gpu.ism import IsmConfig
 from ssl_gpu.localizer import TargetConfig
 from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.model import ModelConfig, ModelKind, SSLModel
@@ -61,8 +61,6 @@ class RunConfig:
     eval: EvalConfig
 
     def __post_init__(self):
-        if self.rir.uses_walls:
-            check_law(self.ism, self.scene)
         rate = self.rir.sample_rate
         original = self.model.kind is ModelKind.ORIGINAL
         shortest = SSLModel.shortest if original else self.features.window

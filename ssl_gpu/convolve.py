@@ -55,7 +55,7 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
         return torch.fft.irfft(sources * responses, n_fft)[..., :num_samples or total]
     spectrum = sources[:, :, 0] * responses[:, :, 0]
     for src in range(1, signal.shape[1]):                              # sum(2) would write and read all products
-        spectrum = spectrum.addcmul(sources[:, :, src], responses[:, :, src])
+        spectrum.addcmul_(sources[:, :, src], responses[:, :, src])
     return torch.fft.irfft(spectrum, n_fft)[..., :num_samples or total]
 
 

@@ -41,7 +41,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """mixture: all clips on the device. law: of the scenes. digest: of everything drawn, the same on every device."""
+    """mixture: all clips on the device. law: of the scenes.
+    digest: of speech, rooms, positions and the images' distances, the same on every device."""
 
     mixture: MixtureBatch
     law: SceneLaw

@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Collection, Sequence
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
 
 import torch
 
@@ -36,13 +40,18 @@ def eval_speech(cfg: RunConfig) -> SpeechBank:
     return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
 
 
-def prepare_eval(cfg: RunConfig, device: torch.device) -> tuple[EvalSet, dict[str, Any]]:
+def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] = ()) -> tuple[EvalSet, dict[str, Any]]:
     """The evaluation set, and the part of a result that no model changes: chance, baseline and digest.
 
+    heard: names of the utterances in training; a line is printed when the evaluation speech holds some of them.
     Raises ValueError where speech or scene law are unusable.
     """
     law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
     bank = eval_speech(cfg)
+    again = set(heard) & set(bank.names)
+    if again:
+        print(f"warning: {len(again)} of {len(bank.names)} files of speech.eval are in speech.train too, "
+              f"{min(again)} for one: the result is not one of unseen talkers", file=sys.stderr)
     eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
     fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest}
     return eval_set, fixed
@@ -73,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     path = Path(args.checkpoint)
     try:
         result = evaluate(str(path / "checkpoint.pt" if path.is_dir() else path), args.overrides)
         if args.json:
             write_json(args.json, result)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(result_table(result))

@@ -58,9 +58,10 @@ def diffuse_amplitude(volume: Tensor, spacing: Tensor, travelled: Tensor) -> Ten
     energy of 1 / x^2 less the losses at the walls: 4 pi / V 10^(-6 x / R) per m. An image gets this times the spacing
     span / I. The mean energy then decays exponentially from the direct sound on, so that T20, T30 and, unless the
     direct path dominates, EDT are RT60, and its level is that of a diffuse field, whatever the number of images.
-    The RIR may end at RT60: d m of it are before the direct sound, so that it is cut 60 (1 - d / R) dB down, and even
-    50 dB bend the decay by only 0.014 dB where it is at -25 dB. Distances are not spread more evenly than at random:
-    pulses of one sign in equal strata would lack energy below their rate.
+    The RIR may end at RT60: d m of it are before the direct sound, so that it is cut 60 (1 - d / R) dB down
+    (60 (1 - 2 d / R) with image_range=reference, whose images end d m earlier), and even 50 dB bend the decay by only
+    0.014 dB where it is at -25 dB. Distances are not spread more evenly than at random: pulses of one sign in equal
+    strata would lack energy below their rate.
     """
     level = (4 * math.pi * spacing / volume).sqrt().to(torch.float32)
     return level * torch.exp2(travelled.to(torch.float32) * (-3 * math.log2(10)))

@@ -97,6 +97,9 @@ class Localizer(nn.Module):
         if scene.mic_count != 2:
             raise ValueError(f"scene must have 2 microphones to train a localiser, got {scene.mic_count} "
                              f"(scene.num_mics or scene.mic_array_m)")
+        if scene.array_radius_m is not None:
+            raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
+                             f"spacing, got {scene.array_radius_m}")
         self.target = target
         grid = class_grid() if target.labels is Labels.HARD else angle_grid(target.grid_deg)
         self.register_buffer("grid", grid, persistent=False)
@@ -134,6 +137,9 @@ class Localizer(nn.Module):
         """Azimuth and cone angle of every talker of every clip, each [batch, src] rad ascending, in float32.
 
         The module must be in eval mode; `chunk` clips at a time.
+        Raises FloatingPointError when the network gives a NaN or an infinity.
         """
         logits = torch.cat([self(part) for part in mixture.audio.split(chunk)])
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
         return self.angles(logits, law)

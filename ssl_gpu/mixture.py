@@ -120,10 +120,10 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int) -> Tensor:
     return torch.fft.irfft(mixed, num_samples)
 
 
-def _scaled(noise: Tensor, power: Tensor, snr: Tensor) -> Tensor:
-    """Noise [batch, mic, sample] at `snr` [batch] dB below a signal of `power` [batch]."""
-    own = noise.square().mean((1, 2)).clamp(min=1e-20)
-    return noise * torch.sqrt(power / own * 10 ** (-snr / 10))[:, None, None]
+def _scaled(noise: Tensor, signal: Tensor, snr: Tensor) -> Tensor:
+    """Noise [batch, mic, sample] at `snr` [batch] dB below a signal of the same shape."""
+    ratio = signal.square().mean((1, 2)) / noise.square().mean((1, 2)).clamp(min=1e-20)
+    return noise * torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None]
 
 
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> MixtureBatch:
@@ -136,12 +136,11 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> M
                          f"got {list(dry.shape)} and {list(rirs.full.shape)}")
     num_samples = dry.shape[-1]
     dry = dry * draw.gain[..., None]
-    audio = convolve_sources(dry, rirs.full, num_samples)
+    speech = audio = convolve_sources(dry, rirs.full, num_samples)
     early = None if rirs.early is None else convolve_sources(dry, rirs.early, num_samples, keep_src=True)
-    power = audio.square().mean((1, 2))
     if draw.sensor is not None:
-        audio = audio + _scaled(draw.sensor, power, draw.sensor_snr)
+        audio = audio + _scaled(draw.sensor, speech, draw.sensor_snr)
     if draw.diffuse is not None:
         noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate)
-        audio = audio + _scaled(noise, power, draw.diffuse_snr)
+        audio = audio + _scaled(noise, speech, draw.diffuse_snr)
     return MixtureBatch(audio, early, scenes, rirs.sample_rate)

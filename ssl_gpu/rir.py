@@ -41,6 +41,9 @@ class Method(Enum):
     HYBRID = "hybrid"
 
 
+FRA_CHOICES = ("images_per_s", "image_directions", "src_directions", "decay", "image_range")
+
+
 @dataclass(frozen=True)
 class RirConfig:
     """How RIRs are made, and what FRA-RIR may be told; the defaults are the reference's.
@@ -111,7 +114,16 @@ class RirConfig:
             raise ValueError(f"rir.early_window_ms must satisfy low < high, got {self.early_window_ms}")
         if self.images_per_s is not None and not 1 <= self.images_per_s[0] <= self.images_per_s[1]:
             raise ValueError(f"rir.images_per_s must satisfy 1 <= low <= high, got {self.images_per_s}")
+        self._check_choices()
         self._check_bands()
+
+    def _check_choices(self):
+        if self.method is Method.FRA:
+            return
+        for field in fields(self):  # which the images of the walls have no use for
+            if field.name in FRA_CHOICES and getattr(self, field.name) != field.default:
+                raise ValueError(f"rir.{field.name} is a choice of rir.method=fra only, got "
+                                 f"{getattr(self, field.name)} with {self.method.value}")
 
     def _check_bands(self):
         if self.uses_walls and self.in_bands:

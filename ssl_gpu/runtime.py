@@ -39,6 +39,7 @@ def pick_device(name: str = "auto") -> torch.device:
                          "install a CUDA build of it, or use device cpu")
     if not torch.cuda.is_available():
         raise ValueError(f"device {name} was asked for, but torch finds no GPU (nvidia-smi?); use device auto or cpu")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default there; float32 means float32, above all in evaluation
     index, count = int(match.group(1) or 0), torch.cuda.device_count()
     if index >= count:
         raise ValueError(f"device {name} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import signal
 import struct
@@ -21,6 +22,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from ssl_gpu.checkpoint import replacing_folder, write_json
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.hybrid import draw_rooms, render_rooms
-from ssl_gpu.ism import check_feasible
+from ssl_gpu.ism import check_feasible, check_law
 from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import draw_mixture, mix
 from ssl_gpu.rir import OVERSAMPLING, RirBatch
@@ -168,6 +172,8 @@ def simulate(args: argparse.Namespace) -> str:
     check_out(out, args.force)
     cfg = load_config(RunConfig, args.config, args.overrides)
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
+    if given is None and cfg.rir.uses_walls:
+        check_law(cfg.ism, cfg.scene)
     num_scenes = args.num_scenes or len(given)
     if args.plot:
         plots.require_matplotlib()

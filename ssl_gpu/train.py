@@ -5,6 +5,8 @@ import argparse
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -22,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_json
-from ssl_gpu.config import RunConfig, load_config, save_yaml, to_mapping
+from ssl_gpu.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, write_json
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import build_localizer, prepare_eval
 from ssl_gpu.localizer import Localizer
@@ -52,6 +54,7 @@ class Run:
     share: float = 0.0         # of the run that is over
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
+    step_s: float = 0.0        # what a step takes, the slowest of late
 
 
 def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
@@ -79,30 +82,36 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     device = runtime.pick_device(cfg.train.device)
     localizer = build_localizer(cfg)
     speech = training_speech(cfg, device)
-    eval_set, fixed = prepare_eval(cfg, device)
+    eval_set, fixed = prepare_eval(cfg, device, speech.names if cfg.speech.train is not None else ())
     simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
     if cfg.scene.bank is not None:
         simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
                                                     device=device))
-    if resumed is not None:
-        try:
-            localizer.load_state_dict(resumed.model)
-        except RuntimeError as error:
-            raise ValueError(f"{out} does not fit the configuration: {str(error).splitlines()[-1].strip()}") from error
     localizer.to(device)
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     optimizer = build_optimizer(cfg.train, localizer)
     run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer)
     if resumed is not None:
-        run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
-        if cfg.train.max_minutes is not None:                          # a finished run may have been given more time
-            run.share = min(run.share, run.elapsed_s / (60 * cfg.train.max_minutes))
-        optimizer.load_state_dict(resumed.optimizer)
-        if averaged is not None:
-            averaged.model.load_state_dict(resumed.ema)
-            averaged.updates = resumed.step
+        try:
+            restore(run, resumed)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
+                             f"{str(error).strip().splitlines()[-1].strip()}") from error
     evaluate_now(run)                                                   # its time is what the end of the run needs
     return run
+
+
+def restore(run: Run, resumed: Checkpoint) -> None:
+    """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
+    run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
+    minutes = run.cfg.train.max_minutes
+    if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
+        run.share = min(run.share, run.elapsed_s / (60 * minutes))
+    run.localizer.load_state_dict(resumed.model)
+    run.optimizer.load_state_dict(resumed.optimizer)
+    if run.averaged is not None:
+        run.averaged.model.load_state_dict(resumed.ema or resumed.model)
+        run.averaged.updates = resumed.step
 
 
 def draw_batch(run: Run, step: int) -> MixtureBatch:
@@ -132,8 +141,10 @@ def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     by_step = 0.0 if train.steps is None else step / train.steps
     if train.max_minutes is None:
         return by_step
-    # The last evaluation and the checkpoint come out of the budget; twice the measured time, machines being shared.
-    left_s = max(60 * train.max_minutes - 2 * run.eval_s - 2 - started_s, 1e-3)
+    # The step under way, the last evaluation and the checkpoint come out of the budget: twice the measured times, as
+    # machines are shared, and 100 MB/s for weights, averages and two moments.
+    save_s = 16e-8 * sum(p.numel() for p in run.localizer.parameters())
+    left_s = max(60 * train.max_minutes - 2 * (run.eval_s + run.step_s) - save_s - 2 - started_s, 1e-3)
     return max(by_step, share + (1 - share) * (elapsed_s(run) - started_s) / left_s)
 
 
@@ -146,7 +157,7 @@ def evaluate_now(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, step: int) -> None:
-    """checkpoint.pt of the run folder."""
+    """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written."""
     averaged = None if run.averaged is None else run.averaged.model
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg), extra={"elapsed_s": elapsed_s(run), "share": run.share})
@@ -204,6 +215,7 @@ def train(run: Run, log: Log) -> int:
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
     run.localizer.train()
     while share < 1:
+        step_began = time.perf_counter()
         with timer.section("simulate"):
             mixture = draw_batch(run, step)
         with runtime.autocast(run.device, bfloat16):
@@ -220,10 +232,11 @@ def train(run: Run, log: Log) -> int:
             run.averaged.update(run.localizer)
         invalid += (~mixture.scenes.valid).sum()
         step += 1
+        run.step = step
         timer.step()
         tuner.step()
-        share = progress(run, step, began)
-        run.step, run.share = step, share
+        run.step_s = max(time.perf_counter() - step_began, 0.9 * run.step_s)
+        run.share = share = progress(run, step, began)
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, loss, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
@@ -232,11 +245,23 @@ def train(run: Run, log: Log) -> int:
             timer.restart()
             tuner.restart()
         if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
-            save(run, step)
+            check_loss(loss, step)                                     # or a good checkpoint would be overwritten
+            try:
+                save(run, step)
+            except CheckpointError as error:
+                log.say(f"warning: {error}; the next one is due in {cfg.checkpoint_minutes:g} min")
             saved = time.monotonic()
             timer.restart()
             tuner.restart()
     return step
+
+
+def check_loss(loss: torch.Tensor, step: int) -> float:
+    """The loss as a number. Raises FloatingPointError when it is not finite."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}: lower train.lr or set train.clip_norm")
+    return value
 
 
 def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, invalid: torch.Tensor,
@@ -245,9 +270,7 @@ def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, in
 
     Raises FloatingPointError when the loss is not finite any more.
     """
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}: lower train.lr or set train.clip_norm")
+    value = check_loss(loss, step)
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
     log.write({"step": step, "loss": value, "lr": run.optimizer.param_groups[0]["lr"], "examples_per_s": speed,
                "simulate_share": simulate, "invalid_scenes": int(invalid), "elapsed_s": elapsed_s(run)}, share)
@@ -282,22 +305,29 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
 
 def newest_run(name: str) -> Path:
     """The run folder runs/<name>-<date> that was written last. Raises ValueError when there is none to resume."""
-    found = [p.parent for p in Path("runs").glob(f"{name}-*/checkpoint.pt")]
+    ours = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+    found = [p.parent for p in Path("runs").glob("*/checkpoint.pt") if ours.fullmatch(p.parent.name)]
     if not found:
         raise ValueError(f"--resume found no runs/{name}-*/checkpoint.pt; name the folder with train.out=DIR")
     return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
 
 
 def setup(args: argparse.Namespace) -> Run:
-    """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user."""
+    """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user.
+
+    A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
+    """
     cfg = load_config(RunConfig, args.config, args.overrides)
-    name = Path(args.config).stem
+    name, resumed = Path(args.config).stem, None
+    if args.resume:
+        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
+        resumed = load_checkpoint(out / "checkpoint.pt")
+        cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
     folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
                if (value := getattr(cfg.speech, key)) is not None}
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
-    if args.resume:
-        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
-        return prepare(cfg, out, load_checkpoint(out / "checkpoint.pt"))
+    if resumed is not None:
+        return prepare(cfg, out, resumed)
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
@@ -321,6 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = setup(args)
         run.out.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            (run.out / "result.json").unlink(missing_ok=True)          # it will be another one
+        elif any(run.out.iterdir()):
+            raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")
         save_yaml(run.out / "config.yaml", run.cfg)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -337,17 +371,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         step = train(run, log)
         result = finish(run, log, step)
+        problem, status = "", 0
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)                      # a second Ctrl-C would cost the checkpoint
         save(run, run.step)
-        log.close()
-        print(f"interrupted at step {run.step}; go on with: python -m ssl_gpu.train {args.config} "
-              f"{' '.join([*args.overrides, f'train.out={run.out}'])} --resume", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        log.close()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    log.close()
+        overrides = [o for o in args.overrides if not o.startswith("train.out=")]
+        command = shlex.join([args.config, *overrides, f"train.out={run.out}", "--resume"])
+        problem, status = f"interrupted at step {run.step}; go on with: python -m ssl_gpu.train {command}", 130
+    except (FloatingPointError, CheckpointError, OSError) as error:
+        problem, status = f"error: {error}", 1
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise                                                      # a bug of ours, with its traceback
+        problem, status = (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; "
+                           f"lower it, or simulator.chunk"), 1
+    finally:
+        log.close()                                                    # the bar is drawn once more, then the line
+    if status:
+        print(problem, file=sys.stderr)
+        return status
     print(result_table(result))
     print(f"{result['steps']} steps, {result['examples']} examples in {result['minutes']:.1f} min; "
           f"{run.out}/result.json")

@@ -368,7 +368,7 @@ GOLDEN_NAMES = {"T20": "t20", "T30": "t30", "EDT": "edt", "DRR": "drr_db", "C50"
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("key", GOLDEN_NAMES)
-def test_golden_measures(path, key):
+def test_recorded_measures(path, key):
     """The stored figures were taken of these very RIRs, in float64: nothing but rounding lies between."""
     case, stats = np.load(path), np.load(GOLDEN / "case_stats.npz")
     rate, full = int(case["sr"]), torch.from_numpy(case["rir_f64"])[None]
@@ -384,7 +384,7 @@ def test_golden_measures(path, key):
     np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_golden_decay_curve():
+def test_recorded_decay_curve():
     stats = np.load(GOLDEN / "case_stats.npz")
     for path in CASES:
         case = np.load(path)

@@ -127,6 +127,57 @@ def test_resume_finds_the_newest_run(tiny):
     assert load_checkpoint(run / "checkpoint.pt").step == 3
 
 
+def test_resumed_run_keeps_its_configuration_and_takes_overrides(tiny):
+    assert start("train.out=run", "train.steps=2", "train.seed=5", "scene.src_dist_m=[1, 2]") == 0
+    assert start("train.out=run", "train.steps=3", "--resume") == 0
+    cfg = load_config(RunConfig, tiny / "run" / "config.yaml")
+    assert (cfg.train.seed, cfg.scene.src_dist_m, cfg.train.steps) == (5, (1.0, 2.0), 3)
+
+
+def test_averages_can_begin_at_a_resumption(tiny):
+    assert start("train.out=run", "train.steps=2", "train.ema=null") == 0
+    assert start("train.out=run", "train.steps=3", "train.ema=0.9", "--resume") == 0
+
+
+@pytest.mark.parametrize("change", ["model.dim=8", "train.optimizer=adam"])
+def test_what_does_not_fit_the_checkpoint_is_one_line(tiny, change, capsys):
+    assert start("train.out=run", "train.steps=2") == 0
+    assert start("train.out=run", "train.steps=3", change, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "error: the checkpoint in run does not fit" in error and "Traceback" not in error
+
+
+def test_resume_is_not_led_astray_by_a_longer_name(tiny):
+    assert start("train.out=runs/tiny-big-20260101-000000", "train.steps=2") == 0
+    assert start("train.steps=3", "--resume") == 2
+
+
+def test_finished_run_is_not_trained_again(tiny):
+    """The same command with --resume evaluates again, and that is all."""
+    arguments = ("train.out=run", "train.steps=null", "train.max_minutes=600")
+    cfg = load_config(RunConfig, "tiny.yaml", arguments)
+    assert start("train.out=run", "train.steps=2") == 0
+    checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
+    checkpoint["extra"]["share"] = 1.0
+    checkpoint["config"]["train"] |= {"steps": None, "max_minutes": 600.0}
+    torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
+    assert cfg.train.max_minutes == 600 and start(*arguments, "--resume") == 0
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == 2
+
+
+def test_divergence_is_one_line(tiny, capsys):
+    assert start("train.out=run", "train.lr=1e30", "train.warmup=0", "train.clip_norm=null", "train.steps=30") == 1
+    error = capsys.readouterr().err
+    assert "error: " in error and "lower train.lr" in error
+
+
+def test_clips_that_were_heard_in_training_are_named(tiny, capsys):
+    write_speech(tiny / "a")
+    cache = f"speech.cache_dir={tiny / 'cache'}"
+    assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=a", cache) == 0
+    assert "warning: 3 of 3 files of speech.eval are in speech.train too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [
     "target.angle=azimuth", "target.labels=hard", "target.decoding=argmax", "scene.bank=6", "scene.rotate=true",
     "mixture.diffuse_snr_db=[0, 20]", "mixture.sensor_snr_db=[0, 20]", "mixture.level_difference_db=[-6, 6]",

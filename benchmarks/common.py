@@ -1,0 +1,200 @@
+"""What the benchmarks share: the workload, the clock, the error against the float64 oracle, and the file of results."""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.report import markdown
+from ssl_gpu import rng, runtime
+from ssl_gpu.checkpoint import write_json
+from ssl_gpu.rir import ImageBatch
+from ssl_gpu.scene import SceneBatch
+
+ROOT = Path(__file__).parents[1]
+CLIP_S = 3.0
+WORKLOAD = ("2x2: 2 microphones 10 cm apart, 2 sources, rooms of 3 x 3 x 2.5 to 10 x 6 x 4 m, RT60 of 0.1 to 0.7 s, "
+            "1024 to 4096 images, 16 kHz, 3 s of noise per source")
+BURN_IN = 3  # calls before the clock starts: kernels are chosen, memory is had, tables are made
+LEAST_CALLS = 5
+UNFAITHFUL_TAPS = 6  # at its end an RIR differs from the reference's by design, see ssl_gpu.rir.render_rir
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, 10th and 90th percentile of `calls` calls."""
+
+    median_s: float
+    p10_s: float
+    p90_s: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """The summary of single calls."""
+        p10, median, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
+        return cls(median, p10, p90, len(seconds))
+
+
+def measure(function: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
+    """Time `function` for about `seconds` s after a burn-in, waiting for the device at the end of every call."""
+    for _ in range(BURN_IN):
+        function()
+    runtime.synchronize(device)
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or sum(times) < seconds:
+        begin = time.perf_counter()
+        function()
+        runtime.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return Timing.of(times)
+
+
+def row(name: str, batch: int, timing: Timing, audio_s: float | None, error: Callable[[], float | None] | None,
+        device: torch.device, **more: Any) -> dict[str, Any]:
+    """One line of results: `batch` scenes and `audio_s` seconds of audio (a clip counts once, however many microphones
+    hear it) per call.
+
+    error: gives the relative L2 against the float64 oracle; `finish` calls it when everything is measured, to keep the
+    oracle's memory out of it. peak_bytes is that of the process so far, so rows must be made from small to large.
+    """
+    return {"name": name, "batch": batch, "calls": timing.calls, "median_s": timing.median_s, "p10_s": timing.p10_s,
+            "p90_s": timing.p90_s, "scenes_per_s": batch / timing.median_s,
+            "audio_s_per_s": None if audio_s is None else audio_s / timing.median_s,
+            "peak_bytes": runtime.peak_memory(device), "error": error, **more}
+
+
+def generator(device: torch.device, step: int = 0) -> torch.Generator:
+    """The random numbers of benchmarks, on `device`."""
+    return rng.generator(0, rng.Split.TEST, rng.Stream.SCENE, step, device=device)
+
+
+def noise(batch: int, num_src: int, num_samples: int, device: torch.device) -> Tensor:
+    """White noise in place of speech, [batch, src, sample]; no step of the simulation depends on its values."""
+    return 0.1 * torch.randn((batch, num_src, num_samples), generator=generator(device, 1), device=device)
+
+
+# ---- the float64 oracle ----
+
+
+@lru_cache(maxsize=None)
+def oracle() -> ModuleType:
+    """tests/oracle.py, slow, float64 and independent of the package. Loaded by its path: `tests` is no package."""
+    spec = spec_from_file_location("oracle", ROOT / "tests" / "oracle.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def oracle_rir(scenes: SceneBatch, images: ImageBatch, index: int, sample_rate: int) -> np.ndarray:
+    """The RIRs of scene `index` in float64, [mic, src, tap], from the same draws."""
+    active = images.active[index].cpu()
+    room, mic, src = (tensor[index].cpu().numpy() for tensor in (scenes.room_dim, scenes.mic_pos, scenes.src_pos))
+    drawn = (tensor[index].cpu()[:, active].numpy() for tensor in (images.direction, images.ratio, images.perturbation))
+    return oracle().fra_rir(room, float(scenes.rt60[index]), mic, src, *drawn, sample_rate=sample_rate)[0]
+
+
+def rir_error(actual: Iterable[Tensor], scenes: SceneBatch, images: ImageBatch, sample_rate: int) -> float | None:
+    """The largest relative L2 error of the RIRs [mic, src, tap] of the first scenes of a batch."""
+    errors = []
+    for index, rir in enumerate(actual):
+        expected = oracle_rir(scenes, images, index, sample_rate)[..., :-UNFAITHFUL_TAPS]
+        errors.append(relative_l2(rir[..., :expected.shape[-1]], expected))
+    return max(errors, default=None)
+
+
+def oracle_mixture(dry: Tensor, rir: Tensor | np.ndarray) -> np.ndarray:
+    """dry [src, sample] through rir [mic, src, tap] in float64, by direct convolution, [mic, sample]."""
+    rir = rir if isinstance(rir, np.ndarray) else rir.double().cpu().numpy()
+    return oracle().mixture(dry.double().cpu().numpy(), rir, np.ones(len(dry)))
+
+
+def relative_l2(actual: Tensor, expected: np.ndarray) -> float:
+    """|actual - expected| / |expected| over all elements."""
+    return float(np.linalg.norm(actual.double().cpu().numpy() - expected) / np.linalg.norm(expected))
+
+
+# ---- command line and results ----
+
+
+def parser(name: str, description: str, seconds: float | None = 3.0) -> argparse.ArgumentParser:
+    """The options that every benchmark has; seconds None: no --seconds."""
+    result = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n\n")[0])
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    result.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: torch's choice)")
+    if seconds is not None:
+        result.add_argument("--seconds", type=float, default=seconds,
+                            help=f"measure a row so long (default {seconds:g})")
+    result.add_argument("--json", metavar="FILE", help="write the results there as well")
+    return result
+
+
+def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
+    """--batch and --check, of benchmarks of the simulation."""
+    arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
+    arguments.add_argument("--check", type=int, default=2, metavar="N",
+                           help="compare so many scenes with the float64 oracle (default 2)")
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1 from the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """The device and the threads that the command line asks for. Ends the program where there is no such device."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        return runtime.pick_device(args.device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def finish(benchmark: str, device: torch.device, rows: list[dict[str, Any]], arguments: Sequence[str] | None,
+           path: str | None, **more: Any) -> dict[str, Any]:
+    """Compare with the oracle, print the table, write the JSON; with everything that a number is worth nothing without
+    and without names of hosts, users or folders. Ends the program where the file cannot be written."""
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = re.sub(r"\s*--json[ =]\S+", "", f" {words}".rstrip())
+    for line in rows:
+        if callable(line.get("error")):
+            line["error"] = line["error"]()
+    machine = {"device": runtime.device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    results = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",
+               "date": date.today().isoformat(), "machine": machine, "versions": runtime.versions(),
+               "commit": commit(), "workload": WORKLOAD, **more, "rows": rows}
+    print(markdown(results))
+    if path is not None:
+        try:
+            write_json(path, results)
+        except OSError as error:
+            sys.exit(f"error: cannot write {path}: {error.strerror}")
+    return results
+
+
+def commit() -> str:
+    """The git commit of the sources, "-dirty" where they differ from it; "unknown" outside a checkout."""
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

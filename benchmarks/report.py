@@ -1,0 +1,158 @@
+"""The tables of the README from the files of results.
+
+    python -m benchmarks.report                       print them
+    python -m benchmarks.report --write README.md     put them between the markers of the file
+    python -m benchmarks.report --check README.md     exit status 1 if others are there
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_gpu.checkpoint import write_text
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+ERROR = ("error: relative L2 against float64; of RIRs less their last 6 taps, where the reference cuts off its signal "
+         "at 8 times the rate; mixtures hear those.")
+TITLES = {"bench_rir": "Room impulse responses", "bench_convolve": "Convolution", "bench_simulate": "Mixtures",
+          "bench_train": "Training steps", "peers": "Other simulators, on the same scenes"}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One file of results as a table with a heading, and the conditions of the measurement under it."""
+    kind = results["benchmark"]
+    lines = {"bench_train": train_table, "peers": peers_table}.get(kind, simulation_table)(results)
+    machine, versions = results["machine"], results["versions"]
+    threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
+    conditions = (f"{results['workload']}. {machine['device']}, {machine['cores']} cores, {threads}, torch "
+                  f"{versions['torch']}, Python {versions['python']}, commit {results['commit']}, {results['date']}: "
+                  f"`{results['command']}`")
+    return "\n".join([f"### {TITLES[kind]}", "", *lines, "", conditions])
+
+
+def simulation_table(results: dict[str, Any]) -> list[str]:
+    """Of bench_rir, bench_convolve and bench_simulate."""
+    rows = [[f"{row['name']}{', compiled' if row.get('compiled') else ''}", row["batch"],
+             spread(row, 1e3 / row["batch"]), number(row["scenes_per_s"]), number(row["audio_s_per_s"]),
+             mebibytes(row["peak_bytes"]), "-" if row["error"] is None else f"{row['error']:.1e}"]
+            for row in results["rows"]]
+    head = ["", "batch", "ms per scene (p10 to p90)", "scenes/s", "s of audio per s", "peak MiB", "error"]
+    return table(head, rows) + ["", ERROR]
+
+
+def train_table(results: dict[str, Any]) -> list[str]:
+    """Of bench_train."""
+    rows = [[f"{row['name']}, {row['parameters'] / 1e6:.2f} M{', compiled' if row['compiled'] else ''}", row["batch"],
+             "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3), number(row["scenes_per_s"]),
+             " / ".join(f"{100 * row['share'][key]:.0f}" for key in ("simulate", "forward", "backward", "update")),
+             mebibytes(row["peak_bytes"])] for row in results["rows"]]
+    return table(["network", "batch", "precision", "ms per step (p10 to p90)", "examples/s",
+                  "simulate / forward / backward / update, %", "peak MiB"], rows)
+
+
+def peers_table(results: dict[str, Any]) -> list[str]:
+    """Of peers: what each takes per scene, and how many times faster ours is over the same scenes."""
+    rows = []
+    for row in results["rows"]:
+        target = "-" if row["target"] is None else f">= {row['target']:g}: {'yes' if row['met'] else 'no'}"
+        rows.append([row["name"], row["stage"], row["on"], f"{row['scenes']} + {row['refused']}", spread(row, 1e3),
+                     number(1e3 * row["mean_s"]), ratios(row), target])
+    head = ["", "what", "on", "scenes + refused", "ms per scene (p10 to p90)", "mean", "ours is faster by", "target"]
+    skipped = [f"Skipped: {name}, {reason}." for name, reason in results["skipped"].items()]
+    return table(head, rows) + ([""] + skipped if skipped else []) + ["", results["notes"]]
+
+
+def ratios(row: dict[str, Any]) -> str:
+    """How many times faster ours is by the clock on the wall, in brackets by CPU time."""
+    if row["ratio"] is None:
+        return "1"
+    return number(row["ratio"]) + ("" if row["ratio_cpu"] is None else f" ({number(row['ratio_cpu'])})")
+
+
+def table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    """Markdown, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, rule, *rows)]
+
+
+def spread(row: dict[str, Any], scale: float) -> str:
+    """The median, and p10 to p90 in brackets."""
+    median, low, high = (scale * row[key] for key in ("median_s", "p10_s", "p90_s"))
+    return f"{number(median)} ({number(low)} to {number(high)})"
+
+
+def number(value: float | None) -> str:
+    """Three digits, and no exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mebibytes(value: int | None) -> str:
+    """Bytes in MiB."""
+    return "-" if value is None else f"{value / 2**20:,.0f}"
+
+
+def newest(folder: Path) -> list[dict[str, Any]]:
+    """Of every benchmark on every machine with so many threads the newest results, in the order of TITLES.
+
+    Raises ValueError for a file that is not one of results.
+    """
+    found: dict[tuple, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):  # their names begin with the date
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results.get("benchmark") not in TITLES:
+            raise ValueError(f"{path} must hold the results of one of {', '.join(TITLES)}")
+        machine = results["machine"]
+        found[results["benchmark"], machine["device"], machine["threads"]] = results
+    return sorted(found.values(), key=lambda results: list(TITLES).index(results["benchmark"]))
+
+
+def report(folder: Path) -> str:
+    """All tables."""
+    return "\n\n".join(map(markdown, newest(folder)))
+
+
+def insert(text: str, tables: str) -> str:
+    """`text` with `tables` between its markers. Raises ValueError where it has not one pair of them."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after:
+        raise ValueError(f"the file must hold one pair of markers, {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--results", metavar="DIR", type=Path, default=RESULTS, help="default benchmarks/results")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--write", metavar="FILE", type=Path, help="put the tables between the markers of this file")
+    where.add_argument("--check", metavar="FILE", type=Path, help="fail if this file has other tables")
+    args = parser.parse_args(arguments)
+    target = args.write or args.check
+    try:
+        tables = report(args.results)
+        if target is None:
+            print(tables)
+            return 0
+        text = target.read_text(encoding="utf-8")
+        wanted = insert(text, tables)
+        if args.write:
+            write_text(target, wanted)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.check and text != wanted:
+        print(f"{target} does not show the results: python -m benchmarks.report --write {target}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

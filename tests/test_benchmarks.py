@@ -1,0 +1,167 @@
+"""Every benchmark from end to end in this process, as small as it gets: what it promises to write, and the tables."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
+
+from benchmarks import bench_convolve, bench_rir, bench_simulate, bench_train, common, peers, report  # noqa: E402
+
+CONDITIONS = {"benchmark", "command", "date", "machine", "versions", "commit", "workload", "rows"}
+TIMES = {"name", "median_s", "p10_s", "p90_s"}
+SIMULATION = TIMES | {"batch", "calls", "scenes_per_s", "audio_s_per_s", "peak_bytes", "error"}
+FAKE_REFERENCE = """
+import numpy as np
+
+def FRAM_RIR(mic_pos, sr, T60, room_dim, src_pos):
+    if room_dim[0] > {longest}:
+        raise ValueError("too long a room")
+    return (np.ones((len(mic_pos), len(src_pos), int(np.ceil(T60 * sr))), np.float32),) * 2
+"""
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(benchmark, tmp_path, *arguments):
+    """The results that the benchmark's command line writes."""
+    path = tmp_path / "results.json"
+    assert benchmark.main([*arguments, "--device", "cpu", "--threads", "1", "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def check(results, keys):
+    """What every file of results must say."""
+    assert CONDITIONS <= set(results)
+    assert set(results["machine"]) == {"device", "cores", "threads"} and results["machine"]["threads"] == 1
+    assert {"torch", "python", "ssl_gpu"} <= set(results["versions"])
+    assert results["rows"]
+    for row in results["rows"]:
+        assert keys <= set(row)
+        assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"]
+
+
+@pytest.mark.parametrize("benchmark, rows, without_error", [(bench_rir, 4, 1), (bench_simulate, 3, 1)])
+def test_simulation_benchmark(benchmark, rows, without_error, tmp_path, capsys):
+    results = run(benchmark, tmp_path, "--batch", "2", "--seconds", "0", "--check", "1")
+    check(results, SIMULATION)
+    errors = [row["error"] for row in results["rows"]]
+    assert len(errors) == rows and errors.count(None) == without_error
+    # An RIR is compared without its last 6 taps; a mixture hears them, where the reference cuts off its 8x signal.
+    assert all(error is None or error < (3e-7 if benchmark is bench_rir else 1e-3) for error in errors)
+    assert report.markdown(results) in capsys.readouterr().out
+
+
+def test_convolution_benchmark(tmp_path):
+    results = run(bench_convolve, tmp_path, "--batch", "1", "--seconds", "0", "--check", "1")
+    check(results, SIMULATION)
+    assert len(results["rows"]) == 5 and all(row["error"] < 2e-6 for row in results["rows"])
+    first = results["rows"][0]
+    assert first["scenes_per_s"] == 1 / first["median_s"] and first["audio_s_per_s"] == 3 / first["median_s"]
+
+
+def test_oracle_notices_a_wrong_convolution():
+    dry, rir = torch.randn(2, 2000), torch.randn(2, 2, 50)
+    heard = common.oracle_mixture(dry, rir)
+    assert common.relative_l2(torch.from_numpy(heard), heard) == 0
+    assert common.relative_l2(torch.from_numpy(heard).roll(1, -1), heard) > 0.1
+
+
+def test_training_benchmark_shares_a_step_out(tmp_path):
+    results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no")
+    check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled"})
+    share = results["rows"][0]["share"]
+    assert set(share) == {"simulate", "forward", "backward", "update"}
+    assert all(part > 0 for part in share.values()) and 0.8 < sum(share.values()) <= 1
+    assert "librispeech" in report.markdown(results)
+
+
+def test_peers_compares_what_it_finds(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    (tmp_path / "FRAM_RIR.py").write_text(FAKE_REFERENCE.format(longest=100))
+    monkeypatch.setenv("FRA_RIR_PATH", str(tmp_path))
+    results = run(peers, tmp_path, "--only", "reference", "gpuRIR", "--scenes", "4", "--batch", "2")
+    check(results, TIMES | {"stage", "on", "scenes", "refused", "mean_s", "ratio", "ratio_cpu", "target", "met"})
+    ours, theirs = results["rows"][:3], results["rows"][3:]
+    assert [row["stage"] for row in ours] == [row["stage"] for row in theirs] == [peers.BOTH, peers.FULL, peers.MIXTURE]
+    assert [row["scenes"] for row in theirs] == [4, 4, 4] and [row["refused"] for row in theirs] == [0, 0, 0]
+    assert [row["target"] for row in theirs] == [20, 20, 14]
+    for mine, other in zip(ours, theirs):  # the fake one takes no time at all, so it wins, and that is what is said
+        assert other["ratio"] == pytest.approx(other["mean_s"] / mine["mean_s"]) and other["ratio"] < 1
+        assert other["met"] is False
+    assert results["skipped"] == {"gpuRIR": "it needs a GPU"}
+    assert "Skipped: gpuRIR, it needs a GPU." in report.markdown(results)
+
+
+def test_peers_counts_refused_scenes_for_neither(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    (tmp_path / "FRAM_RIR.py").write_text(FAKE_REFERENCE.format(longest=6))
+    monkeypatch.setenv("FRA_RIR_PATH", str(tmp_path))
+    tool, = peers.reference(torch.device("cpu"))
+    ours = peers.Ours(8, torch.device("cpu"), 0)
+    short = sum(scene.room_dim[0] <= 6 for scene in ours.each())
+    assert 0 < short < 8
+    assert peers.compare(tool, ours, record=True) is None
+    assert tool.taken == [short] and tool.refused == 8 - short and len(tool.times[peers.FULL]) == short
+    theirs = sum(wall for wall, _ in tool.times[peers.FULL])
+    (call,), = tool.ours[peers.FULL]
+    assert tool.ratio(peers.FULL, 0) == pytest.approx(theirs / (short * call[0]))
+
+
+def test_peers_says_why_the_reference_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("FRA_RIR_PATH", raising=False)
+    assert peers.find_tools(["reference"], torch.device("cpu"))[1] == {
+        "reference": "the environment variable FRA_RIR_PATH is not set"}
+    (tmp_path / "FRAM_RIR.py").write_text("1 / 0")
+    monkeypatch.setenv("FRA_RIR_PATH", str(tmp_path))
+    assert peers.find_tools(["reference"], torch.device("cpu"))[1] == {
+        "reference": "ZeroDivisionError at import: division by zero"}
+
+
+def test_results_name_no_folder(tmp_path):
+    results = run(bench_rir, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0")
+    assert str(tmp_path) not in json.dumps(results)
+    assert results["command"] == ("python -m benchmarks.bench_rir --batch 1 --seconds 0 --check 0 --device cpu "
+                                  "--threads 1")
+
+
+def test_report_takes_the_newest_of_each_kind(tmp_path):
+    results = run(bench_rir, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0")
+    (tmp_path / "results.json").unlink()
+    for date in ("2026-01-02", "2026-01-10"):
+        (tmp_path / f"{date}-cpu-rir.json").write_text(json.dumps({**results, "date": date}))
+    other = {**results, "machine": {**results["machine"], "threads": 2}, "date": "2026-01-05"}
+    (tmp_path / "2026-01-05-cpu2-rir.json").write_text(json.dumps(other))
+    assert [found["date"] for found in report.newest(tmp_path)] == ["2026-01-10", "2026-01-05"]
+
+
+def test_report_writes_and_checks_the_tables(tmp_path, capsys):
+    run(bench_rir, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0")
+    readme, where = tmp_path / "README.md", ["--results", str(tmp_path)]
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([*where, "--check", str(readme)]) == 1
+    assert report.main([*where, "--write", str(readme)]) == 0
+    assert report.main([*where, "--check", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| draw and render | 1 |" in text
+    readme.write_text("no markers\n")
+    assert report.main([*where, "--write", str(readme)]) == 2
+    assert readme.read_text() == "no markers\n" and "one pair of markers" in capsys.readouterr().err
+
+
+def test_published_results_render():
+    tables = report.report(report.RESULTS)
+    assert all(results["commit"] in tables for results in report.newest(report.RESULTS))
+
+
+def test_unknown_device_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="error: device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
+        bench_rir.main(["--device", "gpu"])
