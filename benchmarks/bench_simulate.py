@@ -31,7 +31,7 @@ def rows_of(batch: int, device: torch.device, args) -> list[dict[str, Any]]:
     def error(simulator):
         """Against direct convolution in float64, of a bank's own RIRs or of those of the oracle."""
         few = min(args.check, batch)
-        draw = simulator.draw(few, samples, generator=generator)
+        draw = simulator.draw(few, samples, generator=common.generator(device, 2))
         audio, errors = simulator.render(dry[:few], draw).audio, []
         for i in range(few):
             rirs = common.oracle_rir(draw.scenes, draw.images, i, rir.sample_rate) if simulator.bank is None else \

@@ -124,7 +124,7 @@ def test_map_stays_in_range_sorted_and_monotone(angle_map, angles):
         mapped = function(angle[None])
         assert mapped.dtype == torch.float64 and (mapped >= 0).all() and (mapped <= math.pi + 1e-6).all()
         assert (mapped.diff(dim=-1) >= 0).all()
-        assert_close(function(angle.flip(0)[None]), mapped)
+        assert_close(function(angle.flip(0)[None]), mapped, rtol=0, atol=1e-5)  # float32 inside
         single = function(angle.sort().values[:, None])[:, 0]
         assert (single.diff() > -math.radians(0.3)).all()  # Monte Carlo noise of the table
 
