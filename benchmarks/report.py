@@ -24,15 +24,26 @@ TITLES = {"bench_rir": "Room impulse responses", "bench_convolve": "Convolution"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One file of results as a table with a heading, and the conditions of the measurement under it."""
+    """One file of results as a table with a heading, and what one must know to read it."""
+    return "\n\n".join([titled_table(results), *notes(results)])
+
+
+def titled_table(results: dict[str, Any]) -> str:
+    """The heading, the table, and the conditions of the measurement."""
     kind = results["benchmark"]
     lines = {"bench_train": train_table, "peers": peers_table}.get(kind, simulation_table)(results)
     machine, versions = results["machine"], results["versions"]
     threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
-    conditions = (f"{results['workload']}. {machine['device']}, {machine['cores']} cores, {threads}, torch "
-                  f"{versions['torch']}, Python {versions['python']}, commit {results['commit']}, {results['date']}: "
-                  f"`{results['command']}`")
+    conditions = (f"{machine['device']}, {machine['cores']} cores, {threads}, torch {versions['torch']}, Python "
+                  f"{versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`")
     return "\n".join([f"### {TITLES[kind]}", "", *lines, "", conditions])
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """The workload, and what the columns mean."""
+    kind = results["benchmark"]
+    return [results["workload"] + "."] + ([results["notes"]] if kind == "peers" else []) + \
+        ([] if kind in ("peers", "bench_train") else [ERROR])
 
 
 def simulation_table(results: dict[str, Any]) -> list[str]:
@@ -42,7 +53,7 @@ def simulation_table(results: dict[str, Any]) -> list[str]:
              mebibytes(row["peak_bytes"]), "-" if row["error"] is None else f"{row['error']:.1e}"]
             for row in results["rows"]]
     head = ["", "batch", "ms per scene (p10 to p90)", "scenes/s", "s of audio per s", "peak MiB", "error"]
-    return table(head, rows) + ["", ERROR]
+    return table(head, rows)
 
 
 def train_table(results: dict[str, Any]) -> list[str]:
@@ -64,7 +75,7 @@ def peers_table(results: dict[str, Any]) -> list[str]:
                      number(1e3 * row["mean_s"]), ratios(row), target])
     head = ["", "what", "on", "scenes + refused", "ms per scene (p10 to p90)", "mean", "ours is faster by", "target"]
     skipped = [f"Skipped: {name}, {reason}." for name, reason in results["skipped"].items()]
-    return table(head, rows) + ([""] + skipped if skipped else []) + ["", results["notes"]]
+    return table(head, rows) + ([""] + skipped if skipped else [])
 
 
 def ratios(row: dict[str, Any]) -> str:
@@ -114,8 +125,10 @@ def newest(folder: Path) -> list[dict[str, Any]]:
 
 
 def report(folder: Path) -> str:
-    """All tables."""
-    return "\n\n".join(map(markdown, newest(folder)))
+    """All tables, and under them every note once."""
+    found = newest(folder)
+    unique = dict.fromkeys(note for results in found for note in notes(results))
+    return "\n\n".join([*map(titled_table, found), *unique])
 
 
 def insert(text: str, tables: str) -> str:
