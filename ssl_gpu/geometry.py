@@ -18,12 +18,6 @@ def wrap_angle(angle: Tensor) -> Tensor:
     return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 
-def unit_vector(azimuth: Tensor, elevation: Tensor) -> Tensor:
-    """Azimuth and elevation [...] rad -> unit vector [..., 3]."""
-    horizontal = torch.cos(elevation)
-    return torch.stack((horizontal * torch.cos(azimuth), horizontal * torch.sin(azimuth), torch.sin(elevation)), -1)
-
-
 def azimuth(vector: Tensor) -> Tensor:
     """Vector [..., 3] -> azimuth [...] rad in [-pi, pi]; 0 for a vertical vector."""
     return torch.atan2(vector[..., 1], vector[..., 0])

@@ -97,7 +97,8 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
                              f"{str(error).strip().splitlines()[-1].strip()}") from error
-    evaluate_now(run)                                                   # its time is what the end of the run needs
+    if cfg.train.max_minutes is not None:
+        evaluate_now(run)                                               # its time is what the end of the run needs
     return run
 
 
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif any(run.out.iterdir()):
             raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")
         save_yaml(run.out / "config.yaml", run.cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

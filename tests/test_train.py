@@ -171,6 +171,15 @@ def test_divergence_is_one_line(tiny, capsys):
     assert "error: " in error and "lower train.lr" in error
 
 
+def test_resuming_weights_that_diverged_is_one_line(tiny, capsys):
+    assert start("train.out=run", "train.steps=1", "train.ema=null") == 0
+    checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
+    checkpoint["model"]["network.head.2.bias"][:] = float("nan")
+    torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
+    assert start("train.out=run", "train.steps=null", "train.max_minutes=600", "--resume") == 2
+    assert "error: the network's output is not finite" in capsys.readouterr().err
+
+
 def test_clips_that_were_heard_in_training_are_named(tiny, capsys):
     write_speech(tiny / "a")
     cache = f"speech.cache_dir={tiny / 'cache'}"
