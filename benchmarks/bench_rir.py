@@ -10,9 +10,10 @@ import torch
 
 from benchmarks import common
 from ssl_gpu import runtime
-from ssl_gpu.rir import ImageBatch, RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
 from ssl_gpu.simulator import SimulatorConfig
+from ssl_gpu.synthesis import RirBatch
 
 
 def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render=render_rir,

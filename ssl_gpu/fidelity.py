@@ -21,8 +21,9 @@ from ssl_gpu.directivity import OMNI_SHARE, LookVector, Pattern, look_vector
 from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections
 from ssl_gpu.measure import RirMeasures, decay_time, energy_decay, late_spectra, measure_rirs
 from ssl_gpu.plots import COLOURS, GREY, require_matplotlib
-from ssl_gpu.rir import RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, sample_scenes
+from ssl_gpu.synthesis import RirBatch
 
 BEFORE, AFTER = COLOURS[1], COLOURS[0]
 REFERENCE = RirConfig(early=False)

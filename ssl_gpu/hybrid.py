@@ -18,9 +18,10 @@ from torch import Tensor
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, render_ism, shortest_rt60, trace_images
-from ssl_gpu.rir import (Arrivals, ImageBatch, Method, RirBatch, RirConfig, draw_images, find_arrivals, is_early,
-                         render_rir, slots_in_rir, synthesize, unit_from_polar)
+from ssl_gpu.rir import (ImageBatch, Method, RirConfig, draw_images, find_arrivals, is_early, render_rir,
+                         unit_from_polar)
 from ssl_gpu.scene import SceneBatch
+from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: 
     check_law (as Simulator does) or check_feasible beforehand.
     """
     arrivals = find_hybrid_arrivals(cfg, rir_cfg, scenes, tail)
-    return synthesize(rir_cfg, arrivals, slots_in_rir(rir_cfg, scenes.rt60), scenes.max_rt60)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots_in_rir(rir_cfg.sample_rate, scenes.rt60), scenes.max_rt60)
 
 
 def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> Arrivals:
@@ -85,7 +86,7 @@ def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch,
     box = Shoebox.of(cfg, scenes, rir_cfg.look_vector)
     images = trace_images(rir_cfg, box, _table_on(cfg.hybrid_order, scenes.rt60.device))
     slot, amplitude = (torch.cat(parts, -1) for parts in zip(images, _trace_tail(cfg, rir_cfg, scenes, tail)))
-    last = slots_in_rir(rir_cfg, scenes.rt60)[:, None, None, None] - 1
+    last = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)[:, None, None, None] - 1
     amplitude = torch.where(slot <= last, amplitude, 0.0)
     direct_slot, slot = slot[..., :1], torch.minimum(slot, last)
     return Arrivals(slot, amplitude, is_early(rir_cfg, slot, direct_slot, last) if rir_cfg.early else None)
@@ -150,7 +151,8 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, images:
     picked = (None if first is None else torch.where(tail.chosen[:, None, None, None], _pad(first, count),
                                                      _pad(second, count))
               for first, second in ((getattr(hybrid, f.name), getattr(fra, f.name)) for f in fields(Arrivals)))
-    return synthesize(rir_cfg, Arrivals(*picked), slots_in_rir(rir_cfg, scenes.rt60), scenes.max_rt60)
+    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+    return synthesize(rir_cfg.sample_rate, Arrivals(*picked), slots, scenes.max_rt60)
 
 
 def _pad(tensor: Tensor, count: int) -> Tensor:

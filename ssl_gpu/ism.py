@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
-from ssl_gpu.rir import OVERSAMPLING, RirBatch, RirConfig, is_early, slots_in_rir, synthesize_dense, taps_for
+from ssl_gpu.rir import RirConfig, is_early
 from ssl_gpu.scene import SceneBatch, SceneConfig
+from ssl_gpu.synthesis import OVERSAMPLING, RirBatch, slots_in_rir, synthesize_dense, taps_for
 
 DECAY = 24 * math.log(10)  # the 60 dB of RT60, over the 1/4 of the mean free path 4 V / S
 # At 1 a wall reflects nothing and no RT60 is left; what formulas say near it is no longer heard in the room.
@@ -190,14 +191,14 @@ def render_ism(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch) -> RirBat
     """
     check_feasible(cfg, scenes)
     parts = 2 if rir_cfg.early else 1
-    width = OVERSAMPLING * taps_for(rir_cfg, scenes.max_rt60)
+    width = OVERSAMPLING * taps_for(rir_cfg.sample_rate, scenes.max_rt60)
     per_scene = scenes.mic_pos.shape[1] * scenes.src_pos.shape[1] * parts * width
     rooms = max(1, TRAIN_SLOTS // per_scene)
     done = []
     for start in range(0, len(scenes), rooms):
         some = scenes[start:start + rooms]
-        done.append(synthesize_dense(rir_cfg, _trace_all(cfg, rir_cfg, some, parts, width),
-                                     slots_in_rir(rir_cfg, some.rt60)))
+        done.append(synthesize_dense(rir_cfg.sample_rate, _trace_all(cfg, rir_cfg, some, parts, width),
+                                     slots_in_rir(rir_cfg.sample_rate, some.rt60)))
     early = None if done[0].early is None else torch.cat([r.early for r in done])
     return RirBatch(torch.cat([r.full for r in done]), early, torch.cat([r.length for r in done]), rir_cfg.sample_rate)
 
@@ -206,7 +207,7 @@ def _trace_all(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, parts: in
     """All images within RT60 added up on the 64x grid, [batch, mic, src, part, slot] float32."""
     shape = (len(scenes), scenes.mic_pos.shape[1], scenes.src_pos.shape[1])
     device = scenes.rt60.device
-    box, last = Shoebox.of(cfg, scenes, rir_cfg.look_vector), slots_in_rir(rir_cfg, scenes.rt60) - 1
+    box, last = Shoebox.of(cfg, scenes, rir_cfg.look_vector), slots_in_rir(rir_cfg.sample_rate, scenes.rt60) - 1
     pair = torch.arange(shape[1] * shape[2], device=device).view(*shape[1:], 1)
     train = torch.zeros(shape[0] * pair.numel() * parts * width, device=device)
     direct, _ = trace_images(rir_cfg, box, torch.zeros(3, 1, 1, 1, 1, dtype=torch.int64, device=device))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance
 from ssl_gpu.convolve import fast_length
-from ssl_gpu.rir import RirBatch
 from ssl_gpu.scene import SceneBatch
+from ssl_gpu.synthesis import RirBatch
 
 PEAK_SEARCH = 3             # samples around its expected place in which the direct path's peak is sought
 FINE, FINE_REACH = 32, 1.5  # points per sample at which a peak is interpolated, and how far to both sides in samples

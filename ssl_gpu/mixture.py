@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.convolve import convolve_sources
-from ssl_gpu.rir import RirBatch
 from ssl_gpu.scene import SceneBatch
+from ssl_gpu.synthesis import RirBatch
 
 # Added to the diagonal of the coherence matrix of diffuse noise. At low frequencies a small array is all but coherent
 # and float32 loses the little that is not: four microphones 2 cm apart came out 1e8 times too loud, eight as NaN.

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ssl_gpu.measure import RirMeasures, energy_decay
-from ssl_gpu.rir import RirBatch
 from ssl_gpu.scene import SceneBatch
+from ssl_gpu.synthesis import RirBatch
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all kinds of eyes
 GREY = "0.45"

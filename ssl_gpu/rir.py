@@ -1,35 +1,24 @@
 """FRA-RIR, the fast random approximation of room impulse responses, as batched tensor operations.
 
 The method is that of arXiv 2208.04101 and its multi-channel form, arXiv 2304.08052: a direct path, and a few thousand
-random images whose distances, directions and reflection counts follow simple laws. The reference builds every
-response on a grid of 64 slots per sample, decimates by 8, high-passes at 80 Hz, and decimates by 8 again. All of that
-is linear and, in whole samples, shift-invariant, so this module adds the final response of each arrival straight at
-the target rate: an arrival in slot 64 b + phase contributes a tabulated 16-tap kernel at sample b. See rir_kernel.
+random images whose distances, directions and reflection counts follow simple laws. This module draws them and finds
+when and how strongly each arrives; ssl_gpu.synthesis makes RIRs of the arrivals.
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
 from ssl_gpu.bands import air_absorption_db, band_gain, join_bands, octave_centres
-from ssl_gpu.convolve import fast_length
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain
 from ssl_gpu.scene import SceneBatch
-
-OVERSAMPLING = 64  # slots per sample
-HIGHPASS_HZ, HIGHPASS_Q = 80.0, 0.707
-LEAD, TAIL = 6, 9  # samples before and after its own that an arrival reaches
-MAIN_TAPS = 14     # taps of the kernel's main part; the two-tap remainder sits at 8 and 9 samples
-# The high-pass rings on: 20/32/45 ms to fall to 1e-3/1e-5/1e-7. With 45 ms of padding what wraps round is below 2e-8.
-RINGING_S = 0.045
+from ssl_gpu.synthesis import OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize
 
 
 class Method(Enum):
@@ -179,24 +168,6 @@ class ImageBatch:
         return ImageBatch(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
 
 
-@dataclass(frozen=True, eq=False)
-class RirBatch:
-    """full, early [batch, mic, src, tap] float32 (early None unless asked for), zero from tap `length` on;
-    length [batch] int64 taps: ceil(rt60 sample_rate), the product rounded to float32 as the reference does;
-    sample_rate Hz. The scale is the reference's: a direct path at d m peaks at about 0.0155 / d.
-    """
-
-    full: Tensor
-    early: Tensor | None
-    length: Tensor
-    sample_rate: int
-
-    def __getitem__(self, index: slice | Tensor) -> "RirBatch":
-        """The RIRs of a slice or of an index tensor [n] of scenes."""
-        early = None if self.early is None else self.early[index]
-        return RirBatch(self.full[index], early, self.length[index], self.sample_rate)
-
-
 def nearest_mic(scenes: SceneBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets source to microphone [batch, mic, src, 3] m, their distances [batch, mic, src] m as the reference
     measures them, and the index of the microphone nearest to each source [batch, src]."""
@@ -263,26 +234,6 @@ def unit_from_polar(azimuth: Tensor, polar: Tensor) -> Tensor:
     return torch.stack((torch.cos(azimuth) * sin, torch.sin(azimuth) * sin, torch.cos(polar)), -1)
 
 
-@dataclass(frozen=True, eq=False)
-class Arrivals:
-    """Everything that reaches a microphone, the direct path first: slot [batch, mic, src, 1 + image] int64 on the
-    64x grid, amplitude likewise float32, early likewise bool (None unless asked for)."""
-
-    slot: Tensor
-    amplitude: Tensor
-    early: Tensor | None
-
-
-def slots_in_rir(cfg: RirConfig, rt60: Tensor) -> Tensor:
-    """rt60 [batch] s -> length of the RIR [batch] int64 in slots; the product is in float32, as in the reference."""
-    return (rt60.to(torch.float32) * float(OVERSAMPLING * cfg.sample_rate)).ceil().to(torch.int64)
-
-
-def taps_in_rir(slots: Tensor) -> Tensor:
-    """Slots [...] int64 -> taps: two decimations by 8, each rounding up."""
-    return ((slots + 7) // 8 + 7) // 8
-
-
 def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arrivals:
     """When and how strongly the direct path and every image reach every microphone (arXiv 2208.04101, section 2).
 
@@ -308,7 +259,7 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
 
     dist = torch.cat((direct[..., None], dist), -1)
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
-    last = slots_in_rir(cfg, scenes.rt60)[:, None, None, None] - 1
+    last = slots_in_rir(cfg.sample_rate, scenes.rt60)[:, None, None, None] - 1
     slot = torch.minimum(unclamped, last)
     if cfg.image_range is ImageRange.FULL:
         amplitude = torch.where(unclamped[..., 1:] <= last, amplitude, 0.0)
@@ -353,75 +304,6 @@ def _gain(law: LookVector, pattern: Pattern, orientation: Tensor, offset: Tensor
     return pattern_gain(pattern, cosine)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The response of one arrival, by its slot within a sample, split so that float32 loses nothing.
-
-    main [64, 14] (samples -6..7, to be filtered by (1 - z^-1)^2 / A8), remainder [64, 2] (samples 8 and 9, to be
-    filtered by 1 / A8), poles [3]: the coefficients of A8. float64.
-    """
-
-    main: np.ndarray
-    remainder: np.ndarray
-    poles: np.ndarray
-
-
-@lru_cache(maxsize=None)
-def rir_kernel(sample_rate: int) -> Kernel:
-    """The reference's chain, decimate by 8, high-pass, decimate by 8, as a table for arrivals on its 64x grid.
-
-    The high-pass b(z)/A(z) runs at 8 times the target rate. With A8(z) having the 8th powers of its poles,
-    q(z) = A8(z^8)/A(z) is a polynomial, so b/A = b q / A8(z^8): a finite filter before the decimator and an all-pole
-    one after it. Decimator, finite filter and decimator together give 16 taps per slot within a sample, exactly.
-    An all-pole 1/A8 (two poles near z = 1) costs 3e-5 in float32; dividing the taps by (1 - z^-1)^2, which leaves 14
-    taps and a remainder below 1e-6 in the last two, and filtering by (1 - z^-1)^2/A8 costs 2e-7.
-    """
-    n = np.arange(-48, 49)
-    decimator = 0.99 / 8 * np.sinc(0.99 * n / 8) * np.cos(math.pi * 0.99 * n / 96) ** 2  # torchaudio's, 8:1
-    omega = 2 * math.pi * HIGHPASS_HZ / (8 * sample_rate)
-    alpha = math.sin(omega) / (2 * HIGHPASS_Q)
-    numerator = np.array([1, -2, 1]) * (1 + math.cos(omega)) / 2 / (1 + alpha)
-    pole = np.roots([1 + alpha, -2 * math.cos(omega), 1 - alpha])[0]  # one of a complex pair
-    powers = pole ** np.arange(8)
-    finite = np.convolve(numerator, np.convolve(powers, powers.conj()).real)
-    poles = np.array([1, -2 * (pole ** 8).real, abs(pole) ** 16])
-
-    taps = np.zeros((OVERSAMPLING, LEAD + TAIL + 1))
-    for phase in range(OVERSAMPLING):
-        first = np.zeros(14 + 6 + len(finite))  # the 8x grid from -6 on
-        index = np.arange(-6, 14)
-        reached = np.abs(phase - 8 * index) <= 48
-        first[:20][reached] = decimator[phase - 8 * index[reached] + 48]
-        filtered = np.convolve(first, finite)
-        for tap in range(-LEAD, TAIL + 1):
-            at = np.arange(len(filtered)) - 6 - 8 * tap
-            inside = np.abs(at) <= 48
-            taps[phase, tap + LEAD] = filtered[inside] @ decimator[at[inside] + 48]
-    main = np.cumsum(np.cumsum(taps, 1), 1)[:, :MAIN_TAPS]
-    rest = taps.copy()
-    for shift, weight in enumerate((1, -2, 1)):
-        rest[:, shift:shift + MAIN_TAPS] -= weight * main
-    return Kernel(main, rest[:, MAIN_TAPS:], poles)
-
-
-@lru_cache(maxsize=None)
-def _kernel_on(sample_rate: int, device: torch.device) -> Tensor:
-    """Main part and remainder of the kernel side by side, [16, 64] float32, on the device."""
-    kernel = rir_kernel(sample_rate)
-    table = np.concatenate((kernel.main, kernel.remainder), 1).T
-    return torch.tensor(table, dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=32)
-def _response_on(sample_rate: int, n_fft: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(1 - z^-1)^2 / A8 and 1 / A8 on the grid of an n_fft-point real FFT, complex64, on the device."""
-    z = np.exp(-2j * math.pi * np.arange(n_fft // 2 + 1) / n_fft)
-    all_pole = 1 / np.polyval(rir_kernel(sample_rate).poles[::-1], z)
-    responses = ((1 - z) ** 2 * all_pole, all_pole)
-    main, rest = (torch.tensor(r, dtype=torch.complex64, device=device) for r in responses)
-    return main, rest
-
-
 def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBatch:
     """FRA-RIR of every source at every microphone of every scene, from images already drawn.
 
@@ -430,10 +312,10 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBat
     array some metres wide has images in the last slot), and the reference's clamp to [-1, 1] at the 8x rate, which a
     source nearer than 0.12 m to a microphone can reach and which is left out.
     """
-    arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg, scenes.rt60)
+    arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg.sample_rate, scenes.rt60)
     if cfg.in_bands:
         return _render_bands(cfg, scenes, images, arrivals, slots)
-    return synthesize(cfg, arrivals, slots, scenes.max_rt60)
+    return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60)
 
 
 def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals,
@@ -446,68 +328,8 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
-        parts.append(synthesize(cfg, weaker, slots, scenes.max_rt60))
+        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
     full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, cfg.sample_rate), 0.0)
                    for columns in ([part.full for part in parts], [part.early for part in parts]))
     return replace(parts[0], full=full, early=early)
-
-
-def taps_for(cfg: RirConfig, max_rt60: float) -> int:
-    """Taps of a batch of RIRs whose RT60 never exceeds max_rt60 s."""
-    max_slots = math.ceil(np.float32(max_rt60) * np.float32(OVERSAMPLING * cfg.sample_rate))
-    return -(-(-(-max_slots // 8)) // 8)
-
-
-def synthesize(cfg: RirConfig, arrivals: Arrivals, slots: Tensor, max_rt60: float) -> RirBatch:
-    """Arrivals to RIRs: scatter the kernel of each arrival at the target rate, then the high-pass in frequency.
-
-    slots [batch] int64, the length of each RIR on the 64x grid; max_rt60 s fixes the number of taps.
-    """
-    device = arrivals.slot.device
-    width = taps_for(cfg, max_rt60) + LEAD + TAIL + 1
-    parts = 1 if arrivals.early is None else 2                          # an early arrival goes to the second part
-    shape = arrivals.slot.shape[:3]
-    table = _kernel_on(cfg.sample_rate, device)
-    # slot % 64 and slot // 64, but divisions of int64 take ten times as long.
-    phase, start = (arrivals.slot & (OVERSAMPLING - 1)).flatten(), arrivals.slot >> (OVERSAMPLING.bit_length() - 1)
-    if arrivals.early is not None:
-        start = start + arrivals.early * width
-    train = torch.zeros(2, *shape, parts * width, device=device)        # main, remainder
-    for tap in range(MAIN_TAPS + 2):
-        part, shift = (0, tap) if tap < MAIN_TAPS else (1, tap)
-        room = train[part].narrow(-1, shift, parts * width - shift)
-        weight = table[tap].index_select(0, phase).view_as(start)      # on a CPU five times as fast as [phase]
-        room.scatter_add_(-1, start, weight.mul_(arrivals.amplitude))
-    return _filter(cfg, train.view(2, *shape, parts, width), slots)
-
-
-def synthesize_dense(cfg: RirConfig, train: Tensor, slots: Tensor) -> RirBatch:
-    """What synthesize does, from arrivals already added up on the 64x grid: cheaper once they outnumber the taps.
-
-    train [batch, mic, src, part, 64 tap] float32; two parts, late and early, or one where no early RIR is asked for.
-    """
-    shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
-    products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(cfg.sample_rate, train.device).T
-    spread = train.new_zeros(2, *shape, taps + LEAD + TAIL + 1)         # main, remainder
-    for tap in range(MAIN_TAPS + 2):
-        spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
-    return _filter(cfg, spread, slots)
-
-
-def _filter(cfg: RirConfig, train: Tensor, slots: Tensor) -> RirBatch:
-    """Kernels added up, [main or remainder, batch, mic, src, late or early, LEAD + tap + TAIL + 1], to RIRs."""
-    width = train.shape[-1]
-    max_taps = width - LEAD - TAIL - 1
-    n_fft = fast_length(width + math.ceil(RINGING_S * cfg.sample_rate))
-    main, rest = _response_on(cfg.sample_rate, n_fft, train.device)
-    length = taps_in_rir(slots)
-    inside = torch.arange(max_taps, device=train.device) < length[:, None, None, None]
-
-    def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, width]
-        spectrum = torch.fft.rfft(train[0], n_fft).mul_(main).addcmul_(torch.fft.rfft(train[1], n_fft), rest)
-        return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + max_taps], 0.0)
-
-    if train.shape[-2] == 1:
-        return RirBatch(finish(train.squeeze(-2)), None, length, cfg.sample_rate)
-    return RirBatch(finish(train.sum(-2)), finish(train[..., 1, :]), length, cfg.sample_rate)

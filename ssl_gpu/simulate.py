@@ -39,10 +39,10 @@ from ssl_gpu.hybrid import draw_rooms, render_rooms
 from ssl_gpu.ism import check_feasible, check_law
 from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import draw_mixture, mix
-from ssl_gpu.rir import OVERSAMPLING, RirBatch
 from ssl_gpu.scene import SceneBatch, sample_scenes
 from ssl_gpu.scenelist import read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
+from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
 from ssl_gpu.train import interrupt
 
 WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR

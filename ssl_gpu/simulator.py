@@ -14,8 +14,9 @@ from torch import Tensor
 from ssl_gpu.hybrid import TailBatch, draw_rooms, render_rooms
 from ssl_gpu.ism import IsmConfig, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
-from ssl_gpu.rir import ImageBatch, RirBatch, RirConfig
+from ssl_gpu.rir import ImageBatch, RirConfig
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
+from ssl_gpu.synthesis import RirBatch
 
 BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or the rooms would depend on the chunk
 

@@ -12,10 +12,11 @@ from ssl_gpu.hybrid import TailBatch, draw_rooms, draw_tail, find_hybrid_arrival
 from ssl_gpu.ism import Absorption, IsmConfig, render_ism
 from ssl_gpu.measure import measure_rirs
 from ssl_gpu.mixture import MixtureConfig
-from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir, synthesize_dense
+from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 from ssl_gpu.speech import SpeechConfig, voices_bank
+from ssl_gpu.synthesis import synthesize_dense
 
 P = Pattern
 EYRING = IsmConfig(Absorption.EYRING)
@@ -107,7 +108,7 @@ def test_energy_of_the_tail_is_that_of_one_image_per_room_volume():
     reach, volume = 340 * scenes.rt60, scenes.room_dim.prod(-1)
     unit = torch.eye(64)[:, None, None, None].repeat(1, 1, 1, 1, 400)  # a unit arrival in each slot of a sample
     unit = unit.unflatten(-1, (400, 64)) * (torch.arange(400) == 50)[:, None]
-    kept = synthesize_dense(HYBRID, unit.flatten(-2), torch.full((64,), 64 * 400)).full.double().square().sum(-1).mean()
+    kept = synthesize_dense(16000, unit.flatten(-2), torch.full((64,), 64 * 400)).full.double().square().sum(-1).mean()
     for part in range(2, 9):
         low, high = 0.1 * part, 0.1 * (part + 1)
         tap = torch.arange(ours.shape[-1]) / 16000 / scenes.rt60[:, None]

@@ -19,6 +19,7 @@ from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections, pert
 from ssl_gpu.measure import decay_time, energy_decay, late_spectra, measure_rirs
 from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
+from ssl_gpu.synthesis import slots_in_rir
 
 P, RATE = Pattern, 16000
 REFERENCE = RirConfig(early=False)
@@ -308,7 +309,7 @@ def share_of_images_at_the_end(cfg, scenes):
     """Over the images there are: sounding arrivals in the last d / 340 s of the RIR and in its last slot, [scene]."""
     images = draw_images(cfg, scenes, generator=seeded())
     arrivals = find_arrivals(cfg, scenes, images)
-    sounds, slots = (arrivals.amplitude != 0)[..., 1:], rir.slots_in_rir(cfg, scenes.rt60)[:, None, None, None]
+    sounds, slots = (arrivals.amplitude != 0)[..., 1:], slots_in_rir(cfg.sample_rate, scenes.rt60)[:, None, None, None]
     silent = slots - arrivals.slot[..., :1].amin(1, keepdim=True)
     slot = arrivals.slot[..., 1:]
     count = images.active.sum(-1)[:, None, None]

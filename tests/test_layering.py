@@ -13,9 +13,9 @@ PACKAGE = ROOT / "ssl_gpu"
 
 # A module imports only from those before it.
 ORDER = ["runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "original", "scene", "voices", "corpus",
-         "speech", "laws", "bands", "rir", "ism", "hybrid", "measure", "mixture", "conformer", "features", "doa",
-         "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint", "scenelist",
-         "config", "report", "evaluate", "train", "plots", "fidelity", "simulate", "localize"]
+         "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "measure", "mixture", "conformer", "features",
+         "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint",
+         "scenelist", "config", "report", "evaluate", "train", "plots", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}

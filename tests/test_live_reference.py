@@ -19,8 +19,9 @@ from oracle import ks
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern
 from ssl_gpu.measure import measure_rirs
-from ssl_gpu.rir import ImageBatch, RirBatch, RirConfig, draw_images, nearest_mic, render_rir, unit_from_polar
+from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, nearest_mic, render_rir, unit_from_polar
 from ssl_gpu.scene import SceneConfig, original_scenes, sample_scenes
+from ssl_gpu.synthesis import RirBatch
 
 CHECKOUT = os.environ.get("FRA_RIR_PATH")
 pytestmark = [

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from ssl_gpu.measure import (RirMeasures, clarity_db, decay_time, direct_path, drr_db, echo_density, energy_db,
                              energy_decay, last_significant_tap, late_coherence, late_spectra, measure_rirs,
                              spectral_tilt_db, time_difference)
-from ssl_gpu.rir import RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
+from ssl_gpu.synthesis import RirBatch
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path for path in GOLDEN.glob("case_*.npz") if path.name != "case_stats.npz")

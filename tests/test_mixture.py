@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from ssl_gpu.geometry import linear_array
 from ssl_gpu.mixture import MixtureConfig, MixtureDraw, diffuse_noise, draw_mixture, mix
-from ssl_gpu.rir import RirBatch
 from ssl_gpu.scene import SceneConfig, sample_scenes
+from ssl_gpu.synthesis import RirBatch
 
 BATCH, MICS, SRCS, SAMPLES, TAPS = 3, 2, 2, 900, 300
 NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(10.0, 20.0), diffuse_snr_db=(0.0, 10.0))

@@ -16,10 +16,11 @@ from ssl_gpu import plots, rng, simulate
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.measure import measure_rirs
-from ssl_gpu.rir import RirBatch, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, original_scenes, sample_scenes
 from ssl_gpu.scenelist import SceneListError, read_scenes, scene_entries, write_scenes
 from ssl_gpu.speech import draw_crops, gather_crops
+from ssl_gpu.synthesis import RirBatch
 
 SETTINGS = """
 speech: {clip_s: 0.5, voices_speakers: 3, voices_utterances: 1, voices_duration_s: 0.6}
