@@ -60,6 +60,29 @@ def decimation_chain(train, sample_rate):
     return decimate(high_pass(decimate(train), 8 * sample_rate))
 
 
+def absorption_of(formula, room, rt60):
+    """"sabine" or "eyring", from volume and surface; at most 0.99."""
+    volume, surface = math.prod(room), 2 * (room[0] * room[1] + room[1] * room[2] + room[2] * room[0])
+    sabine = 24 * math.log(10) * volume / (SPEED * surface * rt60)
+    return min(sabine if formula == "sabine" else 1 - math.exp(-sabine), 0.99)
+
+
+def mirror_images(room, src, mic, reach, max_order):
+    """(offset from the microphone, signs of the mirrored axes, order) of images, as Allen and Berkley number them:
+    at (1 - 2 q) src + 2 n room, after |n - q| + |n| reflections on each axis."""
+    axes = []
+    for length, s, m in zip(room, src, mic):
+        count = math.ceil(reach / (2 * length)) + 1
+        axes.append([((1 - 2 * q) * s + 2 * n * length - m, 1 - 2 * q, abs(n - q) + abs(n))
+                     for q in (0, 1) for n in range(-count, count + 1)])
+    for x, x_sign, x_order in axes[0]:
+        for y, y_sign, y_order in axes[1]:
+            for z, z_sign, z_order in axes[2]:
+                order = x_order + y_order + z_order
+                if x * x + y * y + z * z < (reach + 1) ** 2 and (max_order is None or order <= max_order):
+                    yield np.array([x, y, z]), np.array([x_sign, y_sign, z_sign]), order
+
+
 def arrivals(room_dim, rt60, mic_pos, src_pos, direction, ratio, perturbation, src_cosine=None, *, sample_rate,
              exponent=0.25, src_pattern="omni", mic_pattern="omni", mic_orientation=None, src_orientation=None,
              early_ms=(-6, 50)):

@@ -2,8 +2,10 @@
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
+from oracle import absorption_of, cosine_between, decimation_chain, gain, look, mirror_images
 from torch.testing import assert_close
 
 from ssl_gpu.directivity import Pattern
@@ -42,6 +44,64 @@ def free_path(scenes):
 
 def close(actual, expected, tolerance=5e-7):
     assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+# ---- the whole ----
+
+
+def slow_arrivals(cfg, rir_cfg, scenes, tail, m, s):
+    """(distance, amplitude) of the first scene's, one by one: images, then the tail from its definition."""
+    room, rt60 = scenes.room_dim[0].tolist(), float(scenes.rt60[0])
+    mics, src = scenes.mic_pos[0].numpy(), scenes.src_pos[0, s].numpy()
+    mic_look, src_look = look(scenes.mic_orientation[0, m].tolist()), look(scenes.src_orientation[0, s].tolist())
+    absorption = absorption_of(cfg.absorption.value, room, rt60)
+    for offset, signs, order in mirror_images(room, src, mics[m], (cfg.hybrid_order + 1) * sum(room),
+                                              cfg.hybrid_order):
+        dist = float(np.linalg.norm(offset))
+        yield dist, (math.sqrt(1 - absorption) ** order / dist
+                     * gain(rir_cfg.src_pattern.value, cosine_between(src_look * signs, -offset))
+                     * gain(rir_cfg.mic_pattern.value, cosine_between(mic_look, offset)))
+    volume, surface = math.prod(room), 2 * (room[0] * room[1] + room[1] * room[2] + room[2] * room[0])
+    path, centre = 4 * volume / surface, mics.mean(0)
+    exponent = absorption if cfg.absorption is Absorption.SABINE else -math.log(1 - absorption)
+    begin, end = (max(np.linalg.norm(mics - src, axis=1)) + paths * path for paths in cfg.tail_fade)
+    step = max(340 * rt60 - begin, 0) / cfg.tail_arrivals
+    for k in range(cfg.tail_arrivals):
+        dist = begin + step * cfg.tail_arrivals * float(tail.place[0, s, k])
+        fade = min((dist - begin) / (end - begin), 1)
+        energy = 4 * math.pi / volume * step * fade * math.exp(-exponent * dist / path)
+        towards = tail.direction[0, s, k].double().numpy()
+        leaving = 1.0 if tail.src_cosine is None else float(tail.src_cosine[0, s, k])
+        yield dist - (mics[m] - centre) @ towards, (
+            float(tail.sign[0, s, k]) * math.sqrt(energy) * gain(rir_cfg.src_pattern.value, leaving)
+            * gain(rir_cfg.mic_pattern.value, cosine_between(mic_look, towards)))
+
+
+@pytest.mark.parametrize("cfg, rir_cfg, scene", [
+    (EYRING, HYBRID, dict(rt60_s=(0.15, 0.2))),
+    (EYRING, replace(HYBRID, src_pattern=P.CARDIOID, mic_pattern=P.HYPER_CARDIOID), dict(rt60_s=(0.15, 0.2))),
+    (IsmConfig(hybrid_order=1), replace(HYBRID, sample_rate=8000), dict(num_mics=4, array_radius_m=0.45)),
+    (replace(EYRING, hybrid_order=0, tail_fade=(0.0, 0.5)), replace(HYBRID, early_window_ms=(0, 20)), {}),
+    (IsmConfig(clamp_infeasible=True), HYBRID, dict(room_min_m=(9.0, 6.0, 4.0), rt60_s=(0.1, 0.11))),
+    (EYRING, replace(HYBRID, sample_rate=48000), dict(room_min_m=(20.0, 2.0, 2.5), room_max_m=(20.0, 2.0, 2.5))),
+])
+def test_equals_a_loop_over_its_arrivals(cfg, rir_cfg, scene):
+    """Of images and tail, in float64: to 1e-6 of the peak, full and early."""
+    cfg = replace(cfg, tail_arrivals=200)
+    scenes, tail = draw(replace(LAW, **scene), batch=1, cfg=cfg, rir_cfg=rir_cfg)
+    rirs, grid = render_hybrid(cfg, rir_cfg, scenes, tail), 64 * rir_cfg.sample_rate
+    slots = math.ceil(np.float32(scenes.rt60[0]) * np.float32(grid))
+    for m, s in np.ndindex(rirs.full.shape[1:3]):
+        train = np.zeros((2, slots))
+        direct = round(math.dist(scenes.mic_pos[0, m].tolist(), scenes.src_pos[0, s].tolist()) * grid / 340)
+        low, high = (direct + math.floor(grid * ms / 1000) for ms in rir_cfg.early_window_ms)
+        for dist, amplitude in slow_arrivals(cfg, rir_cfg, scenes, tail, m, s):
+            slot = round(dist * grid / 340)
+            if slot < slots:
+                train[:, slot] += amplitude, amplitude * (low <= slot < high)
+        full, early = decimation_chain(train, rir_cfg.sample_rate)[..., :-7]  # there the reference cuts
+        close(rirs.full[0, m, s, :len(full)].double(), torch.from_numpy(full), 1e-6)
+        close(rirs.early[0, m, s, :len(full)].double(), torch.from_numpy(early), 1e-6)
 
 
 # ---- the exact part ----

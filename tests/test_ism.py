@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from oracle import cosine_between, decimation_chain, gain, look
+from oracle import absorption_of, cosine_between, decimation_chain, gain, look, mirror_images
 from torch.testing import assert_close
 
 from ssl_gpu import ism
@@ -27,33 +27,10 @@ def draw(scene=SHORT, batch=3, seed=0):
     return sample_scenes(scene, batch, generator=torch.Generator().manual_seed(seed))
 
 
-def absorption_of(kind, room, rt60):
-    """Sabine's or Eyring's, from volume and surface."""
-    volume, surface = math.prod(room), 2 * (room[0] * room[1] + room[1] * room[2] + room[2] * room[0])
-    sabine = 24 * math.log(10) * volume / (340 * surface * rt60)
-    return sabine if kind is Absorption.SABINE else 1 - math.exp(-sabine)
-
-
-def oracle_images(room, src, mic, reach, max_order):
-    """(offset from the microphone, signs of the mirrored axes, order) of images, as Allen and Berkley number them:
-    at (1 - 2 q) src + 2 n room, after |n - q| + |n| reflections on each axis."""
-    axes = []
-    for length, s, m in zip(room, src, mic):
-        count = math.ceil(reach / (2 * length)) + 1
-        axes.append([((1 - 2 * q) * s + 2 * n * length - m, 1 - 2 * q, abs(n - q) + abs(n))
-                     for q in (0, 1) for n in range(-count, count + 1)])
-    for x, x_sign, x_order in axes[0]:
-        for y, y_sign, y_order in axes[1]:
-            for z, z_sign, z_order in axes[2]:
-                order = x_order + y_order + z_order
-                if x * x + y * y + z * z < (reach + 1) ** 2 and (max_order is None or order <= max_order):
-                    yield np.array([x, y, z]), np.array([x_sign, y_sign, z_sign]), order
-
-
 def oracle_rir(cfg, rir_cfg, scenes, index):
     """Full and early RIR [mic, src, tap] of one scene, on the 64x grid, through the slow chain."""
     room, rt60 = scenes.room_dim[index].tolist(), float(scenes.rt60[index])
-    coefficient = math.sqrt(1 - absorption_of(cfg.absorption, room, rt60))
+    coefficient = math.sqrt(1 - absorption_of(cfg.absorption.value, room, rt60))
     grid = 64 * rir_cfg.sample_rate
     slots = math.ceil(np.float32(rt60) * np.float32(grid))
     mic_pos, src_pos = scenes.mic_pos[index].numpy(), scenes.src_pos[index].numpy()
@@ -63,7 +40,7 @@ def oracle_rir(cfg, rir_cfg, scenes, index):
             look(scenes.src_orientation[index, s].tolist())
         direct = round(float(np.linalg.norm(mic_pos[m] - src_pos[s])) * grid / 340)
         window = [direct + math.floor(grid * ms / 1000) for ms in rir_cfg.early_window_ms]
-        for offset, signs, order in oracle_images(room, src_pos[s], mic_pos[m], 340 * rt60, cfg.max_order):
+        for offset, signs, order in mirror_images(room, src_pos[s], mic_pos[m], 340 * rt60, cfg.max_order):
             dist = float(np.linalg.norm(offset))
             slot = round(dist * grid / 340)
             if slot < slots:
@@ -103,6 +80,31 @@ def test_equals_the_slow_oracle(cfg, rir_cfg, scene):
         assert relative_l2(rirs.full[index, ..., :length - CUT], full[..., :-CUT]) < 5e-7
         assert relative_l2(rirs.early[index, ..., :length - CUT], early[..., :-CUT]) < 5e-7
         assert (rirs.full[index, ..., length:] == 0).all() and (rirs.early[index, ..., length:] == 0).all()
+
+
+ODD = {  # room, rt60, microphones, source, configuration
+    "source on a wall": ([3, 2.6, 2.4], 0.06, [[1, 1, 1], [2.5, 1.1, 1.2]], [0, 1.3, 1.1], EYRING, RirConfig()),
+    "source in a corner": ([3, 2.6, 2.4], 0.06, [[1, 1, 1]], [3, 2.6, 2.4], EYRING, RirConfig()),
+    "both on a wall": ([3, 2.6, 2.4], 0.06, [[3, 1.2, 1]], [3, 1, 1], EYRING, RirConfig()),
+    "cardioid on a wall": ([3, 2.6, 2.4], 0.05, [[1, 1.2, 0]], [3, 1, 1], EYRING,
+                           RirConfig(src_pattern=P.CARDIOID, mic_pattern=P.BIDIRECTIONAL)),
+    "middle of a cube": ([3, 3, 3], 0.06, [[1.5, 1.5, 1.5]], [1.5, 1.5, 2.0], EYRING, RirConfig()),
+    "corridor": ([20, 2, 2.5], 0.07, [[1, 1, 1], [19, 1.9, 2.4]], [4, 1, 1], EYRING, RirConfig()),
+    "long": ([3, 2.6, 2.4], 0.4, [[1, 1, 1]], [1.5, 1, 1], IsmConfig(max_order=3), RirConfig(sample_rate=2000)),
+    "hardly longer than the direct path": ([3, 2.6, 2.4], 0.004, [[1, 1, 1]], [1.5, 1, 1],
+                                           CLAMPED, RirConfig()),
+    "48 kHz": ([3, 2.6, 2.4], 0.04, [[1, 1, 1]], [2, 2, 2], EYRING, RirConfig(sample_rate=48000)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_equals_the_slow_oracle_in_odd_rooms_and_places(name):
+    room, rt60, mics, src, cfg, rir_cfg = ODD[name]
+    scenes = make_scenes([room], [rt60], [mics], [[src]])
+    full, early = oracle_rir(cfg, rir_cfg, scenes, 0)
+    rirs = render_ism(cfg, rir_cfg, scenes)
+    assert relative_l2(rirs.full[0, ..., :-CUT], full[..., :-CUT]) < 5e-7
+    assert relative_l2(rirs.early[0, ..., :-CUT], early[..., :-CUT]) < 5e-7
 
 
 def test_images_as_near_as_they_can_be_are_found():
@@ -260,7 +262,7 @@ def test_absorption_of_a_known_room():
     for kind in Absorption:
         for rate in (0.3, 1.1):
             assert abs(float(wall_absorption(IsmConfig(kind), room, rt60.new_tensor([rate])))
-                       - absorption_of(kind, [6.0, 5, 3], rate)) < 1e-12
+                       - absorption_of(kind.value, [6.0, 5, 3], rate)) < 1e-12
 
 
 def test_shortest_rt60_has_walls_of_absorption_99_percent():
