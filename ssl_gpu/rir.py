@@ -16,7 +16,8 @@ from torch import Tensor
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
 from ssl_gpu.bands import air_absorption_db, band_gain, join_bands, octave_centres
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
-from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain
+from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
+                          reverberation_gain)
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize
 
@@ -241,21 +242,11 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     """
     offset, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None])                       # [batch, 1, src]
-    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
-    image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image], from the nearest mic
-    image_offset = torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
-                                for axis in range(3)]).movedim(0, -1)  # [batch, mic, src, image, 3], x, y, z apart
+    image_offset = _offset_to_images(scenes, images, nearest, closest)
     dist = distance(image_offset)
-    amplitude = image_amplitude(cfg, scenes, images, dist, closest)
-    direct_amplitude = direct.to(torch.float32).reciprocal()
-    if images.src_cosine is not None:
-        amplitude = amplitude * pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
-        orientation = scenes.src_orientation[:, None]
-        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.src_pattern, orientation, -offset)
-    if cfg.mic_pattern is not Pattern.OMNI:
-        orientation = scenes.mic_orientation[:, :, None]
-        amplitude = amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation[..., None, :], image_offset)
-        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation, offset)
+    direct_gain, image_gain = _pattern_gains(cfg, scenes, images, offset, image_offset)
+    direct_amplitude = direct.to(torch.float32).reciprocal() * direct_gain
+    amplitude = image_amplitude(cfg, scenes, images, dist, closest) * image_gain
 
     dist = torch.cat((direct[..., None], dist), -1)
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
@@ -263,8 +254,38 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     slot = torch.minimum(unclamped, last)
     if cfg.image_range is ImageRange.FULL:
         amplitude = torch.where(unclamped[..., 1:] <= last, amplitude, 0.0)
+    if cfg.decay is Decay.MEASURED:
+        here = nearest[:, None]
+        images_here = amplitude.gather(1, here[..., None].expand(-1, -1, -1, amplitude.shape[-1]))
+        amplitude = amplitude * reverberation_gain(direct_amplitude.gather(1, here), images_here)[..., None]
     early = is_early(cfg, slot, unclamped[..., :1], last) if cfg.early else None
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
+
+
+def _offset_to_images(scenes: SceneBatch, images: ImageBatch, nearest: Tensor, closest: Tensor) -> Tensor:
+    """From every microphone to every image, [batch, mic, src, image, 3] m, x, y and z apart in memory.
+
+    nearest [batch, src], closest [batch, 1, src] m: index and distance of the microphone that images are placed around.
+    """
+    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
+    image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image]
+    return torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
+                        for axis in range(3)]).movedim(0, -1)
+
+
+def _pattern_gains(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, offset: Tensor,
+                   image_offset: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Gains of the polar patterns, of the direct path [batch, mic, src] and of the images [batch, mic, src, image]
+    float32, or 1; offset, image_offset [..., 3] m: from the microphones to the sources and to the images."""
+    direct = image = 1.0
+    if images.src_cosine is not None:
+        direct = _gain(cfg.look_vector, cfg.src_pattern, scenes.src_orientation[:, None], -offset)
+        image = pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
+    if cfg.mic_pattern is not Pattern.OMNI:
+        look = scenes.mic_orientation[:, :, None]
+        direct = direct * _gain(cfg.look_vector, cfg.mic_pattern, look, offset)
+        image = image * _gain(cfg.look_vector, cfg.mic_pattern, look[..., None, :], image_offset)
+    return direct, image
 
 
 def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist: Tensor, closest: Tensor) -> Tensor:

@@ -188,6 +188,84 @@ def t20_errors(cfg, scenes):
     return torch.where(errors.isfinite(), errors, 9.0).abs()
 
 
+def anywhere(room, rt60s, dists, seed=0):
+    """One scene per rt60 and distance: a microphone somewhere in a room, a source in some direction from it."""
+    generator, side, pairs = seeded(seed), torch.tensor(room, dtype=torch.float64), []
+    for dist in dists:
+        inside = False
+        while not inside:
+            mic = 0.1 + torch.rand(3, generator=generator, dtype=torch.float64) * (side - 0.2)
+            step = torch.randn(3, generator=generator, dtype=torch.float64)
+            src = mic + dist * step / step.norm()
+            inside = bool(((src > 0.1) & (src < side - 0.1)).all())
+        pairs.append((mic[None], src[None]))
+    scenes = make_scenes([room] * len(pairs), rt60s, *(torch.stack(column) for column in zip(*pairs)))
+    return scenes[scenes.rt60.argsort()]
+
+
+ROOMS = [(2, 2, 2), (3, 3, 2.5), (20, 2, 2.5), (10, 6, 4), (30, 20, 10)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_t20_is_the_rt60_whatever_the_room(room):
+    """Within 5 % in the median and 10 % for nine of ten, from 0.2 m to as far as there is place, 0.15 to 1 s."""
+    dists = np.geomspace(0.2, min(8.0, 0.5 * math.hypot(*room)), 60)
+    errors = t20_errors(MEASURED, anywhere(room, np.random.default_rng(0).uniform(0.15, 1.0, 60), dists))
+    assert float(errors.median()) < 0.05 and float(errors.quantile(0.9)) < 0.1
+
+
+@pytest.mark.parametrize("room, dist", [((10, 6, 4), 0.2), ((30, 20, 10), 0.3), ((30, 20, 10), 1.0)])
+def test_t20_is_the_rt60_beside_a_source_in_a_dead_hall(room, dist, monkeypatch):
+    """At 0.15 s, the shortest: where the level of a diffuse field would leave the direct sound alone, it is raised."""
+    scenes = anywhere(room, [0.15] * 40, [dist] * 40)
+    errors = t20_errors(MEASURED, scenes)
+    assert float(errors.median()) < 0.05 and float(errors.quantile(0.9)) < 0.1
+    monkeypatch.setattr(rir, "reverberation_gain", lambda direct, images: torch.ones_like(direct))
+    errors = t20_errors(MEASURED, scenes)
+    assert float(errors.median()) > 0.15
+
+
+@pytest.mark.parametrize("image_range, share", [(ImageRange.REFERENCE, 0.27), (ImageRange.FULL, 0.5)])
+def test_t20_is_the_rt60_as_far_as_enough_of_the_rir_is_left(image_range, share):
+    """An RIR ends RT60 after the source sounds: a source may be this share of 340 m/s * RT60 away."""
+    scenes = anywhere((40, 30, 15), [0.15] * 40, [share * 51] * 40)
+    errors = t20_errors(replace(MEASURED, image_range=image_range), scenes)
+    assert float(errors.median()) < 0.05 and float(errors.quantile(0.9)) < 0.1
+
+
+def direct_over_images_db(cfg, scenes):
+    """Of the energies of arrivals, [batch, mic, src]."""
+    amplitude = find_arrivals(cfg, scenes, draw_images(cfg, scenes, generator=seeded())).amplitude.double()
+    return 20 * amplitude[..., 0].abs().log10() - 10 * amplitude[..., 1:].square().sum(-1).log10()
+
+
+def test_direct_sound_is_at_most_10_db_above_the_reverberation(monkeypatch):
+    """At the nearest microphone, whatever the patterns; all images of a source by the same factor, and those of a
+    diffuse field as they were."""
+    near = same_room(3, 0.2, mics=((2.4, 2, 1.2), (4.0, 2, 1.2)), src=((2.2, 2.0, 1.2), (3.0, 4.0, 2.0)))
+    for pattern in (P.OMNI, P.CARDIOID):
+        cfg = replace(MEASURED, src_pattern=pattern)
+        level = direct_over_images_db(cfg, near)
+        with monkeypatch.context() as patch:
+            patch.setattr(rir, "reverberation_gain", lambda direct, images: torch.ones_like(direct))
+            before = direct_over_images_db(cfg, near)
+        assert (before[:, 0, 0] > 10.5).all()
+        assert_close(level[:, 0, 0], torch.full_like(level[:, 0, 0], 10.0), rtol=0, atol=1e-4)
+        raised = before - level
+        assert_close(raised[:, 1], raised[:, 0], rtol=0, atol=1e-4)
+        assert torch.equal(level[:, :, 1], before[:, :, 1])
+
+
+def test_a_microphone_that_hears_no_image_leaves_the_others_as_they_are():
+    """A half-space looking down hears nothing of images from above: nothing to raise, and no NaN."""
+    deaf = make_scenes([[6, 5, 3]], [0.3], [[[2, 2, 1.2], [2.1, 2, 1.2]]], [[[2, 2, 1.0]]],
+                       [[[0, math.pi], [0, math.pi / 2]]])
+    cfg = replace(MEASURED, mic_pattern=P.HALF_OMNI, look_vector=LookVector.EXACT)
+    amplitude = find_arrivals(cfg, deaf, draw_images(cfg, deaf, generator=seeded())).amplitude[0, :, 0]
+    assert amplitude[0, 0] > 0 and (amplitude[0, 1:] == 0).all()
+    assert torch.isfinite(amplitude).all() and 0 < float(amplitude[1, 1:].square().sum()) < 10
+
+
 LAW = "the original law, 0.2 to 5 m"
 PLACES = {
     LAW: {},
@@ -454,7 +532,8 @@ def test_choices_cost_nothing_when_off(monkeypatch):
     def refuse(*_):
         raise AssertionError("this must not be reached")
 
-    for name in ("_render_bands", "join_bands", "band_gain", "diffuse_amplitude", "perturbation_gain"):
+    for name in ("_render_bands", "join_bands", "band_gain", "diffuse_amplitude", "perturbation_gain",
+                 "reverberation_gain"):
         monkeypatch.setattr(rir, name, refuse)
     scenes = rooms(2)
     images = draw_images(RirConfig(), scenes, generator=seeded())
