@@ -39,7 +39,8 @@ class RirConfig:
     """How RIRs are made, and what FRA-RIR may be told; the defaults are the reference's.
 
     method: the simulator of every room. ism is for cross-checks: exact, slow, and it waits for the device.
-    hybrid_share: with method=fra, the probability that a scene is rendered by hybrid instead.
+    hybrid_share, ism_share: with method=fra, the probabilities that a scene is rendered by hybrid or by ism instead.
+        Their RT60 is that of the decay; FRA-RIR's is only with decay=measured, else its T20 is about twice as long.
     sample_rate: Hz.
     num_images: range of the uniform integer law of the number of images, both ends included.
     perturbation: range of the uniform law U in a reflection count's perturbation U ratio^perturbation_exponent.
@@ -65,6 +66,7 @@ class RirConfig:
 
     method: Method = Method.FRA
     hybrid_share: float = 0.0
+    ism_share: float = 0.0
     sample_rate: int = 16000
     num_images: tuple[int, int] = (1024, 4096)
     perturbation: tuple[float, float] = (-2.0, 2.0)
@@ -87,11 +89,7 @@ class RirConfig:
                               ("early_window_ms", self.early_window_ms), ("images_per_s", self.images_per_s or ())):
             if not all(hasattr(number, "__index__") for number in numbers):
                 raise ValueError(f"rir.{name} must be whole, got {getattr(self, name)}")
-        if not 0 <= self.hybrid_share <= 1:
-            raise ValueError(f"rir.hybrid_share must be in 0..1, got {self.hybrid_share}")
-        if self.hybrid_share > 0 and self.method is not Method.FRA:
-            raise ValueError(f"rir.hybrid_share must be 0 unless rir.method is fra, got {self.hybrid_share} "
-                             f"with {self.method.value}")
+        self._check_shares()
         if self.sample_rate < 1000:
             raise ValueError(f"rir.sample_rate must be >= 1000 Hz, got {self.sample_rate}")
         if not 1 <= self.num_images[0] <= self.num_images[1]:
@@ -107,6 +105,17 @@ class RirConfig:
         self._check_choices()
         self._check_bands()
 
+    def _check_shares(self):
+        for name in ("hybrid_share", "ism_share"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"rir.{name} must be in 0..1, got {share}")
+            if share > 0 and self.method is not Method.FRA:
+                raise ValueError(f"rir.{name} must be 0 unless rir.method is fra, got {share} with {self.method.value}")
+        if self.hybrid_share + self.ism_share > 1:
+            raise ValueError(f"rir.hybrid_share + rir.ism_share must be <= 1, got {self.hybrid_share} + "
+                             f"{self.ism_share}")
+
     def _check_choices(self):
         if self.method is Method.FRA:
             return
@@ -118,7 +127,7 @@ class RirConfig:
     def _check_bands(self):
         if self.uses_walls and self.in_bands:
             raise ValueError("rir.band_rt60_ratio and rir.air must be null unless rir.method is fra and "
-                             "rir.hybrid_share is 0")
+                             "rir.hybrid_share and rir.ism_share are 0")
         bands = octave_centres(self.sample_rate)
         if self.band_rt60_ratio is not None:
             if len(self.band_rt60_ratio) != len(bands):
@@ -138,7 +147,12 @@ class RirConfig:
     @property
     def uses_walls(self) -> bool:
         """Whether a room may be rendered from the images of its walls, so that its RT60 must be feasible."""
-        return self.method is not Method.FRA or self.hybrid_share > 0
+        return self.method is not Method.FRA or self.is_mixed
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether every scene draws its own method."""
+        return self.hybrid_share + self.ism_share > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,15 +194,17 @@ def nearest_mic(scenes: SceneBatch) -> tuple[Tensor, Tensor, Tensor]:
 def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> ImageBatch:
     """Draw the images of every source of every scene, on the scenes' device, without a device sync.
 
-    One uniform number of images per scene. Distance ratio r = 1 + (340 RT60 / d - 2) sqrt(U), the continuous form of
-    the reference's P(k) proportional to k on a grid, or 1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an
-    angle U(-pi/2, pi/2) that is used as polar angle, so that all images lie in the upper half space, dense at the
-    zenith: the reference's law. For the others see ssl_gpu.laws.
+    One uniform number of images per scene, unless scenes.num_images says how many. Distance ratio
+    r = 1 + (340 RT60 / d - 2) sqrt(U), the continuous form of the reference's P(k) proportional to k on a grid, or
+    1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an angle U(-pi/2, pi/2) that is used as polar angle, so
+    that all images lie in the upper half space, dense at the zenith: the reference's law. For the others see
+    ssl_gpu.laws.
     The generator must be on the scenes' device.
     """
     device, (batch, num_src) = scenes.rt60.device, scenes.src_pos.shape[:2]
     low, high = cfg.num_images if cfg.images_per_s is None else cfg.images_per_s
     most = high if cfg.images_per_s is None else math.ceil(high * scenes.max_rt60)
+    most = max(most, scenes.max_images or 0)
     shape = (batch, num_src, most)
 
     def uniform(a: float, b: float) -> Tensor:
@@ -197,6 +213,8 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     count = torch.randint(low, high + 1, (batch, 1), generator=generator, device=device)
     if cfg.images_per_s is not None:
         count = (count * scenes.rt60[:, None]).ceil()
+    if scenes.num_images is not None:  # and yet it is drawn: or all that follows would be other numbers
+        count = scenes.num_images[:, None]
     _, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None]).squeeze(1)
     span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)

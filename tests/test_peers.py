@@ -18,9 +18,9 @@ import torch
 from torchaudio.functional import highpass_biquad
 
 from ssl_gpu.directivity import Pattern
-from ssl_gpu.hybrid import draw_rooms, render_rooms
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, render_ism, trace_images
 from ssl_gpu.rir import Method, RirConfig
+from ssl_gpu.rooms import draw_rooms, render_rooms
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 
 pra = pytest.importorskip("pyroomacoustics", minversion="0.10")
@@ -146,7 +146,7 @@ def test_first_part_of_hybrid_rooms_is_theirs(scenes):
     """Until the tail begins, a mean free path after the direct path of the farther microphone."""
     hybrid = RirConfig(method=Method.HYBRID, early=False)
     drawn = draw_rooms(IsmConfig(), hybrid, scenes, generator=torch.Generator().manual_seed(0))
-    ours = render_rooms(IsmConfig(), hybrid, scenes, *drawn)
+    ours = render_rooms(IsmConfig(), hybrid, scenes, drawn)
     for index in range(len(scenes)):
         free_path = 2 / float((1 / scenes.room_dim[index]).sum())
         for s in range(2):
