@@ -23,7 +23,7 @@ from ssl_gpu.measure import RirMeasures, decay_time, energy_decay, late_spectra,
 from ssl_gpu.plots import COLOURS, GREY, require_matplotlib
 from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, sample_scenes
-from ssl_gpu.synthesis import RirBatch
+from ssl_gpu.synthesis import LEAD, RirBatch
 
 BEFORE, AFTER = COLOURS[1], COLOURS[0]
 REFERENCE = RirConfig(early=False)
@@ -33,6 +33,7 @@ AIR = (20.0, 50.0)
 ROOMS = ((2, 2, 2), (3, 3, 2.5), (6, 5, 3), (20, 2, 2.5), (10, 6, 4), (30, 20, 10))  # m
 DISTANCES = (0.2, 0.3, 1.0, 3.0, 8.0)                                                   # m
 BAND_RATIO = (0.5, 0.6, 0.8, 1.0, 0.9, 0.8, 0.6)
+UNEVEN_RATIO = (0.5, 1.0, 0.5, 1.0, 0.5, 1.0, 0.5)
 
 
 def _one_room(count: int, rt60: float, mics: Sequence = ((2.0, 2.0, 1.2),),
@@ -245,15 +246,26 @@ def image_range(axes: Sequence, rooms: int, seed: int) -> list[str]:
 
 
 def bands(axes: Sequence, rooms: int, seed: int) -> list[str]:
-    """T20 in narrow bands at the centres of the octaves, of the mean energy of many draws in one room."""
+    """T20 through octave filters, of the mean energy of many draws in one room."""
     centres, rt60, lines = octave_centres(REFERENCE.sample_rate)[:-1], 0.8, []
-    cfg = replace(MEASURED, images_per_s=(8000, 8000))
+    scenes, plain = _one_room(rooms, rt60), replace(MEASURED, images_per_s=(8000, 8000))
+    tap = _direct_tap(scenes, plain.sample_rate)[0, 0]
     air = [rt60 / (1 + air_absorption_db(centre, *AIR) * SPEED_OF_SOUND * rt60 / 60) for centre in centres]
-    walls = [rt60 * ratio for ratio in BAND_RATIO[:-1]]
-    for panel, name, change, given in (
-            (axes[0], "band_rt60_ratio", dict(band_rt60_ratio=tuple((ratio, ratio) for ratio in BAND_RATIO)), walls),
-            (axes[1], f"air of {AIR[0]:g} C and {AIR[1]:g} %", dict(air=AIR), air)):
-        before, after = (_t20_by_octave(c, _one_room(rooms, rt60), seed) for c in (cfg, replace(cfg, **change)))
+
+    def render(cfg: RirConfig) -> Tensor:
+        return torch.cat([rirs.full[:, 0, 0] for _, rirs in _rendered(cfg, scenes, seed)]).double()
+
+    def walls(ratios: Sequence[float]) -> tuple[RirConfig, list[float]]:
+        cfg = replace(plain, band_rt60_ratio=tuple((ratio, ratio) for ratio in ratios))
+        return cfg, [rt60 * ratio for ratio in ratios[:-1]]
+
+    before = _t20_by_octave(render(plain), tap, plain.sample_rate)
+    for panel, name, (cfg, given) in (
+            (axes[0], "band_rt60_ratio", walls(BAND_RATIO)),
+            (axes[1], "band_rt60_ratio, every other octave half", walls(UNEVEN_RATIO)),
+            (axes[2], f"air of {AIR[0]:g} C and {AIR[1]:g} %", (replace(plain, air=AIR), air))):
+        full = render(cfg)
+        after, early = _t20_by_octave(full, tap, cfg.sample_rate), full[:, :tap - LEAD - 1]
         panel.semilogx(centres, before, "o", color=BEFORE, label="off")
         panel.semilogx(centres, after, "o", color=AFTER, label="on")
         panel.semilogx(centres, given, "_", color="black", markersize=14, label="asked for")
@@ -263,25 +275,27 @@ def bands(axes: Sequence, rooms: int, seed: int) -> list[str]:
         panel.legend(frameon=False, loc="lower left")
         lines += [f"{name}, {centre:g} Hz: T20 {off:.3f} -> {on:.3f} s (asked for: {asked:.3f})"
                   for centre, off, on, asked in zip(centres, before, after, given)]
+        lines.append(f"{name}: {float(_db(early.square().sum() / full.square().sum())):.0f} dB of the energy comes "
+                     "before the direct sound")
     return lines
 
 
-def _t20_by_octave(cfg: RirConfig, scenes: SceneBatch, seed: int) -> list[float]:
-    full = torch.cat([rirs.full[:, 0, 0] for _, rirs in _rendered(cfg, scenes, seed)]).double()
-    taps = full.shape[-1]
+def _t20_by_octave(full: Tensor, tap: Tensor, sample_rate: int) -> list[float]:
+    """T20 in s of the mean energy of RIRs [draw, tap] with their direct path at tap, int64, through zero-phase
+    Butterworth band-pass filters of order 6, their -3 dB points an octave apart."""
+    taps, found = full.shape[-1], []
     spectrum = torch.fft.rfft(full, 2 * taps)
-    octave = torch.fft.rfftfreq(2 * taps, 1 / cfg.sample_rate).clamp(min=1).log2()
-    tap, found = _direct_tap(scenes, cfg.sample_rate)[0, 0], []
-    for centre in octave_centres(cfg.sample_rate)[:-1]:
-        weight = torch.exp(-0.5 * ((octave - math.log2(centre)) * 8).square())
-        power = torch.fft.irfft(spectrum * weight)[:, :taps].square().mean(0, keepdim=True)
-        found.append(float(decay_time(energy_decay(power.sqrt(), tap), tap, cfg.sample_rate, -5, -25)))
+    freq = torch.fft.rfftfreq(2 * taps, 1 / sample_rate, dtype=torch.float64).clamp(min=1)
+    for centre in octave_centres(sample_rate)[:-1]:
+        gain = (1 + ((freq / centre - centre / freq) / (2 ** 0.5 - 2 ** -0.5)) ** 6) ** -0.5
+        power = torch.fft.irfft(spectrum * gain)[:, :taps].square().mean(0, keepdim=True)
+        found.append(float(decay_time(energy_decay(power.sqrt(), tap), tap, sample_rate, -5, -25)))
     return found
 
 
 CHOICES: dict[str, tuple[int, Callable[[Sequence, int, int], list[str]]]] = {  # panels of the figure, function
     "image_directions": (2, image_directions), "src_directions": (1, src_directions), "look_vector": (2, look),
-    "decay": (2, decay), "images_per_s": (2, images_per_s), "image_range": (1, image_range), "bands": (2, bands)}
+    "decay": (2, decay), "images_per_s": (2, images_per_s), "image_range": (1, image_range), "bands": (3, bands)}
 
 
 def draw(name: str, path: Path, rooms: int, seed: int) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
-from ssl_gpu.bands import air_absorption_db, band_gain, join_bands, octave_centres
+from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
@@ -362,13 +362,14 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
     """Every octave band on its own, its arrivals as much weaker as walls and air make them on their way."""
     reach = SPEED_OF_SOUND * scenes.rt60
     travelled = arrivals.slot / (scenes.rt60 * (OVERSAMPLING * cfg.sample_rate))[:, None, None, None]
-    parts = []
+    parts, rates = [], []
     for band, freq in enumerate(octave_centres(cfg.sample_rate)):
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
         parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60))
+        rates.append(decay_rate(air, ratio, reach))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
-    full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, cfg.sample_rate), 0.0)
+    full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, rates, cfg.sample_rate), 0.0)
                    for columns in ([part.full for part in parts], [part.early for part in parts]))
     return replace(parts[0], full=full, early=early)
