@@ -34,8 +34,8 @@ def rows_of(batch: int, device: torch.device, args) -> list[dict[str, Any]]:
         draw = simulator.draw(few, samples, generator=common.generator(device, 2))
         audio, errors = simulator.render(dry[:few], draw).audio, []
         for i in range(few):
-            rirs = common.oracle_rir(draw.scenes, draw.images, i, rir.sample_rate) if simulator.bank is None else \
-                simulator.bank[1].full[draw.room[i]]
+            rirs = simulator.bank[1].full[draw.bank_row[i]] if simulator.bank is not None else \
+                common.oracle_rir(draw.scenes, draw.rooms.images, i, rir.sample_rate)
             errors.append(common.relative_l2(audio[i], common.oracle_mixture(dry[i], rirs)))
         return max(errors, default=None)
 

@@ -26,10 +26,10 @@ from benchmarks.bench_rir import render_chunks
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.convolve import convolve_sources
-from ssl_gpu.hybrid import draw_rooms, render_rooms
 from ssl_gpu.ism import IsmConfig, check_feasible
 from ssl_gpu.mixture import MixtureConfig, draw_mixture
 from ssl_gpu.rir import Method, RirConfig, draw_images
+from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 from ssl_gpu.simulator import Draw, Simulator, SimulatorConfig
 
@@ -191,7 +191,7 @@ def own_models(device: torch.device) -> list[Tool]:
         def rirs(scene: Scene) -> Tensor:
             one = make_scenes(scene.room_dim[None], [scene.rt60], scene.mic_pos[None], scene.src_pos[None]).to(device)
             check_feasible(ism, one)
-            return render_rooms(ism, cfg, one, *draw_rooms(ism, cfg, one, generator=generator)).full[0]
+            return render_rooms(ism, cfg, one, draw_rooms(ism, cfg, one, generator=generator)).full[0]
         return rirs
 
     return [Tool("ours, method=ism, complete", device.type, by(Method.ISM)),
@@ -241,7 +241,7 @@ class Ours:
         def mixtures():
             images = draw_images(cfg, self.scenes, generator=self.generator)
             levels = draw_mixture(MixtureConfig(), *self.dry.shape[:2], 2, self.dry.shape[-1], generator=self.generator)
-            draw = Draw(scenes=self.scenes, images=images, tail=None, room=None, mixture=levels)
+            draw = Draw(self.scenes, RoomDraw(images, tail=None, method=None), bank_row=None, mixture=levels)
             return Simulator(rir=cfg, config=SimulatorConfig(self.chunk)).render(self.dry, draw)
 
         return timed(mixtures if stage == MIXTURE else rirs, self.device)[1]

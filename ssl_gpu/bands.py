@@ -1,7 +1,8 @@
 """Octave bands: sound that dies away faster in some, by the walls or by the air between them (ISO 9613-1).
 
 Every arrival has a gain per band. The RIR of each band is rendered on its own, and zero-phase filters that add up to 1
-join them, so that equal gains leave an RIR as it is.
+join them, so that equal gains leave an RIR as it is. What an octave filter lets through of a slower neighbour outlasts
+what is in the octave itself, so the slower of two bands gets less than its half of the way between their centres.
 """
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from ssl_gpu.convolve import fast_length
 
 LOWEST_HZ = 125.0
-BAND_RINGING_S = 0.05  # of padding: how far before and after an arrival the filters reach; 20 ms wrap 1e-7 of the peak
+CROSSFADE = 1 / 3     # octaves from one band to the next; 1/6 would ring twice as long and change T20 by 2 % at most
+SHIFT = 0.3           # octaves towards the slower band, per doubling of its RT60 and at most, so as not to reach its
+#                       centre; between octaves of RT60s 1:2:1:2 T20 is 10 % off either way, without it 60 % one way
+BAND_RINGING_S = 0.1  # of padding: 4e-6 of the peak wraps round with RT60s 1:2, 1e-5 with 1:5; 6e-5 with 50 ms
 
 
 def octave_centres(sample_rate: int) -> list[float]:
@@ -50,21 +54,31 @@ def band_gain(air_db: float, wall_ratio: Tensor | None, travelled: Tensor, reach
     return torch.exp2(loss.to(torch.float32) * (-math.log2(10) / 20))
 
 
+def decay_rate(air_db: float, wall_ratio: Tensor | None, reach: Tensor) -> Tensor:
+    """dB that the walls and the air of band_gain take in one RT60 of the scene: [batch]."""
+    return air_db * reach + (60.0 if wall_ratio is None else 60 / wall_ratio)
+
+
 @lru_cache(maxsize=32)
-def _filters_on(sample_rate: int, n_fft: int, device: torch.device) -> Tensor:
-    """Weights [band, freq] float32 on the grid of an n_fft-point real FFT: between two centres one band's falls as
-    cos^2 of the logarithm of frequency and the next one's rises as sin^2."""
+def _octaves_on(sample_rate: int, n_fft: int, device: torch.device) -> Tensor:
+    """Octaves above 125 Hz, where band k is at k, on the grid of an n_fft-point real FFT: [freq] float32."""
     freq = np.maximum(np.arange(n_fft // 2 + 1) * (sample_rate / n_fft), LOWEST_HZ)
-    bands = len(octave_centres(sample_rate))
-    place = np.minimum(np.log2(freq / LOWEST_HZ), bands - 1)            # in octaves: band k is at k
-    apart = np.minimum(np.abs(place - np.arange(bands)[:, None]), 1)
-    return torch.tensor(np.cos(0.5 * math.pi * apart) ** 2, dtype=torch.float32, device=device)
+    return torch.tensor(np.log2(freq / LOWEST_HZ), dtype=torch.float32, device=device)
 
 
-def join_bands(parts: list[Tensor], sample_rate: int) -> Tensor:
-    """RIRs [..., tap] rendered for each band -> one, each filtered to its own band and added up."""
+def join_bands(parts: list[Tensor], rates: list[Tensor], sample_rate: int) -> Tensor:
+    """RIRs [batch, mic, src, tap] rendered for each band -> one, that of each band about its centre.
+
+    rates: decay_rate of each band, [batch]. The crossfades, sin^2 in the logarithm of frequency, never overlap: what is
+    below one is the lower band's alone and what is above it the upper band's.
+    """
     taps = parts[0].shape[-1]
     n_fft = fast_length(taps + math.ceil(BAND_RINGING_S * sample_rate))
-    filters = _filters_on(sample_rate, n_fft, parts[0].device)
-    spectrum = sum(torch.fft.rfft(part, n_fft) * weight for part, weight in zip(parts, filters))
+    octave = _octaves_on(sample_rate, n_fft, parts[0].device)
+    spectrum = torch.fft.rfft(parts[0], n_fft)
+    for band in range(1, len(parts)):
+        shift = SHIFT * torch.log2(rates[band - 1] / rates[band]).clamp(-1, 1).to(torch.float32)
+        place = (octave - (band - 0.5 + shift)[:, None, None, None]) / CROSSFADE
+        share = 0.5 + 0.5 * torch.sin(math.pi * place.clamp(-0.5, 0.5))
+        spectrum = spectrum + share * (torch.fft.rfft(parts[band], n_fft) - spectrum)
     return torch.fft.irfft(spectrum, n_fft)[..., :taps]

@@ -68,8 +68,10 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: Ism
         part = dry[start:start + 64]
         generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SCENE, index)
         draw = simulator.draw(len(part), num_samples, generator=generator)
-        random = () if draw.images is None else (draw.images.ratio, draw.images.perturbation)
-        random += () if draw.tail is None else (draw.tail.place, draw.tail.sign, draw.tail.chosen)
+        images, tail, method = draw.rooms.images, draw.rooms.tail, draw.rooms.method
+        random = () if images is None else (images.ratio, images.perturbation)
+        random += () if tail is None else (tail.place, tail.sign)
+        random += () if method is None else (method,)
         for tensor in (draw.scenes.room_dim, draw.scenes.rt60, draw.scenes.mic_pos, draw.scenes.src_pos, *random):
             _digest(digest, tensor)
         mixture = simulator.render(part.to(device), draw.to(device))

@@ -18,19 +18,23 @@ from torch import Tensor
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance
 from ssl_gpu.bands import air_absorption_db, octave_centres
 from ssl_gpu.directivity import OMNI_SHARE, LookVector, Pattern, look_vector
-from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections
+from ssl_gpu.laws import MAX_DIRECT_DB, Decay, ImageDirections, ImageRange, SrcDirections
 from ssl_gpu.measure import RirMeasures, decay_time, energy_decay, late_spectra, measure_rirs
+from ssl_gpu.original import RT60_S
 from ssl_gpu.plots import COLOURS, GREY, require_matplotlib
-from ssl_gpu.rir import RirConfig, draw_images, render_rir
+from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, sample_scenes
-from ssl_gpu.synthesis import RirBatch
+from ssl_gpu.synthesis import LEAD, RirBatch
 
 BEFORE, AFTER = COLOURS[1], COLOURS[0]
 REFERENCE = RirConfig(early=False)
 MEASURED = replace(REFERENCE, decay=Decay.MEASURED)
 CHUNK = 10
 AIR = (20.0, 50.0)
+ROOMS = ((2, 2, 2), (3, 3, 2.5), (6, 5, 3), (20, 2, 2.5), (10, 6, 4), (30, 20, 10))  # m
+DISTANCES = (0.2, 0.3, 1.0, 3.0, 8.0)                                                   # m
 BAND_RATIO = (0.5, 0.6, 0.8, 1.0, 0.9, 0.8, 0.6)
+UNEVEN_RATIO = (0.5, 1.0, 0.5, 1.0, 0.5, 1.0, 0.5)
 
 
 def _one_room(count: int, rt60: float, mics: Sequence = ((2.0, 2.0, 1.2),),
@@ -163,24 +167,58 @@ def decay(axes: Sequence, rooms: int, seed: int) -> list[str]:
     axes[1].set(title="mean decay in 6 x 5 x 3 m, 2.4 m apart", xlabel="time / rt60", ylabel="energy left (dB)",
                 xlim=(0, 1), ylim=(-60, 3))
     axes[1].legend(frameon=False)
-    return lines + _decay_by_distance(rooms, seed)
+    return [*lines, _raised(rooms, seed), *_decay_by_room(max(2, rooms // 2), seed)]
 
 
-def _decay_by_distance(rooms: int, seed: int) -> list[str]:
+def _decay_by_room(rooms: int, seed: int) -> list[str]:
+    """T20 where it is hardest to have: near sources, in dead and in large rooms. The worst distance of every room."""
     lines = []
-    for dist in (0.2, 0.3, 0.5, 1.0, 3.0):
+    for room in ROOMS:
         for times in ((0.15,), (0.25, 0.5, 1.0)):
-            error, drr = [], []
-            for rt60 in times:
-                scenes = _one_room(rooms, rt60, ((1.0, 1.0, 1.2),), (1 + 0.8 * dist, 1 + 0.6 * dist, 1.2))
-                measures = _measured(MEASURED, scenes, seed)
-                error.append((measures.t20 / rt60 - 1).abs().flatten())
-                drr.append(measures.drr_db.mean())
-            error = torch.cat(error)
-            lines.append(f"measured, source at {dist} m, rt60 {times[0]} to {times[-1]} s: |T20/rt60 - 1| median "
-                         f"{100 * float(error.median()):.1f} %, 9 of 10 below {100 * float(error.quantile(0.9)):.1f} "
-                         f"%; DRR {float(min(drr)):.1f} to {float(max(drr)):.1f} dB")
+            found = {dist: _t20_errors(room, times, dist, rooms, seed) for dist in DISTANCES
+                     if dist < 0.6 * math.hypot(*room)}
+            median, most = (max(found, key=lambda dist: found[dist][which]) for which in (0, 1))
+            lines.append(f"measured, {' x '.join(f'{side:g}' for side in room)} m, rt60 "
+                         f"{' to '.join(f'{time:g}' for time in sorted({times[0], times[-1]}))} s, "
+                         f"{min(found)} to {max(found)} m apart: |T20/rt60 - 1| at worst {found[median][0]:.1f} % in "
+                         f"the median (at {median} m), 9 of 10 below {found[most][1]:.1f} % (at {most} m)")
     return lines
+
+
+def _raised(rooms: int, seed: int) -> str:
+    """In how many rooms of the original law, near a source, the reverberation is raised above a diffuse field's."""
+    scenes, count = _random_rooms(20 * rooms, seed, *RT60_S), 0
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(scenes), CHUNK):
+        part = scenes[start:start + CHUNK]
+        energy = find_arrivals(MEASURED, part, draw_images(MEASURED, part, generator=generator)).amplitude.square()
+        level = _db(energy[..., 0] / energy[..., 1:].sum(-1))
+        count += int((level > MAX_DIRECT_DB - 1e-3).sum())
+    return f"measured: reverberation raised in {count} of {len(scenes)} rooms of the original law"
+
+
+def _t20_errors(room: Sequence[float], times: Sequence[float], dist: float, rooms: int,
+                seed: int) -> tuple[float, float]:
+    """Median and ninth tenth of |T20 / rt60 - 1| in percent, `dist` m apart in any direction, anywhere in a room."""
+    scenes = _apart(room, dist, rooms, seed)
+    errors = []
+    for rt60 in times:
+        same = make_scenes([room] * rooms, [rt60] * rooms, *scenes)
+        error = (_measured(MEASURED, same, seed).t20 / rt60 - 1).abs().flatten()
+        errors.append(torch.where(error.isfinite(), error, torch.inf))
+    errors = torch.cat(errors)
+    return 100 * float(errors.median()), 100 * float(errors.quantile(0.9))
+
+
+def _apart(room: Sequence[float], dist: float, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions [count, 1, 3] m of a microphone, anywhere 0.1 m off the walls, and of a source in a random direction
+    from it, likewise."""
+    generator, side = torch.Generator().manual_seed(seed), torch.tensor(room, dtype=torch.float64)
+    mic = 0.1 + torch.rand(1000 * count, 3, generator=generator, dtype=torch.float64) * (side - 0.2)
+    step = torch.randn(1000 * count, 3, generator=generator, dtype=torch.float64)
+    src = mic + dist * step / torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+    inside = ((src > 0.1) & (src < side - 0.1)).all(-1).nonzero().squeeze(-1)[:count]
+    return mic[inside, None], src[inside, None]
 
 
 def images_per_s(axes: Sequence, rooms: int, seed: int) -> list[str]:
@@ -222,15 +260,26 @@ def image_range(axes: Sequence, rooms: int, seed: int) -> list[str]:
 
 
 def bands(axes: Sequence, rooms: int, seed: int) -> list[str]:
-    """T20 in narrow bands at the centres of the octaves, of the mean energy of many draws in one room."""
+    """T20 through octave filters, of the mean energy of many draws in one room."""
     centres, rt60, lines = octave_centres(REFERENCE.sample_rate)[:-1], 0.8, []
-    cfg = replace(MEASURED, images_per_s=(8000, 8000))
+    scenes, plain = _one_room(rooms, rt60), replace(MEASURED, images_per_s=(8000, 8000))
+    tap = _direct_tap(scenes, plain.sample_rate)[0, 0]
     air = [rt60 / (1 + air_absorption_db(centre, *AIR) * SPEED_OF_SOUND * rt60 / 60) for centre in centres]
-    walls = [rt60 * ratio for ratio in BAND_RATIO[:-1]]
-    for panel, name, change, given in (
-            (axes[0], "band_rt60_ratio", dict(band_rt60_ratio=tuple((ratio, ratio) for ratio in BAND_RATIO)), walls),
-            (axes[1], f"air of {AIR[0]:g} C and {AIR[1]:g} %", dict(air=AIR), air)):
-        before, after = (_t20_by_octave(c, _one_room(rooms, rt60), seed) for c in (cfg, replace(cfg, **change)))
+
+    def render(cfg: RirConfig) -> Tensor:
+        return torch.cat([rirs.full[:, 0, 0] for _, rirs in _rendered(cfg, scenes, seed)]).double()
+
+    def walls(ratios: Sequence[float]) -> tuple[RirConfig, list[float]]:
+        cfg = replace(plain, band_rt60_ratio=tuple((ratio, ratio) for ratio in ratios))
+        return cfg, [rt60 * ratio for ratio in ratios[:-1]]
+
+    before = _t20_by_octave(render(plain), tap, plain.sample_rate)
+    for panel, name, (cfg, given) in (
+            (axes[0], "band_rt60_ratio", walls(BAND_RATIO)),
+            (axes[1], "band_rt60_ratio, every other octave half", walls(UNEVEN_RATIO)),
+            (axes[2], f"air of {AIR[0]:g} C and {AIR[1]:g} %", (replace(plain, air=AIR), air))):
+        full = render(cfg)
+        after, early = _t20_by_octave(full, tap, cfg.sample_rate), full[:, :tap - LEAD - 1]
         panel.semilogx(centres, before, "o", color=BEFORE, label="off")
         panel.semilogx(centres, after, "o", color=AFTER, label="on")
         panel.semilogx(centres, given, "_", color="black", markersize=14, label="asked for")
@@ -240,25 +289,27 @@ def bands(axes: Sequence, rooms: int, seed: int) -> list[str]:
         panel.legend(frameon=False, loc="lower left")
         lines += [f"{name}, {centre:g} Hz: T20 {off:.3f} -> {on:.3f} s (asked for: {asked:.3f})"
                   for centre, off, on, asked in zip(centres, before, after, given)]
+        lines.append(f"{name}: {float(_db(early.square().sum() / full.square().sum())):.0f} dB of the energy comes "
+                     "before the direct sound")
     return lines
 
 
-def _t20_by_octave(cfg: RirConfig, scenes: SceneBatch, seed: int) -> list[float]:
-    full = torch.cat([rirs.full[:, 0, 0] for _, rirs in _rendered(cfg, scenes, seed)]).double()
-    taps = full.shape[-1]
+def _t20_by_octave(full: Tensor, tap: Tensor, sample_rate: int) -> list[float]:
+    """T20 in s of the mean energy of RIRs [draw, tap] with their direct path at tap, int64, through zero-phase
+    Butterworth band-pass filters of order 6, their -3 dB points an octave apart."""
+    taps, found = full.shape[-1], []
     spectrum = torch.fft.rfft(full, 2 * taps)
-    octave = torch.fft.rfftfreq(2 * taps, 1 / cfg.sample_rate).clamp(min=1).log2()
-    tap, found = _direct_tap(scenes, cfg.sample_rate)[0, 0], []
-    for centre in octave_centres(cfg.sample_rate)[:-1]:
-        weight = torch.exp(-0.5 * ((octave - math.log2(centre)) * 8).square())
-        power = torch.fft.irfft(spectrum * weight)[:, :taps].square().mean(0, keepdim=True)
-        found.append(float(decay_time(energy_decay(power.sqrt(), tap), tap, cfg.sample_rate, -5, -25)))
+    freq = torch.fft.rfftfreq(2 * taps, 1 / sample_rate, dtype=torch.float64).clamp(min=1)
+    for centre in octave_centres(sample_rate)[:-1]:
+        gain = (1 + ((freq / centre - centre / freq) / (2 ** 0.5 - 2 ** -0.5)) ** 6) ** -0.5
+        power = torch.fft.irfft(spectrum * gain)[:, :taps].square().mean(0, keepdim=True)
+        found.append(float(decay_time(energy_decay(power.sqrt(), tap), tap, sample_rate, -5, -25)))
     return found
 
 
 CHOICES: dict[str, tuple[int, Callable[[Sequence, int, int], list[str]]]] = {  # panels of the figure, function
     "image_directions": (2, image_directions), "src_directions": (1, src_directions), "look_vector": (2, look),
-    "decay": (2, decay), "images_per_s": (2, images_per_s), "image_range": (1, image_range), "bands": (2, bands)}
+    "decay": (2, decay), "images_per_s": (2, images_per_s), "image_range": (1, image_range), "bands": (3, bands)}
 
 
 def draw(name: str, path: Path, rooms: int, seed: int) -> list[str]:

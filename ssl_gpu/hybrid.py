@@ -1,4 +1,4 @@
-"""Hybrid rooms: exact images up to a low order, then a random isotropic tail; and batches of rooms by any method.
+"""Hybrid rooms: exact images up to a low order, then a random isotropic tail.
 
 What tells a shoebox from FRA-RIR is its first reflections, so these are exact, at the price of a few dozen images. The
 rest is statistics. With one image per room volume V and amplitude 1 / distance, the images between distance r and
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
-from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, render_ism, shortest_rt60, trace_images
-from ssl_gpu.rir import (ImageBatch, Method, RirConfig, draw_images, find_arrivals, is_early, render_rir,
-                         unit_from_polar)
+from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, shortest_rt60, trace_images
+from ssl_gpu.rir import RirConfig, is_early, unit_from_polar
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
 
@@ -31,15 +30,13 @@ class TailBatch:
     direction [batch, src, arrival, 3] float32: unit vector that the arrival comes from;
     place [batch, src, arrival] float32: 0 at the start of the tail, 1 at its end, ascending;
     sign [batch, src, arrival] float32: 1 or -1;
-    src_cosine [batch, src, arrival] float32: cosine at which the arrival left its source, None for omni sources;
-    chosen [batch] bool: False where, in a batch of mixed methods, the scene is FRA-RIR's and this is not used.
+    src_cosine [batch, src, arrival] float32: cosine at which the arrival left its source, None for omni sources.
     """
 
     direction: Tensor
     place: Tensor
     sign: Tensor
     src_cosine: Tensor | None
-    chosen: Tensor
 
     def __getitem__(self, index: slice | Tensor) -> "TailBatch":
         """The tails of a slice or of an index tensor [n] of scenes."""
@@ -51,7 +48,7 @@ class TailBatch:
 
 
 def draw_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> TailBatch:
-    """Draw the tail of every source of every scene, and which scenes are hybrid, without a device sync.
+    """Draw the tail of every source of every scene, without a device sync.
 
     Directions are uniform over the sphere, both at the microphones and at the source; places are uniform in equal
     strata, one in each, which keeps the energy of every stretch of the tail close to its mean.
@@ -66,9 +63,7 @@ def draw_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generat
     place = (torch.arange(shape[-1], device=device) + uniform(0, 1)) / shape[-1]
     sign = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)
     src_cosine = None if rir_cfg.src_pattern is Pattern.OMNI else uniform(-1, 1)
-    share = 1.0 if rir_cfg.method is Method.HYBRID else rir_cfg.hybrid_share
-    chosen = torch.rand(shape[0], generator=generator, device=device) < share
-    return TailBatch(direction, place, sign, src_cosine, chosen)
+    return TailBatch(direction, place, sign, src_cosine)
 
 
 def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> RirBatch:
@@ -121,39 +116,3 @@ def _trace_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: Ta
         amplitude = amplitude * pattern_gain(rir_cfg.mic_pattern, (look * tail.direction[:, None]).sum(-1))
     slot = nearest_slot(rir_cfg, dist[:, None] - ahead)
     return slot, amplitude.expand_as(slot)
-
-
-# ---- rooms by any method ----
-
-
-def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *,
-               generator: torch.Generator) -> tuple[ImageBatch | None, TailBatch | None]:
-    """What rir.method and rir.hybrid_share need drawn, on the scenes' device; the exact method needs nothing."""
-    images = draw_images(rir_cfg, scenes, generator=generator) if rir_cfg.method is Method.FRA else None
-    if rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0:
-        return images, draw_tail(cfg, rir_cfg, scenes, generator=generator)
-    return images, None
-
-
-def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, images: ImageBatch | None,
-                 tail: TailBatch | None) -> RirBatch:
-    """RIRs by the method that drew images and tail: FRA-RIR, hybrid, either by scene, or exact where both are None.
-
-    In a mixed batch both methods find their arrivals for every scene, and `where` picks: finding them is a fraction of
-    the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised.
-    """
-    if tail is None:
-        return render_ism(cfg, rir_cfg, scenes) if images is None else render_rir(rir_cfg, scenes, images)
-    if images is None:
-        return render_hybrid(cfg, rir_cfg, scenes, tail)
-    fra, hybrid = find_arrivals(rir_cfg, scenes, images), find_hybrid_arrivals(cfg, rir_cfg, scenes, tail)
-    count = max(fra.slot.shape[-1], hybrid.slot.shape[-1])
-    picked = (None if first is None else torch.where(tail.chosen[:, None, None, None], _pad(first, count),
-                                                     _pad(second, count))
-              for first, second in ((getattr(hybrid, f.name), getattr(fra, f.name)) for f in fields(Arrivals)))
-    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
-    return synthesize(rir_cfg.sample_rate, Arrivals(*picked), slots, scenes.max_rt60)
-
-
-def _pad(tensor: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, count - tensor.shape[-1]))

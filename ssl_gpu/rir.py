@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
-from ssl_gpu.bands import air_absorption_db, band_gain, join_bands, octave_centres
+from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
-from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain
+from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
+                          reverberation_gain)
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize
 
@@ -38,7 +39,8 @@ class RirConfig:
     """How RIRs are made, and what FRA-RIR may be told; the defaults are the reference's.
 
     method: the simulator of every room. ism is for cross-checks: exact, slow, and it waits for the device.
-    hybrid_share: with method=fra, the probability that a scene is rendered by hybrid instead.
+    hybrid_share, ism_share: with method=fra, the probabilities that a scene is rendered by hybrid or by ism instead.
+        Their RT60 is that of the decay; FRA-RIR's is only with decay=measured, else its T20 is about twice as long.
     sample_rate: Hz.
     num_images: range of the uniform integer law of the number of images, both ends included.
     perturbation: range of the uniform law U in a reflection count's perturbation U ratio^perturbation_exponent.
@@ -64,6 +66,7 @@ class RirConfig:
 
     method: Method = Method.FRA
     hybrid_share: float = 0.0
+    ism_share: float = 0.0
     sample_rate: int = 16000
     num_images: tuple[int, int] = (1024, 4096)
     perturbation: tuple[float, float] = (-2.0, 2.0)
@@ -86,11 +89,7 @@ class RirConfig:
                               ("early_window_ms", self.early_window_ms), ("images_per_s", self.images_per_s or ())):
             if not all(hasattr(number, "__index__") for number in numbers):
                 raise ValueError(f"rir.{name} must be whole, got {getattr(self, name)}")
-        if not 0 <= self.hybrid_share <= 1:
-            raise ValueError(f"rir.hybrid_share must be in 0..1, got {self.hybrid_share}")
-        if self.hybrid_share > 0 and self.method is not Method.FRA:
-            raise ValueError(f"rir.hybrid_share must be 0 unless rir.method is fra, got {self.hybrid_share} "
-                             f"with {self.method.value}")
+        self._check_shares()
         if self.sample_rate < 1000:
             raise ValueError(f"rir.sample_rate must be >= 1000 Hz, got {self.sample_rate}")
         if not 1 <= self.num_images[0] <= self.num_images[1]:
@@ -106,6 +105,17 @@ class RirConfig:
         self._check_choices()
         self._check_bands()
 
+    def _check_shares(self):
+        for name in ("hybrid_share", "ism_share"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"rir.{name} must be in 0..1, got {share}")
+            if share > 0 and self.method is not Method.FRA:
+                raise ValueError(f"rir.{name} must be 0 unless rir.method is fra, got {share} with {self.method.value}")
+        if self.hybrid_share + self.ism_share > 1:
+            raise ValueError(f"rir.hybrid_share + rir.ism_share must be <= 1, got {self.hybrid_share} + "
+                             f"{self.ism_share}")
+
     def _check_choices(self):
         if self.method is Method.FRA:
             return
@@ -117,7 +127,7 @@ class RirConfig:
     def _check_bands(self):
         if self.uses_walls and self.in_bands:
             raise ValueError("rir.band_rt60_ratio and rir.air must be null unless rir.method is fra and "
-                             "rir.hybrid_share is 0")
+                             "rir.hybrid_share and rir.ism_share are 0")
         bands = octave_centres(self.sample_rate)
         if self.band_rt60_ratio is not None:
             if len(self.band_rt60_ratio) != len(bands):
@@ -137,7 +147,12 @@ class RirConfig:
     @property
     def uses_walls(self) -> bool:
         """Whether a room may be rendered from the images of its walls, so that its RT60 must be feasible."""
-        return self.method is not Method.FRA or self.hybrid_share > 0
+        return self.method is not Method.FRA or self.is_mixed
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether every scene draws its own method."""
+        return self.hybrid_share + self.ism_share > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,15 +194,17 @@ def nearest_mic(scenes: SceneBatch) -> tuple[Tensor, Tensor, Tensor]:
 def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> ImageBatch:
     """Draw the images of every source of every scene, on the scenes' device, without a device sync.
 
-    One uniform number of images per scene. Distance ratio r = 1 + (340 RT60 / d - 2) sqrt(U), the continuous form of
-    the reference's P(k) proportional to k on a grid, or 1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an
-    angle U(-pi/2, pi/2) that is used as polar angle, so that all images lie in the upper half space, dense at the
-    zenith: the reference's law. For the others see ssl_gpu.laws.
+    One uniform number of images per scene, unless scenes.num_images says how many. Distance ratio
+    r = 1 + (340 RT60 / d - 2) sqrt(U), the continuous form of the reference's P(k) proportional to k on a grid, or
+    1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an angle U(-pi/2, pi/2) that is used as polar angle, so
+    that all images lie in the upper half space, dense at the zenith: the reference's law. For the others see
+    ssl_gpu.laws.
     The generator must be on the scenes' device.
     """
     device, (batch, num_src) = scenes.rt60.device, scenes.src_pos.shape[:2]
     low, high = cfg.num_images if cfg.images_per_s is None else cfg.images_per_s
     most = high if cfg.images_per_s is None else math.ceil(high * scenes.max_rt60)
+    most = max(most, scenes.max_images or 0)
     shape = (batch, num_src, most)
 
     def uniform(a: float, b: float) -> Tensor:
@@ -196,6 +213,8 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     count = torch.randint(low, high + 1, (batch, 1), generator=generator, device=device)
     if cfg.images_per_s is not None:
         count = (count * scenes.rt60[:, None]).ceil()
+    if scenes.num_images is not None:  # and yet it is drawn: or all that follows would be other numbers
+        count = scenes.num_images[:, None]
     _, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None]).squeeze(1)
     span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)
@@ -241,21 +260,11 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     """
     offset, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None])                       # [batch, 1, src]
-    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
-    image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image], from the nearest mic
-    image_offset = torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
-                                for axis in range(3)]).movedim(0, -1)  # [batch, mic, src, image, 3], x, y, z apart
+    image_offset = _offset_to_images(scenes, images, nearest, closest)
     dist = distance(image_offset)
-    amplitude = image_amplitude(cfg, scenes, images, dist, closest)
-    direct_amplitude = direct.to(torch.float32).reciprocal()
-    if images.src_cosine is not None:
-        amplitude = amplitude * pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
-        orientation = scenes.src_orientation[:, None]
-        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.src_pattern, orientation, -offset)
-    if cfg.mic_pattern is not Pattern.OMNI:
-        orientation = scenes.mic_orientation[:, :, None]
-        amplitude = amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation[..., None, :], image_offset)
-        direct_amplitude = direct_amplitude * _gain(cfg.look_vector, cfg.mic_pattern, orientation, offset)
+    direct_gain, image_gain = _pattern_gains(cfg, scenes, images, offset, image_offset)
+    direct_amplitude = direct.to(torch.float32).reciprocal() * direct_gain
+    amplitude = image_amplitude(cfg, scenes, images, dist, closest) * image_gain
 
     dist = torch.cat((direct[..., None], dist), -1)
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
@@ -263,8 +272,38 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     slot = torch.minimum(unclamped, last)
     if cfg.image_range is ImageRange.FULL:
         amplitude = torch.where(unclamped[..., 1:] <= last, amplitude, 0.0)
+    if cfg.decay is Decay.MEASURED:
+        here = nearest[:, None]
+        images_here = amplitude.gather(1, here[..., None].expand(-1, -1, -1, amplitude.shape[-1]))
+        amplitude = amplitude * reverberation_gain(direct_amplitude.gather(1, here), images_here)[..., None]
     early = is_early(cfg, slot, unclamped[..., :1], last) if cfg.early else None
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
+
+
+def _offset_to_images(scenes: SceneBatch, images: ImageBatch, nearest: Tensor, closest: Tensor) -> Tensor:
+    """From every microphone to every image, [batch, mic, src, image, 3] m, x, y and z apart in memory.
+
+    nearest [batch, src], closest [batch, 1, src] m: index and distance of the microphone that images are placed around.
+    """
+    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
+    image_dist = closest.squeeze(1)[..., None] * images.ratio          # [batch, src, image]
+    return torch.stack([to_nearest[..., axis, None] + (image_dist * images.direction[..., axis])[:, None]
+                        for axis in range(3)]).movedim(0, -1)
+
+
+def _pattern_gains(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, offset: Tensor,
+                   image_offset: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Gains of the polar patterns, of the direct path [batch, mic, src] and of the images [batch, mic, src, image]
+    float32, or 1; offset, image_offset [..., 3] m: from the microphones to the sources and to the images."""
+    direct = image = 1.0
+    if images.src_cosine is not None:
+        direct = _gain(cfg.look_vector, cfg.src_pattern, scenes.src_orientation[:, None], -offset)
+        image = pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
+    if cfg.mic_pattern is not Pattern.OMNI:
+        look = scenes.mic_orientation[:, :, None]
+        direct = direct * _gain(cfg.look_vector, cfg.mic_pattern, look, offset)
+        image = image * _gain(cfg.look_vector, cfg.mic_pattern, look[..., None, :], image_offset)
+    return direct, image
 
 
 def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist: Tensor, closest: Tensor) -> Tensor:
@@ -323,13 +362,14 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
     """Every octave band on its own, its arrivals as much weaker as walls and air make them on their way."""
     reach = SPEED_OF_SOUND * scenes.rt60
     travelled = arrivals.slot / (scenes.rt60 * (OVERSAMPLING * cfg.sample_rate))[:, None, None, None]
-    parts = []
+    parts, rates = [], []
     for band, freq in enumerate(octave_centres(cfg.sample_rate)):
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
         parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60))
+        rates.append(decay_rate(air, ratio, reach))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
-    full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, cfg.sample_rate), 0.0)
+    full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, rates, cfg.sample_rate), 0.0)
                    for columns in ([part.full for part in parts], [part.early for part in parts]))
     return replace(parts[0], full=full, early=early)

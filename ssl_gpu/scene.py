@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ssl_gpu import geometry
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
-from ssl_gpu.original import RADIUS, RT60_S, replay
+from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
 # that of redrawing until valid; under the original law all 32 fail with probability 8e-13.
@@ -144,7 +144,9 @@ class SceneBatch:
     room_dim [batch, 3] m, rt60 [batch] s (nominal), mic_pos [batch, mic, 3] m, src_pos [batch, src, 3] m;
     mic_orientation [batch, mic, 2], src_orientation [batch, src, 2] rad, (azimuth, polar angle from +z);
     valid [batch] bool: False where no candidate met the law, such a scene must not be used;
-    max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it.
+    max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it;
+    num_images [batch] int64: how many images FRA-RIR renders each with, None: as many as RirConfig draws;
+    max_images: a number no num_images exceeds, None without them.
     """
 
     room_dim: Tensor
@@ -155,13 +157,15 @@ class SceneBatch:
     src_orientation: Tensor
     valid: Tensor
     max_rt60: float
+    num_images: Tensor | None = None
+    max_images: int | None = None
 
     def __len__(self) -> int:
         return self.rt60.shape[0]
 
     def _map(self, function) -> "SceneBatch":
-        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "max_rt60"}
-        return replace(self, **tensors)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("max_")}
+        return replace(self, **{name: None if x is None else function(x) for name, x in tensors.items()})
 
     def __getitem__(self, index: slice | Tensor) -> "SceneBatch":
         """The scenes of a slice or of an index tensor [n] int64."""
@@ -173,10 +177,13 @@ class SceneBatch:
 
     @classmethod
     def concatenate(cls, batches: Sequence["SceneBatch"]) -> "SceneBatch":
-        """Several batches of the same numbers of microphones and sources as one."""
-        tensors = {f.name: torch.cat([getattr(batch, f.name) for batch in batches])
-                   for f in fields(cls) if f.name != "max_rt60"}
-        return cls(**tensors, max_rt60=max(batch.max_rt60 for batch in batches))
+        """Several batches of the same numbers of microphones and sources as one; all or none with num_images."""
+        joined = {}
+        for field in fields(cls):
+            column = [getattr(batch, field.name) for batch in batches]
+            join = max if field.name.startswith("max_") else torch.cat
+            joined[field.name] = None if column[0] is None else join(column)
+        return cls(**joined)
 
     @property
     def array_centre(self) -> Tensor:
@@ -293,12 +300,14 @@ def _as_tensor(name: str, value) -> Tensor:
     return tensor
 
 
-def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None) -> SceneBatch:
+def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None,
+                num_images=None) -> SceneBatch:
     """Scenes of your own, checked: arrays or nested lists as in SceneBatch, orientations (0, 0) when left out.
 
     Raises ValueError, naming the scene and the rule, for wrong shapes, numbers that are not finite, RT60 <= 0, a
-    position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's
-    directivity is then 0/0), or 340 m/s * RT60 not above the distance of a source (the reference then returns NaN).
+    position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's directivity
+    is then 0/0), 340 m/s * RT60 not above the distance of a source (the reference then returns NaN), or a number of
+    images that is not whole or < 1.
     """
     room_dim, rt60 = _as_tensor("room_dim", room_dim), _as_tensor("rt60", rt60)
     mic_pos, src_pos = _as_tensor("mic_pos", mic_pos), _as_tensor("src_pos", src_pos)
@@ -320,51 +329,49 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         if angles.shape != (*positions.shape[:2], 2):
             raise ValueError(f"{name} must be {[*positions.shape[:2], 2]}, got {list(angles.shape)}")
         orientations.append(angles)
-    return SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
-                      torch.ones_like(rt60, dtype=torch.bool), float(rt60.max()))
+    scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
+                        torch.ones_like(rt60, dtype=torch.bool), float(rt60.max()))
+    if num_images is None:
+        return scenes
+    num_images = _as_tensor("num_images", num_images)
+    if num_images.shape != rt60.shape:
+        raise ValueError(f"num_images must be [batch={batch}], got {list(num_images.shape)}")
+    _refuse((num_images < 1) | (num_images != num_images.round()),
+            lambda b: f"num_images must be whole and >= 1, got {num_images[b]:g}")
+    return replace(scenes, num_images=num_images.to(torch.int64), max_images=int(num_images.max()))
+
+
+def _refuse(bad: Tensor, rule: Callable[..., str]) -> None:
+    """Raises ValueError for the first scene where `bad` [batch, ...] is True, with the rule of that place."""
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        raise ValueError(f"scene {index[0]}: {rule(*index)}")
 
 
 def _check_positions(room_dim: Tensor, rt60: Tensor, mic_pos: Tensor, src_pos: Tensor) -> None:
-    def refuse(bad: Tensor, rule) -> None:
-        if bad.any():
-            index = bad.nonzero()[0].tolist()
-            raise ValueError(f"scene {index[0]}: {rule(*index)}")
-
-    refuse(rt60 <= 0, lambda b: f"rt60 must be > 0 s, got {rt60[b]:g}")
-    refuse(room_dim <= 0, lambda b, i: f"room_dim must be > 0 m, got {room_dim[b].tolist()}")
+    _refuse(rt60 <= 0, lambda b: f"rt60 must be > 0 s, got {rt60[b]:g}")
+    _refuse(room_dim <= 0, lambda b, i: f"room_dim must be > 0 m, got {room_dim[b].tolist()}")
     for name, position in (("microphone", mic_pos), ("source", src_pos)):
         outside = ((position < 0) | (position > room_dim[:, None])).any(-1)
-        refuse(outside, lambda b, i: f"{name} {i} must be inside the room {room_dim[b].tolist()}, "
-                                     f"got {position[b, i].tolist()}")
+        _refuse(outside, lambda b, i: f"{name} {i} must be inside the room {room_dim[b].tolist()}, "
+                                      f"got {position[b, i].tolist()}")
     offset = src_pos[:, None] - mic_pos[:, :, None]
-    refuse(torch.linalg.vector_norm(offset, dim=-1) < 1e-3,
-           lambda b, m, s: f"source {s} and microphone {m} must not coincide, got both at {src_pos[b, s].tolist()}")
+    _refuse(torch.linalg.vector_norm(offset, dim=-1) < 1e-3,
+            lambda b, m, s: f"source {s} and microphone {m} must not coincide, got both at {src_pos[b, s].tolist()}")
     reach, dist = SPEED_OF_SOUND * rt60, distance(offset)
-    refuse(reach[:, None, None] <= dist,
-           lambda b, m, s: f"{SPEED_OF_SOUND:g} m/s * rt60 = {reach[b]:.4g} m must exceed the distance from source "
-                           f"{s} to microphone {m}, got {dist[b, m, s]:.4g} m")
+    _refuse(reach[:, None, None] <= dist,
+            lambda b, m, s: f"{SPEED_OF_SOUND:g} m/s * rt60 = {reach[b]:.4g} m must exceed the distance from source "
+                            f"{s} to microphone {m}, got {dist[b, m, s]:.4g} m")
 
 
-@dataclass(frozen=True, eq=False)
-class OriginalScenes(SceneBatch):
-    """Scenes of the original project, with the number of images num_images [batch] int64 it rendered each with."""
-
-    num_images: Tensor
-
-
-def original_scenes() -> OriginalScenes:
+def original_scenes() -> SceneBatch:
     """The original project's 3,000 training scenes, equal to the last bit; [:200] are its 200 evaluation scenes.
 
-    Two microphones, two sources, all omnidirectional. Its RIRs had as many images as num_images says:
-
-        scenes = original_scenes()[:200]
-        images = draw_images(RirConfig(), scenes, generator=generator)
-        active = torch.arange(images.active.shape[1]) < scenes.num_images[:, None]
-        rirs = render_rir(RirConfig(), scenes, replace(images, active=active))
+    Two microphones, two sources, all omnidirectional; and the number of images it rendered each with.
     """
     room_dim, rt60, centre, src_pos, num_images = map(torch.from_numpy, replay())
     offset = torch.tensor([[-RADIUS, 0, 0], [RADIUS, 0, 0]], dtype=torch.float64)
     look = torch.zeros(len(rt60), 2, 2, dtype=torch.float64)
     valid = torch.ones(len(rt60), dtype=torch.bool)
-    return OriginalScenes(room_dim, rt60, centre[:, None] + offset, src_pos, look, look.clone(), valid, RT60_S[1],
-                          num_images)
+    return SceneBatch(room_dim, rt60, centre[:, None] + offset, src_pos, look, look.clone(), valid, RT60_S[1],
+                      num_images, NUM_IMAGES[1] - 1)

@@ -13,7 +13,7 @@ from ssl_gpu.scene import SceneBatch, make_scenes
 
 # What a scene must say, and what it may, with the shapes: a word is an axis that all scenes of a list share.
 REQUIRED = {"room_dim": (3,), "rt60": (), "mic_pos": ("mic", 3), "src_pos": ("src", 3)}
-OPTIONAL = {"mic_orientation": ("mic", 2), "src_orientation": ("src", 2)}
+OPTIONAL = {"mic_orientation": ("mic", 2), "src_orientation": ("src", 2), "num_images": ()}
 
 
 class SceneListError(ValueError):
@@ -24,15 +24,15 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
     """Each scene as a plain mapping, all of it that read_scenes needs to give it back to the last bit, and its labels.
 
     mic_pos, src_pos, array_pos (its centre): lists of [x, y, z] m; room_dim [x, y, z] m; rt60 s; mic_orientation,
-    src_orientation: lists of (azimuth, polar angle) rad; azimuth_deg, cone_angle_deg: of each source, seen from the
-    array, None for a single microphone, which has no axis.
+    src_orientation: lists of (azimuth, polar angle) rad; num_images, None where it is left to RirConfig;
+    azimuth_deg, cone_angle_deg: of each source, seen from the array, None for a single microphone, which has no axis.
     """
     angles = {"azimuth_deg": None, "cone_angle_deg": None}
     if scenes.mic_pos.shape[1] > 1:
         angles = {"azimuth_deg": scenes.azimuth, "cone_angle_deg": scenes.cone_angle}
     columns = {"mic_pos": scenes.mic_pos, "src_pos": scenes.src_pos, "array_pos": scenes.array_centre[:, None],
                "room_dim": scenes.room_dim, "rt60": scenes.rt60, "mic_orientation": scenes.mic_orientation,
-               "src_orientation": scenes.src_orientation,
+               "src_orientation": scenes.src_orientation, "num_images": scenes.num_images,
                **{name: None if angle is None else torch.rad2deg(angle) for name, angle in angles.items()}}
     rows = {name: [None] * len(scenes) if column is None else column.tolist() for name, column in columns.items()}
     return [{name: rows[name][index] for name in rows} for index in range(len(scenes))]
@@ -46,13 +46,14 @@ def write_scenes(path: str | Path, scenes: SceneBatch) -> None:
 def read_scenes(path: str | Path) -> SceneBatch:
     """The scenes of a JSON file: a list of mappings with room_dim, rt60, mic_pos and src_pos, in m and s.
 
-    mic_orientation and src_orientation may be there, (0, 0) where they are not; anything else is ignored. All scenes
-    have the same numbers of microphones and sources. Raises SceneListError for all that make_scenes refuses, and for a
-    file that cannot be read, is no such list, or lacks a number.
+    mic_orientation and src_orientation may be there, (0, 0) where they are not, and num_images, drawn where it is not
+    or null; anything else is ignored. All scenes have the same numbers of microphones and sources. Raises
+    SceneListError for all that make_scenes refuses, and for a file that cannot be read, is no such list, or lacks a
+    number.
     """
     entries = _parse(path)
     sizes, columns = {}, {}
-    present = [*REQUIRED, *(name for name in OPTIONAL if any(name in entry for entry in entries))]
+    present = [*REQUIRED, *(name for name in OPTIONAL if any(entry.get(name) is not None for entry in entries))]
     for index, entry in enumerate(entries):
         for name in present:
             if name not in entry:

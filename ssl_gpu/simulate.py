@@ -3,7 +3,9 @@
 rir_<i>.npy   float32 [mic, src, tap], cut at the scene's own length, at rir.sample_rate, in the scale of FRA-RIR: a
               direct path over d m peaks at about 0.0155 / d
 scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s), angles of the sources, measured t20 (s),
-              drr_db and c50_db [mic][src], seed; --scenes reads it, and with the same seed renders the same RIRs
+              drr_db and c50_db [mic][src], seed; method (fra, ism or hybrid), num_images of fra, of the others the
+              absorption of the walls and whether it was clamped, to what comes closest to an infeasible rt60;
+              --scenes reads it, and with the same seed renders the same RIRs
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
 scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
@@ -35,10 +37,11 @@ from ssl_gpu import plots, rng
 from ssl_gpu.checkpoint import replacing_folder, write_json
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.evaluate import eval_speech
-from ssl_gpu.hybrid import draw_rooms, render_rooms
-from ssl_gpu.ism import check_feasible, check_law
+from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
 from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import draw_mixture, mix
+from ssl_gpu.rir import Method
+from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import SceneBatch, sample_scenes
 from ssl_gpu.scenelist import read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
@@ -64,12 +67,12 @@ def draw_scene(cfg: RunConfig, seed: int, index: int) -> SceneBatch:
     return scene
 
 
-def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int) -> RirBatch:
-    """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many."""
+def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int) -> tuple[RirBatch, RoomDraw]:
+    """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many; and what was drawn."""
     scene = replace(scene, max_rt60=float(scene.rt60[0]))
     rir = replace(cfg.rir, early=False)
     drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))
-    return render_rooms(cfg.ism, rir, scene, *drawn)
+    return render_rooms(cfg.ism, rir, scene, drawn), drawn
 
 
 def draw_audio(cfg: RunConfig, bank: SpeechBank, scene: SceneBatch, rirs: RirBatch, seed: int, index: int) -> Tensor:
@@ -96,9 +99,21 @@ def write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
     path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
 
 
-def describe(scene: SceneBatch, measures: RirMeasures, seed: int, index: int) -> dict[str, Any]:
-    """The entry of a single scene in scenes.json; a measure that is undefined is None."""
-    [entry] = scene_entries(scene)
+def describe_room(cfg: RunConfig, scene: SceneBatch, drawn: RoomDraw) -> dict[str, Any]:
+    """How a single scene was rendered: method, and num_images, absorption and clamped, None where it has none."""
+    method = cfg.rir.method if drawn.method is None else METHODS[int(drawn.method)]
+    images = scene.num_images if drawn.images is None else drawn.images.active.sum(-1)
+    room = {"method": method.value, "num_images": None if images is None else int(images), "absorption": None,
+            "clamped": None}
+    if method is not Method.FRA:
+        room["absorption"] = float(wall_absorption(cfg.ism, scene.room_dim, scene.rt60))
+        room["clamped"] = bool(scene.rt60 < shortest_rt60(cfg.ism, scene.room_dim))
+    return room
+
+
+def describe(scene: SceneBatch, room: dict[str, Any], measures: RirMeasures, seed: int, index: int) -> dict[str, Any]:
+    """The entry of a single scene, rendered as `room` says, in scenes.json; a measure that is undefined is None."""
+    entry = scene_entries(scene)[0] | room
     found = {name: getattr(measures, name)[0].tolist() for name in ("t20", "drr_db", "c50_db")}
     found = {name: [[value if math.isfinite(value) else None for value in row] for row in rows]
              for name, rows in found.items()}
@@ -118,10 +133,10 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
     entries = []
     for index, scene in enumerate(tqdm(each_scene(cfg, given, num_scenes, seed), "simulating", num_scenes,
                                        unit="scene")):
-        rirs = draw_rirs(cfg, scene, seed, index)
+        rirs, drawn = draw_rirs(cfg, scene, seed, index)
         np.save(folder / f"rir_{index}.npy", rirs.full[0].numpy().astype("<f4"), allow_pickle=False)
         measures = measure_rirs(rirs, scene)
-        entries.append(describe(scene, measures, seed, index))
+        entries.append(describe(scene, describe_room(cfg, scene, drawn), measures, seed, index))
         if bank is not None:
             audio = draw_audio(cfg, bank, scene, rirs, seed, index)
             write_wav(folder / f"mix_{index}.wav", audio, rirs.sample_rate)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_gpu.hybrid import TailBatch, draw_rooms, render_rooms
 from ssl_gpu.ism import IsmConfig, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
-from ssl_gpu.rir import ImageBatch, RirConfig
+from ssl_gpu.rir import RirConfig
+from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
@@ -42,18 +42,17 @@ class SimulatorConfig:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Everything random about a batch of mixtures: of its RIRs, what rir.method needs of images and tail, see
-    hybrid.draw_rooms; or, both None, the rows `room` [batch] of the bank that they are."""
+    """Everything random about a batch of mixtures: of its RIRs, what their methods need; or, that being None, the rows
+    `bank_row` [batch] of the bank that they are."""
 
     scenes: SceneBatch
-    images: ImageBatch | None
-    tail: TailBatch | None
-    room: Tensor | None
+    rooms: RoomDraw | None
+    bank_row: Tensor | None
     mixture: MixtureDraw
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw on another device."""
-        parts = (self.scenes, self.images, self.tail, self.room, self.mixture)
+        parts = (self.scenes, self.rooms, self.bank_row, self.mixture)
         return Draw(*(None if part is None else part.to(device) for part in parts))
 
 
@@ -63,7 +62,8 @@ class Simulator:
     Holds no randomness: every call takes a torch.Generator, whose device is the device of the draws. `draw` and
     `render` are the two halves of a call; drawing on a CPU and rendering anywhere gives the same rooms everywhere.
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
-    Raises ValueError when rir.method or rir.hybrid_share need the images of rooms whose RT60 can be infeasible.
+    Raises ValueError when rir.method, rir.hybrid_share or rir.ism_share need the walls of rooms whose RT60 can be
+    infeasible.
     """
 
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
@@ -100,7 +100,8 @@ class Simulator:
         for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
             block = scenes[start:start + BANK_BLOCK]
             drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
-            rooms += [self._render(block, *drawn, slice(i, i + chunk)) for i in range(0, len(block), chunk)]
+            rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk])
+                      for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         self.bank = scenes, RirBatch(torch.cat([r.full for r in rooms]), early,
                                      torch.cat([r.length for r in rooms]), self.rir.sample_rate)
@@ -115,11 +116,11 @@ class Simulator:
                              generator=generator)
         if self.scene.bank is None:
             scenes = sample_scenes(self.scene, batch, generator=generator)
-            return Draw(scenes, *draw_rooms(self.ism, self.rir, scenes, generator=generator), None, noise)
+            return Draw(scenes, draw_rooms(self.ism, self.rir, scenes, generator=generator), None, noise)
         if self.bank is None:
             raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before the first draw")
-        room = torch.randint(self.scene.bank, (batch,), generator=generator, device=generator.device)
-        return Draw(self.bank[0][room], None, None, room, noise)
+        row = torch.randint(self.scene.bank, (batch,), generator=generator, device=generator.device)
+        return Draw(self.bank[0][row], None, row, noise)
 
     @torch.no_grad()
     def render(self, dry: Tensor, draw: Draw) -> MixtureBatch:
@@ -134,9 +135,10 @@ class Simulator:
         chunk, parts = self.config.chunk_on(dry.device), []
         for start in range(0, dry.shape[0], chunk):
             part = slice(start, start + chunk)
-            rirs = self.bank[1][draw.room[part]] if draw.room is not None else \
-                self._render(draw.scenes, draw.images, draw.tail, part)
-            parts.append(mix(dry[part], rirs, draw.scenes[part], draw.mixture[part]))
+            scenes = draw.scenes[part]
+            rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
+                render_rooms(self.ism, self.rir, scenes, draw.rooms[part])
+            parts.append(mix(dry[part], rirs, scenes, draw.mixture[part]))
         # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
         valid = draw.scenes.valid[:, None, None]
         audio = torch.where(valid, torch.cat([p.audio for p in parts]), 0.0)
@@ -144,7 +146,3 @@ class Simulator:
         if parts[0].early is not None:
             early = torch.where(valid[..., None], torch.cat([p.early for p in parts]), 0.0)
         return MixtureBatch(audio, early, draw.scenes, self.rir.sample_rate)
-
-    def _render(self, scenes: SceneBatch, images: ImageBatch | None, tail: TailBatch | None, part: slice) -> RirBatch:
-        return render_rooms(self.ism, self.rir, scenes[part], None if images is None else images[part],
-                            None if tail is None else tail[part])

@@ -1,4 +1,4 @@
-"""Hybrid rooms: exact where they claim to be, right on average elsewhere; and rooms of several methods in one batch."""
+"""Hybrid rooms: exact where they claim to be, right on average elsewhere."""
 import math
 from dataclasses import fields, replace
 
@@ -9,15 +9,11 @@ from oracle import absorption_of, cosine_between, decimation_chain, gain, look, 
 from torch.testing import assert_close
 
 from ssl_gpu.directivity import Pattern
-from ssl_gpu.evalset import EvalConfig, build_eval_set
-from ssl_gpu.hybrid import TailBatch, draw_rooms, draw_tail, find_hybrid_arrivals, render_hybrid, render_rooms
+from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
 from ssl_gpu.ism import Absorption, IsmConfig, render_ism
 from ssl_gpu.measure import measure_rirs
-from ssl_gpu.mixture import MixtureConfig
-from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir
+from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
-from ssl_gpu.simulator import Simulator, SimulatorConfig
-from ssl_gpu.speech import SpeechConfig, voices_bank
 from ssl_gpu.synthesis import synthesize_dense
 
 P = Pattern
@@ -141,7 +137,7 @@ def test_draw_is_uniform_over_sphere_time_and_sign():
     scenes, tail = draw(batch=16, rir_cfg=replace(HYBRID, src_pattern=P.CARDIOID))
     shape = (16, 2, 2048)
     assert tail.place.shape == tail.sign.shape == tail.src_cosine.shape == shape and tail.direction.shape == (*shape, 3)
-    assert all(getattr(tail, f.name).dtype == torch.float32 for f in fields(TailBatch) if f.name != "chosen")
+    assert all(getattr(tail, f.name).dtype == torch.float32 for f in fields(TailBatch))
     assert_close(tail.direction.norm(dim=-1), torch.ones(shape))
     vector, error = tail.direction.reshape(-1, 3).double(), 4 / math.sqrt(16 * 2 * 2048)
     assert vector.mean(0).abs().max() < error
@@ -150,7 +146,6 @@ def test_draw_is_uniform_over_sphere_time_and_sign():
     assert tail.src_cosine.mean().abs() < error and (tail.src_cosine.square().mean() - 1 / 3).abs() < error
     strata = tail.place * 2048 - torch.arange(2048)
     assert strata.min() > -1e-3 and strata.max() < 1.001 and abs(strata.mean() - 0.5) < error
-    assert tail.chosen.all() and tail.chosen.shape == (16,)
     assert draw_tail(EYRING, HYBRID, scenes, generator=seeded(0)).src_cosine is None
 
 
@@ -182,7 +177,7 @@ def test_an_arrival_reaches_the_microphone_it_comes_from_first():
     scenes = make_scenes([[6, 5, 3]], [0.4], [[[3, 2, 1.5], [3.1, 2, 1.5]]], [[[1, 3, 1]]])
     cfg = replace(EYRING, tail_arrivals=2)
     tail = TailBatch(torch.tensor([[[[1.0, 0, 0], [0, 0, 1]]]]), torch.tensor([[[0.25, 0.5]]]), torch.ones(1, 1, 2),
-                     None, torch.ones(1, dtype=torch.bool))
+                     None)
     slot = find_hybrid_arrivals(cfg, HYBRID, scenes, tail).slot[0, :, 0, 63:]
     assert abs(int(slot[0, 0] - slot[1, 0]) - 0.1 / 340 * 1024000) <= 1 and slot[0, 1] == slot[1, 1]
     begin = math.dist((1, 3, 1), (3.1, 2, 1.5)) + float(free_path(scenes))  # half of the way from here to 136 m
@@ -275,17 +270,6 @@ def test_every_row_of_a_ragged_batch_is_the_scene_alone():
     close(render_hybrid(cfg, rir_cfg, scenes[picked], tail[picked].to("cpu")).full, batch[picked].full)
 
 
-def test_shapes_are_known_without_looking_at_a_value():
-    """On the device that has no values, where anything that waits for one raises."""
-    mixed = replace(FEW, hybrid_share=0.5)
-    scenes = sample_scenes(LAW, 3, generator=seeded(0))
-    images, tail = draw_rooms(EYRING, mixed, scenes, generator=seeded(1))
-    taps = render_rooms(EYRING, mixed, scenes, images, tail).full.shape[-1]
-    nowhere = scenes.to("meta")
-    for cfg, drawn in ((mixed, (images.to("meta"), tail.to("meta"))), (HYBRID, (None, tail.to("meta")))):
-        assert render_rooms(EYRING, cfg, nowhere, *drawn).full.shape == (3, 2, 2, taps)
-
-
 def test_an_infeasible_rt60_gives_no_nan_and_the_walls_of_a_clamped_one():
     short = make_scenes([[10, 6, 4]], [0.1], [[[1, 1, 1]]], [[[2, 2, 1.5]]])
     tail = draw_tail(IsmConfig(), HYBRID, short, generator=seeded(0))
@@ -309,119 +293,3 @@ def test_an_infeasible_rt60_gives_no_nan_and_the_walls_of_a_clamped_one():
 def test_every_field_of_hybrid_rooms_changes_their_rir(change):
     plain, changed = (render_hybrid(cfg, HYBRID, *draw(cfg=cfg)).full for cfg in (EYRING, replace(EYRING, **change)))
     assert not torch.equal(plain, changed)
-
-
-# ---- rooms by any method ----
-
-
-def test_each_method_is_the_one_asked_for():
-    scenes = sample_scenes(LAW, 3, generator=seeded(0))
-    for method in Method:
-        cfg = replace(FEW, method=method)
-        images, tail = draw_rooms(EYRING, cfg, scenes, generator=seeded(1))
-        assert (images is None) == (method is not Method.FRA) and (tail is None) == (method is not Method.HYBRID)
-        expected = {Method.FRA: lambda: render_rir(cfg, scenes, images),
-                    Method.ISM: lambda: render_ism(EYRING, cfg, scenes),
-                    Method.HYBRID: lambda: render_hybrid(EYRING, cfg, scenes, tail)}[method]()
-        found = render_rooms(EYRING, cfg, scenes, images, tail)
-        assert torch.equal(found.full, expected.full) and torch.equal(found.early, expected.early)
-
-
-def test_fra_draws_what_it_drew_before_there_were_other_methods():
-    scenes = sample_scenes(LAW, 3, generator=seeded(0))
-    first, second = seeded(1), seeded(1)
-    images, tail = draw_rooms(EYRING, FEW, scenes, generator=first)
-    assert tail is None and torch.equal(images.ratio, draw_images(FEW, scenes, generator=second).ratio)
-    assert torch.equal(first.get_state(), second.get_state())
-
-
-@pytest.mark.parametrize("arrivals", [10, 300])
-def test_a_mixed_batch_holds_either_method_scene_by_scene(arrivals):
-    """Whichever of the two has more arrivals; and the scenes of FRA-RIR are those of a batch that is not mixed."""
-    cfg, mixed = replace(EYRING, tail_arrivals=arrivals), replace(FEW, hybrid_share=0.5)
-    scenes = sample_scenes(LAW, 24, generator=seeded(0))
-    images, tail = draw_rooms(cfg, mixed, scenes, generator=seeded(1))
-    rirs = render_rooms(cfg, mixed, scenes, images, tail)
-    fra, hybrid = render_rir(FEW, scenes, images), render_hybrid(cfg, FEW, scenes, tail)
-    assert torch.equal(images.ratio, draw_images(FEW, scenes, generator=seeded(1)).ratio)
-    assert 5 < tail.chosen.sum() < 19 and not torch.allclose(fra.full, hybrid.full)
-    for kind in ("full", "early"):
-        close(getattr(rirs, kind), torch.where(tail.chosen[:, None, None, None], getattr(hybrid, kind),
-                                               getattr(fra, kind)))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
-def test_methods_mix_by_their_probability(share):
-    cfg = replace(FEW, hybrid_share=share)
-    scenes = sample_scenes(replace(LAW, num_mics=1, num_src=1), 2000, generator=seeded(0))
-    tail = draw_tail(replace(EYRING, tail_arrivals=1), cfg, scenes, generator=seeded(1))
-    assert abs(float(tail.chosen.double().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / 2000)
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(hybrid_share=1.5), "rir.hybrid_share must be in 0..1, got 1.5"),
-    (dict(hybrid_share=math.nan), "rir.hybrid_share must be in 0..1, got nan"),
-    (dict(hybrid_share=0.5, method=Method.ISM),
-     "rir.hybrid_share must be 0 unless rir.method is fra, got 0.5 with ism"),
-])
-def test_shares_that_cannot_be_are_refused_in_one_line(change, message):
-    with pytest.raises(ValueError) as error:
-        RirConfig(**change)
-    assert str(error.value) == message
-
-
-# ---- in the simulator ----
-
-
-SMALL = SceneConfig(rt60_s=(0.05, 0.12), room_max_m=(4.0, 4.0, 3.0), src_dist_m=(0.2, 3.0))
-CHEAP = replace(EYRING, tail_arrivals=50)
-METHODS = {"fra": FEW, "ism": replace(FEW, method=Method.ISM), "hybrid": replace(FEW, method=Method.HYBRID),
-           "mixed": replace(FEW, hybrid_share=0.5)}
-
-
-@pytest.mark.parametrize("bank", [None, 6])
-@pytest.mark.parametrize("name", METHODS)
-def test_simulator_renders_every_method_in_any_chunk_and_on_any_device(name, bank):
-    dry, done = torch.randn(5, 2, 1000, generator=seeded(9)), []
-    for chunk in (None, 2):
-        simulate = Simulator(replace(SMALL, bank=bank), METHODS[name], MixtureConfig(), SimulatorConfig(chunk), CHEAP)
-        if bank:
-            simulate.fill_bank(generator=seeded(0))
-        drawn = simulate.draw(5, 1000, generator=seeded(1))
-        done += [simulate.render(dry, drawn.to("cpu")), simulate(dry, generator=seeded(1))]
-    for other in done[1:]:
-        assert torch.equal(other.scenes.src_pos, done[0].scenes.src_pos)
-        close(other.audio, done[0].audio, 2e-6)
-        close(other.early, done[0].early, 2e-6)
-    assert done[0].audio.abs().max() > 0
-
-
-def test_methods_differ_in_the_same_rooms():
-    dry = torch.randn(4, 2, 1000, generator=seeded(9))
-    audio = {name: Simulator(SMALL, cfg, ism=CHEAP)(dry, generator=seeded(1)).audio for name, cfg in METHODS.items()}
-    assert not any(torch.equal(audio[a], audio[b]) for a in audio for b in audio if a < b)
-    again = Simulator(SMALL, METHODS["ism"], ism=IsmConfig(Absorption.EYRING, max_order=1))(dry, generator=seeded(1))
-    assert not torch.equal(again.audio, audio["ism"])
-
-
-@pytest.mark.parametrize("name", ["ism", "hybrid", "mixed"])
-def test_simulator_refuses_a_law_with_infeasible_rooms_at_once(name):
-    with pytest.raises(ValueError, match=r"^scene.rt60_s = 0.1 s is infeasible in a room of \[10.0, 6.0, 4.0\] m: by "
-                                         r"ism.absorption=sabine it must be >= 0.1589 s"):
-        Simulator(rir=METHODS[name])
-    Simulator(rir=METHODS[name], ism=EYRING)
-    Simulator(rir=METHODS[name], ism=IsmConfig(clamp_infeasible=True))
-    Simulator(rir=METHODS["fra"])
-
-
-def test_evaluation_set_is_in_the_rooms_of_the_method():
-    """Its digest covers what each method draws; the exact one draws nothing but scenes."""
-    bank = voices_bank(SpeechConfig(clip_s=0.2, voices_speakers=3, voices_utterances=1, voices_duration_s=0.3),
-                       sample_rate=16000, generator=seeded(0))
-    sets = {name: [build_eval_set(EvalConfig(num_clips=4), SMALL, cfg, CHEAP, bank, 0.2, None, torch.device("cpu"))
-                   for _ in range(2)] for name, cfg in METHODS.items()}
-    for first, again in sets.values():
-        assert first.digest == again.digest and torch.equal(first.mixture.audio, again.mixture.audio)
-    assert len({first.digest for first, _ in sets.values()}) == 4
-    assert torch.equal(sets["ism"][0].mixture.scenes.src_pos, sets["fra"][0].mixture.scenes.src_pos)
-    assert not torch.allclose(sets["ism"][0].mixture.audio, sets["fra"][0].mixture.audio)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "ssl_gpu"
 
 # A module imports only from those before it.
 ORDER = ["runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "original", "scene", "voices", "corpus",
-         "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "measure", "mixture", "conformer", "features",
-         "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint",
+         "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms", "measure", "mixture", "conformer",
+         "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint",
          "scenelist", "config", "report", "evaluate", "train", "plots", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}

@@ -80,9 +80,10 @@ def test_scenes_are_a_batch_like_any_other(scenes):
 def test_scenes_render_with_their_own_number_of_images(scenes):
     cfg, scenes = RirConfig(early=False), scenes[:3]
     images = draw_images(cfg, scenes, generator=torch.Generator().manual_seed(0))
-    active = torch.arange(images.active.shape[1]) < scenes.num_images[:, None]
-    rirs = render_rir(cfg, scenes, replace(images, active=active))
-    assert active.sum(1).tolist() == [s["num_images"] for s in GOLDEN["scenes"][:3]]
+    rirs = render_rir(cfg, scenes, images)
+    assert images.active.sum(1).tolist() == [s["num_images"] for s in GOLDEN["scenes"][:3]]
+    anyhow = draw_images(cfg, replace(scenes, num_images=None), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(images.ratio, anyhow.ratio) and not torch.equal(images.active, anyhow.active)
     assert rirs.full.shape[:3] == (3, 2, 2) and torch.isfinite(rirs.full).all()
     lengths = [np.ceil(np.float32(s["rt60"]) * np.float32(16000)) for s in GOLDEN["scenes"][:3]]
     assert rirs.length.tolist() == lengths

@@ -14,9 +14,9 @@ from oracle import decimation_chain
 from torchaudio.functional import highpass_biquad
 
 from ssl_gpu.directivity import Pattern
-from ssl_gpu.hybrid import draw_rooms, render_rooms
 from ssl_gpu.ism import Absorption, IsmConfig, Shoebox, image_table, render_ism, trace_images, wall_absorption
 from ssl_gpu.rir import Method, RirConfig
+from ssl_gpu.rooms import draw_rooms, render_rooms
 from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, sample_scenes
 
 pra = pytest.importorskip("pyroomacoustics", minversion="0.10")
@@ -264,8 +264,8 @@ def test_first_part_of_hybrid_rooms_is_theirs(name):
     """Until the tail begins, a mean free path after the direct path of the farthest microphone."""
     rooms = ROOMS[name]()
     hybrid = RirConfig(method=Method.HYBRID, early=False, sample_rate=rooms.sample_rate)
-    tail = draw_rooms(rooms.cfg, hybrid, rooms.scenes, generator=torch.Generator().manual_seed(0))
-    ours = render_rooms(rooms.cfg, hybrid, rooms.scenes, *tail)
+    draw = draw_rooms(rooms.cfg, hybrid, rooms.scenes, generator=torch.Generator().manual_seed(0))
+    ours = render_rooms(rooms.cfg, hybrid, rooms.scenes, draw)
     away = torch.cdist(rooms.scenes.mic_pos, rooms.scenes.src_pos).amax(1)
     spread = (rooms.scenes.mic_pos - rooms.scenes.mic_pos.mean(1, True)).norm(dim=-1).amax(1)  # plane waves come first
     for index, s in np.ndindex(away.shape):

@@ -199,6 +199,7 @@ def test_the_originals_evaluation_rooms_can_be_rendered(folder):
     assert start("--scenes", "eval.json", "--out", "set") == 0
     known = json.loads((Path(__file__).parent / "golden/original_scenes.json").read_text())["eval"]
     assert [[entry["mic_pos"], entry["src_pos"]] for entry in entries_of("set")] == known[:2]
+    assert [entry["num_images"] for entry in entries_of("set")] == original_scenes().num_images[:2].tolist()
 
 
 def test_every_method_is_rendered(folder):
@@ -209,6 +210,41 @@ def test_every_method_is_rendered(folder):
     assert entries_of("fra")[0]["src_pos"] == entries_of("hybrid")[0]["src_pos"]
     fra, hybrid = np.load("fra/rir_0.npy"), np.load("hybrid/rir_0.npy")
     assert fra.shape == hybrid.shape and not np.allclose(fra, hybrid, atol=0.1 * np.abs(fra).max())
+
+
+def test_a_set_says_how_each_of_its_rooms_was_rendered(folder):
+    """The number of images as drawn, the absorption of walls by Sabine's formula, and which had to be clamped."""
+    assert start("--num-scenes", 3, "--out", "fra") == 0
+    for entry in entries_of("fra"):
+        assert entry["method"] == "fra" and 64 <= entry["num_images"] <= 128
+        assert entry["absorption"] is entry["clamped"] is None
+    mixed = ("rir.hybrid_share=0.4", "rir.ism_share=0.4", "ism.clamp_infeasible=true", "ism.tail_arrivals=50",
+             "scene.rt60_s=[0.05, 0.2]")
+    assert start("--num-scenes", 12, "--out", "mixed", *mixed) == 0
+    entries = entries_of("mixed")
+    assert {entry["method"] for entry in entries} == {"fra", "ism", "hybrid"}
+    walls = [entry for entry in entries if entry["method"] != "fra"]
+    assert {entry["clamped"] for entry in walls} == {True, False}
+    for entry in walls:
+        x, y, z = entry["room_dim"]
+        sabine = 24 * math.log(10) / 340 * x * y * z / (2 * (x * y + y * z + z * x)) / entry["rt60"]
+        assert entry["absorption"] == pytest.approx(min(sabine, 0.99)) and entry["clamped"] == (sabine > 0.99)
+    assert start("--scenes", "mixed/scenes.json", "--out", "again", *mixed) == 0
+    assert entries_of("again") == entries
+    assert np.array_equal(np.load("again/rir_7.npy"), np.load("mixed/rir_7.npy"))
+
+
+def test_a_list_may_say_how_many_images_a_scene_has(folder):
+    """More than the configuration draws, too."""
+    scenes = original_scenes()[:2]
+    write_scenes("few.json", replace(scenes, num_images=torch.tensor([300, 1])))
+    assert torch.equal(read_scenes("few.json").num_images, torch.tensor([300, 1]))
+    assert start("--scenes", "few.json", "--out", "set") == 0
+    assert [entry["num_images"] for entry in entries_of("set")] == [300, 1]
+    entries = scene_entries(replace(scenes, num_images=None))
+    assert [entry["num_images"] for entry in entries] == [None, None]
+    Path("none.json").write_text(json.dumps(entries))
+    assert read_scenes("none.json").num_images is None
 
 
 def test_infeasible_scene_of_a_list_is_named(folder, capsys):
@@ -237,7 +273,8 @@ def test_measures_that_do_not_exist_are_null(made):
     scene = read_scenes(made / "scenes.json")[:1]
     measures = measure_rirs(RirBatch(rir, None, torch.tensor([rir.shape[-1]]), 16000), scene)
     nothing = torch.full_like(measures.t20, math.nan)
-    entry = simulate.describe(scene, replace(measures, t20=nothing, c50_db=torch.full_like(nothing, -math.inf)), 0, 0)
+    measures = replace(measures, t20=nothing, c50_db=torch.full_like(nothing, -math.inf))
+    entry = simulate.describe(scene, {}, measures, 0, 0)
     assert entry["t20"] == entry["c50_db"] == [[None, None], [None, None]]
     assert entry["drr_db"] == measures.drr_db[0].tolist()
 
@@ -278,6 +315,11 @@ def without(name):
     ([ENTRY, without("rt60")], "scene 1 has no rt60, it has room_dim, mic_pos, src_pos"),
     ([without("room_dim")], "scene 0 has no room_dim, it has rt60, mic_pos, src_pos"),
     ([{}], "scene 0 has no room_dim, it has nothing"),
+    ([{**ENTRY, "num_images": 3}, ENTRY], "scene 1 has no num_images, it has room_dim, rt60, mic_pos, src_pos"),
+    ([{**ENTRY, "num_images": 3}, {**ENTRY, "num_images": None}], "scene 1: num_images must be a finite number, got "
+                                                                  "null"),
+    ([{**ENTRY, "num_images": 2.5}], "scene 0: num_images must be whole and >= 1, got 2.5"),
+    ([{**ENTRY, "num_images": 0}], "scene 0: num_images must be whole and >= 1, got 0"),
     ([{**ENTRY, "rt60": "0.3"}], 'scene 0: rt60 must be a finite number, got "0.3"'),
     ([{**ENTRY, "rt60": True}], "scene 0: rt60 must be a finite number, got true"),
     ([{**ENTRY, "rt60": [0.3]}], "scene 0: rt60 must be a finite number, got [0.3]"),

@@ -41,8 +41,9 @@ def test_same_seed_same_audio_and_no_global_randomness():
     other = simulator()(speech(), generator=seeded(2))
     assert not torch.equal(first.audio, other.audio)
     draws = [simulator().draw(5, 2000, generator=seeded(seed)) for seed in (1, 2)]
-    for part, name in (("scenes", "src_pos"), ("images", "direction"), ("mixture", "sensor")):
-        assert not torch.equal(*(getattr(getattr(drawn, part), name) for drawn in draws))
+    for of in (lambda draw: draw.scenes.src_pos, lambda draw: draw.rooms.images.direction,
+               lambda draw: draw.mixture.sensor):
+        assert not torch.equal(*map(of, draws))
     generator, one = seeded(1), simulator()
     assert torch.equal(one(speech(), generator=generator).audio, first.audio)
     assert not torch.equal(one(speech(), generator=generator).audio, first.audio)  # and a new room at every call
@@ -54,12 +55,12 @@ def test_audio_is_dry_speech_through_the_rirs_of_its_scenes():
     drawn = simulate.draw(5, 2000, generator=seeded(1))
     batch = simulate.render(dry, drawn)
     assert batch.audio.shape == (5, 2, 2000) and batch.early.shape == (5, 2, 2, 2000) and batch.sample_rate == 16000
-    rirs = render_rir(RIR, drawn.scenes, drawn.images)
+    rirs = render_rir(RIR, drawn.scenes, drawn.rooms.images)
     for row in range(5):
         expected = torch.from_numpy(mixture(dry[row].double().numpy(), rirs.full[row].double().numpy(),
                                             drawn.mixture.gain[row].double().numpy()))
         assert_close(batch.audio[row].double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
-    assert batch.scenes is drawn.scenes and drawn.room is None
+    assert batch.scenes is drawn.scenes and drawn.bank_row is None
 
 
 def test_draw_on_the_cpu_then_render_equals_the_call():
@@ -107,11 +108,11 @@ def test_only_rooms_of_the_bank_occur_and_every_one_does():
     scenes, rirs = simulate.bank
     dry = speech(60)
     drawn = simulate.draw(60, 2000, generator=seeded(1))
-    assert drawn.images is None and torch.bincount(drawn.room, minlength=3).min() >= 5 and drawn.room.max() == 2
+    assert drawn.rooms is None and torch.bincount(drawn.bank_row).min() >= 5 and drawn.bank_row.max() == 2
     batch = simulate.render(dry, drawn)
     for name in TENSORS:
-        assert torch.equal(getattr(batch.scenes, name), getattr(scenes, name)[drawn.room])
-    expected = mix(dry, rirs[drawn.room], batch.scenes, drawn.mixture)
+        assert torch.equal(getattr(batch.scenes, name), getattr(scenes, name)[drawn.bank_row])
+    expected = mix(dry, rirs[drawn.bank_row], batch.scenes, drawn.mixture)
     assert_close(batch.audio, expected.audio, rtol=0, atol=1e-6)
     assert_close(batch.early, expected.early, rtol=0, atol=1e-6)
 
@@ -194,7 +195,7 @@ def test_scenes_that_break_their_law_are_silent_and_leave_the_others_alone():
     drawn = simulate.draw(5, 2000, generator=seeded(0))
     whole = simulate.render(dry, drawn)
     drawn.scenes.valid[1] = False
-    drawn.images.ratio[1] = -0.5  # as at 340 m/s * RT60 below the distance of the source: the RIR is NaN
+    drawn.rooms.images.ratio[1] = -0.5  # as at 340 m/s * RT60 below the distance of the source: the RIR is NaN
     part = simulate.render(dry, drawn)
     assert (part.audio[1] == 0).all() and (part.early[1] == 0).all()
     kept = [0, 2, 3, 4]
@@ -215,7 +216,8 @@ def test_every_section_reaches_the_mixture():
         assert not torch.equal(simulator(**change)(speech(), generator=seeded(0)).audio, plain.audio)
     walls = replace(SCENE, rt60_s=(0.3, 0.4))
     plain = simulator(walls)(speech(), generator=seeded(0))
-    for change in (dict(method=Method.HYBRID), dict(method=Method.ISM), dict(hybrid_share=1.0)):
+    for change in (dict(method=Method.HYBRID), dict(method=Method.ISM), dict(hybrid_share=1.0),
+                   dict(ism_share=1.0)):
         other = simulator(walls, replace(RIR, **change))(speech(), generator=seeded(0))
         assert torch.equal(other.scenes.src_pos, plain.scenes.src_pos) and not torch.equal(other.audio, plain.audio)
     assert [f.name for f in fields(SimulatorConfig)] == ["chunk"]  # which changes memory alone, see above

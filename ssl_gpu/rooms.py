@@ -1,0 +1,104 @@
+"""Rooms by any method of simulation, and by several in one batch: what is drawn for them, and one call that renders.
+
+Every scene of a batch has a method: that of rir.method, or one drawn by rir.hybrid_share and rir.ism_share.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
+from ssl_gpu.ism import IsmConfig, render_ism
+from ssl_gpu.rir import ImageBatch, Method, RirConfig, draw_images, find_arrivals, render_rir
+from ssl_gpu.scene import SceneBatch
+from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
+
+METHODS = tuple(Method)  # their order is that of RoomDraw.method
+
+
+@dataclass(frozen=True, eq=False)
+class RoomDraw:
+    """Everything random about the RIRs of a batch of scenes, each part None where the configuration has no use for it.
+
+    images: FRA-RIR's, and tail: of hybrid rooms, of all scenes, whichever the method of each;
+    method [batch] int64: where methods are mixed, the index in METHODS of each scene's.
+    """
+
+    images: ImageBatch | None
+    tail: TailBatch | None
+    method: Tensor | None
+
+    def __getitem__(self, index: slice | Tensor) -> "RoomDraw":
+        """The draws of a slice or of an index tensor [n] of scenes."""
+        return RoomDraw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> "RoomDraw":
+        """The same draws on another device."""
+        return RoomDraw(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
+
+
+def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> RoomDraw:
+    """Draw what the methods of rir_cfg need, on the scenes' device, without a device sync; ism needs nothing.
+
+    The generator must be on the scenes' device.
+    """
+    images = tail = method = None
+    if rir_cfg.method is Method.FRA:
+        images = draw_images(rir_cfg, scenes, generator=generator)
+    if rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0:
+        tail = draw_tail(cfg, rir_cfg, scenes, generator=generator)
+    if rir_cfg.is_mixed:
+        draw = torch.rand(len(scenes), generator=generator, device=scenes.rt60.device)
+        method = torch.full_like(draw, METHODS.index(Method.FRA), dtype=torch.int64)
+        method = torch.where(draw < rir_cfg.hybrid_share, METHODS.index(Method.HYBRID), method)
+        method = torch.where(draw >= 1 - rir_cfg.ism_share, METHODS.index(Method.ISM), method)
+    return RoomDraw(images, tail, method)
+
+
+def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw) -> RirBatch:
+    """RIRs of every scene by its method. Deterministic; waits for the device only where the exact method is asked for.
+
+    In a mixed batch FRA-RIR and the hybrid method both find their arrivals for every scene, and `where` picks: finding
+    them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. Exact
+    rooms, whose cost is of another order, are rendered apart and put in their places.
+    Raises ValueError for an exact room whose RT60 is infeasible, see IsmConfig.
+    """
+    if rir_cfg.method is Method.ISM:
+        return render_ism(cfg, rir_cfg, scenes)
+    if rir_cfg.method is Method.HYBRID:
+        return render_hybrid(cfg, rir_cfg, scenes, draw.tail)
+    if draw.tail is None:
+        rirs = render_rir(rir_cfg, scenes, draw.images)
+    else:
+        arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
+                         find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail),
+                         find_arrivals(rir_cfg, scenes, draw.images))
+        slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+        rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60)
+    return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
+
+
+def _pick(chosen: Tensor, first: Arrivals, second: Arrivals) -> Arrivals:
+    """The arrivals of `first` in the scenes that are chosen [batch] bool, those of `second` in the others."""
+    count = max(first.slot.shape[-1], second.slot.shape[-1])
+    pairs = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(Arrivals))
+    return Arrivals(*(None if a is None else torch.where(chosen[:, None, None, None], _pad(a, count), _pad(b, count))
+                      for a, b in pairs))
+
+
+def _pad(tensor: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, count - tensor.shape[-1]))
+
+
+def _with_exact_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, method: Tensor,
+                      rirs: RirBatch) -> RirBatch:
+    """The RIRs of all scenes, with those whose method is the exact one rendered by it; waits for the device."""
+    index = (method == METHODS.index(Method.ISM)).nonzero().squeeze(-1)
+    if len(index) == 0:
+        return rirs
+    exact = render_ism(cfg, rir_cfg, scenes[index])
+    full, early = (None if all_of is None else all_of.index_copy(0, index, part)
+                   for all_of, part in ((rirs.full, exact.full), (rirs.early, exact.early)))
+    return replace(rirs, full=full, early=early)
