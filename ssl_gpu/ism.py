@@ -52,7 +52,7 @@ class IsmConfig:
     tail_arrivals: random arrivals per source in the tail of hybrid rooms.
     tail_fade: mean free paths 4 V / S after the direct path between which the tail's energy rises from zero to all.
         The images of order 3 are not over after three: (1, 3) has 0.4 dB more reverberation than the exact method by
-        Eyring and 1.4 dB by Sabine, (2, 4) -0.1 and 0.7 dB.
+        Eyring and 1.1 dB by Sabine, (2, 4) -0.15 and 0.5 dB (docs/fidelity.md).
 
     Raises ValueError naming the field, its value and the rule.
     """

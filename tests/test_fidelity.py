@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from ssl_gpu.fidelity import CHOICES, main
+from ssl_gpu.fidelity import FIGURES, main
+from ssl_gpu.ism import IsmConfig
 from ssl_gpu.rir import RirConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_command_draws_every_choice_and_prints_its_numbers(tmp_path, capsys):
+def test_command_draws_every_figure_and_prints_its_numbers(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     outputs = []
     for folder in ("first", "second"):
@@ -17,11 +18,13 @@ def test_command_draws_every_choice_and_prints_its_numbers(tmp_path, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     lines = outputs[0].splitlines()
-    for name in CHOICES:
+    for kind in ("fra, nominal", "fra, measured", "ism, sabine", "ism, eyring", "hybrid, sabine", "hybrid, eyring"):
+        assert any(line.startswith(f"method: {kind}: T20/rt60 ") for line in lines)
+    for name in FIGURES:
         assert any(line.startswith(f"{name}: ") for line in lines)
         pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("first", "second")]
         assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
-    assert sorted(path.stem for path in (tmp_path / "first").iterdir()) == sorted(CHOICES)
+    assert sorted(path.stem for path in (tmp_path / "first").iterdir()) == sorted(FIGURES)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -33,12 +36,13 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, arguments, message):
     assert capsys.readouterr().err.strip() == message
 
 
-def test_the_document_shows_every_choice():
-    """Its figures are there and small, and it names every field that has a choice."""
+def test_the_document_shows_every_figure():
+    """Its figures are there and small, and it names every field that has a choice or belongs to rooms by images."""
     text = (DOCS / "fidelity.md").read_text(encoding="utf-8")
-    for name in CHOICES:
+    for name in FIGURES:
         assert f"figures/{name}.png" in text
         assert (DOCS / "figures" / f"{name}.png").stat().st_size < 100_000
     names = [field.name for field in fields(RirConfig)]
-    for name in names[names.index("image_directions"):]:
+    for name in [*names[names.index("image_directions"):], "rir.method=ism", "rir.hybrid_share", "rir.ism_share",
+                 *(f"ism.{field.name}" for field in fields(IsmConfig))]:
         assert f"`{name}" in text

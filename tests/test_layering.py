@@ -15,7 +15,8 @@ PACKAGE = ROOT / "ssl_gpu"
 ORDER = ["runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "original", "scene", "voices", "corpus",
          "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms", "measure", "mixture", "conformer",
          "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim", "checkpoint",
-         "scenelist", "config", "report", "evaluate", "train", "plots", "fidelity", "simulate", "localize"]
+         "scenelist", "config", "report", "evaluate", "train", "plots", "trials", "choices", "methods", "fidelity",
+         "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}
