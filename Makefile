@@ -4,12 +4,12 @@ CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test test-slow lint clean
 
 help:
 	@echo "make train      train with CONFIG (default $(CONFIG)), on a GPU if there is one"
 	@echo "make test       the tests, a few minutes on a laptop"
-	@echo "make  the slow tests only"
+	@echo "make test-slow  the tests that take minutes, which make test leaves out"
 	@echo "make lint       flake8"
 	@echo "make clean      remove $(VENV), build products and caches; runs/ and data/ stay"
 	@echo "Each installs what it needs into VENV=$(VENV) with PYTHON=$(PYTHON); ARGS=\"...\" is passed on, for example"
@@ -20,6 +20,9 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/python -m flake8 $(ARGS)

@@ -7,13 +7,13 @@ what is in the octave itself, so the slower of two bands gets less than its half
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_gpu.convolve import fast_length
+from ssl_gpu.runtime import constant
 
 LOWEST_HZ = 125.0
 CROSSFADE = 1 / 3     # octaves from one band to the next; 1/6 would ring twice as long and change T20 by 2 % at most
@@ -59,7 +59,7 @@ def decay_rate(air_db: float, wall_ratio: Tensor | None, reach: Tensor) -> Tenso
     return air_db * reach + (60.0 if wall_ratio is None else 60 / wall_ratio)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _octaves_on(sample_rate: int, n_fft: int, device: torch.device) -> Tensor:
     """Octaves above 125 Hz, where band k is at k, on the grid of an n_fft-point real FFT: [freq] float32."""
     freq = np.maximum(np.arange(n_fft // 2 + 1) * (sample_rate / n_fft), LOWEST_HZ)

@@ -1,13 +1,13 @@
 """Linear convolution by FFT, batched, also in blocks for long signals."""
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from ssl_gpu.runtime import constant
 
-@lru_cache(maxsize=None)
+
+@constant
 def fast_length(length: int) -> int:
     """The smallest even 2^a 3^b 5^c >= length: what MKL, pocketfft and cuFFT transform quickly.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, shortest_rt60, trace_images
 from ssl_gpu.rir import RirConfig, is_early, unit_from_polar
+from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
 
@@ -87,7 +87,7 @@ def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch,
     return Arrivals(slot, amplitude, is_early(rir_cfg, slot, direct_slot, last) if rir_cfg.early else None)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _table_on(order: int, device: torch.device) -> Tensor:
     """The cells of image_table, [3, 1, 1, 1, image] int64, on the device."""
     return torch.tensor(image_table(order), device=device).T[:, None, None, None]

@@ -83,7 +83,7 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
 def _pick(chosen: Tensor, first: Arrivals, second: Arrivals) -> Arrivals:
     """The arrivals of `first` in the scenes that are chosen [batch] bool, those of `second` in the others."""
     count = max(first.slot.shape[-1], second.slot.shape[-1])
-    pairs = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(Arrivals))
+    pairs = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(first))
     return Arrivals(*(None if a is None else torch.where(chosen[:, None, None, None], _pad(a, count), _pad(b, count))
                       for a, b in pairs))
 

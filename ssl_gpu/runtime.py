@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -73,6 +74,22 @@ def compiled(function: Compilable, enabled: bool = True) -> Compilable:
         function.compile(dynamic=False)
         return function
     return torch.compile(function, dynamic=False)
+
+
+def constant(function: Compilable) -> Compilable:
+    """`function` of hashable arguments, its results remembered, and constants to whatever is compiled around it.
+
+    For tables and sizes that follow from a few numbers: torch compiles neither numpy nor what functools remembers.
+    """
+    remembered = functools.lru_cache(maxsize=128)(function)
+
+    @functools.wraps(function)
+    def look_up(*arguments):
+        return remembered(*arguments)
+
+    # What torch.compiler.assume_constant_result does, which imports the compiler: a second, and it makes folders.
+    look_up._dynamo_marked_constant = True
+    return look_up
 
 
 def synchronize(device: torch.device) -> None:

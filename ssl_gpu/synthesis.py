@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.convolve import fast_length
+from ssl_gpu.runtime import constant
 
 OVERSAMPLING = 64  # slots per sample
 HIGHPASS_HZ, HIGHPASS_Q = 80.0, 0.707
@@ -114,7 +115,7 @@ def rir_kernel(sample_rate: int) -> Kernel:
     return Kernel(main, rest[:, MAIN_TAPS:], poles)
 
 
-@lru_cache(maxsize=None)
+@constant
 def _kernel_on(sample_rate: int, device: torch.device) -> Tensor:
     """Main part and remainder of the kernel side by side, [16, 64] float32, on the device."""
     kernel = rir_kernel(sample_rate)
@@ -122,7 +123,7 @@ def _kernel_on(sample_rate: int, device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _response_on(sample_rate: int, n_fft: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(1 - z^-1)^2 / A8 and 1 / A8 on the grid of an n_fft-point real FFT, complex64, on the device."""
     z = np.exp(-2j * math.pi * np.arange(n_fft // 2 + 1) / n_fft)
@@ -132,6 +133,7 @@ def _response_on(sample_rate: int, n_fft: int, device: torch.device) -> tuple[Te
     return main, rest
 
 
+@constant
 def taps_for(sample_rate: int, max_rt60: float) -> int:
     """Taps of a batch of RIRs whose RT60 never exceeds max_rt60 s."""
     max_slots = math.ceil(np.float32(max_rt60) * np.float32(OVERSAMPLING * sample_rate))
