@@ -108,7 +108,7 @@ class Localizer(nn.Module):
                 raise ValueError(f"scene.num_src must be 2 for model.kind=original, got {scene.num_src}")
             self.network = SSLModel(model.dropout, model.dropout, model.dropout, num_classes=len(grid))
         else:
-            self.network = ConformerLocalizer(model, features, sample_rate, 2 * scene.radius, scene.num_src, len(grid))
+            self.network = ConformerLocalizer(model, features, sample_rate, scene.aperture, scene.num_src, len(grid))
 
     def forward(self, audio: Tensor) -> Tensor:
         logits = self.network(audio)

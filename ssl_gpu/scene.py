@@ -31,6 +31,8 @@ class SceneConfig:
     wall_dist_m: the least distance of sources and microphones to the walls.
     num_src: talkers per scene.
     num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
+    spacing_jitter_m: its spacing is another in every scene, uniform within so much of mic_spacing_m: arrays are not
+        built to the millimetre, and 3 % of the spacing stand for 3 % of the speed of sound, 35 degrees of temperature.
     mic_array_m: microphone positions, one [x, y, z] each; their mean is put at the centre of the array.
     array_radius_m: random arrays, another for every scene: num_mics microphones uniform in a ball of this radius, then
         moved so that their mean is its centre.
@@ -53,6 +55,7 @@ class SceneConfig:
     num_src: int = 2
     num_mics: int = 2
     mic_spacing_m: float = 0.1
+    spacing_jitter_m: float = 0.0
     mic_array_m: tuple[tuple[float, float, float], ...] | None = None
     array_radius_m: float | None = None
     rotate: bool = False
@@ -101,6 +104,12 @@ class SceneConfig:
                 raise ValueError(f"scene.mic_array_m must not hold a position twice, got {self.mic_array_m}")
         if not self.mic_spacing_m > 0:
             raise ValueError(f"scene.mic_spacing_m must be > 0, got {self.mic_spacing_m}")
+        if not 0 <= self.spacing_jitter_m < self.mic_spacing_m:
+            raise ValueError(f"scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m="
+                             f"{self.mic_spacing_m}, got {self.spacing_jitter_m}")
+        if self.spacing_jitter_m > 0 and (self.mic_array_m is not None or self.array_radius_m is not None):
+            raise ValueError(f"scene.spacing_jitter_m is of the uniform linear array only, got {self.spacing_jitter_m} "
+                             f"with another array")
 
     def _check_room(self):
         margin = self.wall_dist_m + self.radius
@@ -129,7 +138,12 @@ class SceneConfig:
         if self.mic_array_m is not None:
             centre = [sum(axis) / len(self.mic_array_m) for axis in zip(*self.mic_array_m)]
             return max(math.dist(position, centre) for position in self.mic_array_m)
-        return 0.5 * (self.num_mics - 1) * self.mic_spacing_m
+        return 0.5 * (self.num_mics - 1) * (self.mic_spacing_m + self.spacing_jitter_m)
+
+    @property
+    def aperture(self) -> float:
+        """Length in m of a uniform linear array without its jitter, twice the radius of any other."""
+        return 2 * self.radius - (self.num_mics - 1) * self.spacing_jitter_m
 
     @property
     def mic_count(self) -> int:
@@ -244,7 +258,11 @@ def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Ten
         offset = offset - offset.mean(0)
     else:
         offset = geometry.linear_array(cfg.num_mics, cfg.mic_spacing_m)
-    return offset.to(device, non_blocking=True).expand(batch, -1, -1)
+    offset = offset.to(device, non_blocking=True).expand(batch, -1, -1)
+    if cfg.spacing_jitter_m > 0:
+        jitter = cfg.spacing_jitter_m / cfg.mic_spacing_m
+        offset = offset * _uniform((batch, 1, 1), 1 - jitter, 1 + jitter, generator)
+    return offset
 
 
 def _orientation(angles_deg: tuple[float, float] | None, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -118,6 +118,18 @@ def test_linear_array_keeps_its_spacing_and_lies_along_x_unless_rotated(num_mics
         assert bool(along_x) == (not rotate) or num_mics == 1
 
 
+def test_jitter_makes_the_spacing_uniform_about_its_nominal_one():
+    """One spacing per scene, the same between all its microphones; what a localiser is told stays the nominal one."""
+    cfg = SceneConfig(num_mics=3, spacing_jitter_m=0.004)
+    scenes = draw(cfg, batch=4000)
+    step = torch.linalg.vector_norm(scenes.mic_pos[:, 1:] - scenes.mic_pos[:, :-1], dim=-1)
+    assert_close(step[:, 0], step[:, 1])
+    assert ks_uniform(step[:, 0], 0.096, 0.104) < 2
+    assert (cfg.aperture, cfg.radius, SceneConfig().aperture) == pytest.approx((0.2, 0.104, 0.1))
+    assert SceneConfig(mic_array_m=((0, 0, 0), (0, 0.3, 0))).aperture == pytest.approx(0.3)
+    assert float((scenes.mic_pos - scenes.array_centre[:, None]).norm(dim=-1).max()) <= cfg.radius
+
+
 def test_rotation_makes_the_axis_uniform_over_the_circle():
     scenes = draw(SceneConfig(rotate=True), batch=4000)
     axis = geometry.azimuth(geometry.array_axis(scenes.mic_pos))
@@ -255,7 +267,8 @@ def test_batches_of_different_laws_are_put_one_after_the_other():
 
 CHANGES = dict(
     room_min_m=(4.0, 3.0, 2.5), room_max_m=(10.0, 6.0, 5.0), rt60_s=(0.2, 0.7), src_dist_m=(0.2, 2.0), wall_dist_m=0.3,
-    num_src=3, num_mics=3, mic_spacing_m=0.2, mic_array_m=((0.0, 0.0, 0.0), (0.0, 0.1, 0.0)), array_radius_m=0.2,
+    num_src=3, num_mics=3, mic_spacing_m=0.2, spacing_jitter_m=0.002, mic_array_m=((0.0, 0.0, 0.0), (0.0, 0.1, 0.0)),
+    array_radius_m=0.2,
     rotate=True, src_orientation_deg=(10.0, 20.0), mic_orientation_deg=(10.0, 20.0))
 
 
@@ -296,6 +309,11 @@ NAN = float("nan")
                                "scene.wall_dist_m=0.5, it must be >= 3.4 m"),
     (dict(mic_spacing_m=0.0), "scene.mic_spacing_m must be > 0, got 0.0"),
     (dict(mic_spacing_m=NAN), "scene.mic_spacing_m must be > 0, got nan"),
+    (dict(spacing_jitter_m=-0.001), "scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m=0.1, got "
+                                    "-0.001"),
+    (dict(spacing_jitter_m=0.1), "scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m=0.1, got 0.1"),
+    (dict(spacing_jitter_m=0.001, array_radius_m=0.1), "scene.spacing_jitter_m is of the uniform linear array only, "
+                                                       "got 0.001 with another array"),
     (dict(array_radius_m=-1.0), "scene.array_radius_m must be > 0, got -1.0"),
     (dict(mic_array_m=()), "scene.mic_array_m must hold at least one [x, y, z], got an empty list"),
     (dict(mic_array_m=((0, 0), (1, 1))), "scene.mic_array_m must hold [x, y, z] of finite numbers, got (0, 0)"),
