@@ -97,7 +97,8 @@ def _trace_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: Ta
     """Slot int64 and amplitude float32 [batch, mic, src, arrival] of the tail's arrivals."""
     reach = SPEED_OF_SOUND * scenes.rt60[:, None, None]                # [batch, src, arrival], like the next ones
     path = 2 / scenes.room_dim.reciprocal().sum(-1)[:, None, None]     # the mean free path 4 V / S
-    direct = torch.cdist(scenes.src_pos, scenes.mic_pos).amax(-1, keepdim=True)
+    to_mic = torch.cdist(scenes.mic_pos, scenes.src_pos)               # [batch, mic, src]
+    direct = to_mic.amax(1)[..., None]
     begin, end = (direct + paths * path for paths in cfg.tail_fade)
     span = (reach - begin).clamp(min=0)
     dist = begin + span * tail.place
@@ -114,5 +115,7 @@ def _trace_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: Ta
     if rir_cfg.mic_pattern is not Pattern.OMNI:
         look = look_vector(scenes.mic_orientation, rir_cfg.look_vector).to(torch.float32)[:, :, None, None]
         amplitude = amplitude * pattern_gain(rir_cfg.mic_pattern, (look * tail.direction[:, None]).sum(-1))
-    slot = nearest_slot(rir_cfg, dist[:, None] - ahead)
-    return slot, amplitude.expand_as(slot)
+    travelled = dist[:, None] - ahead
+    # In an array some metres wide, or with a fade from 0 on, a wave may pass a microphone before its direct sound does.
+    amplitude = torch.where(travelled >= to_mic[..., None], amplitude, 0.0)
+    return nearest_slot(rir_cfg, travelled).clamp(min=0), amplitude

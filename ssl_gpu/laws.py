@@ -10,9 +10,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-# Direct sound over the reverberation of decay=measured, in energy, at most. T20 is taken from 5 to 25 dB below the
-# whole, and the more of that the direct sound takes, the more its own flank bends the line. Errors of T20 in six rooms
-# (docs/fidelity.md), the worst median and ninth tenth: 3.8, 7.6 % with 10 dB, 4.1, 9.3 with 12, 6.0, 13.9 with 14.
+# Direct sound over the reverberation of decay=measured, in energy, at most. T20 is taken from 5 to 25 dB below what is
+# left at its peak, and the more of that it takes itself, the more its own flank bends the line. Errors of T20 in the
+# six rooms of ssl_gpu.choices, the worst median and ninth tenth: 3.8, 7.6 % with 10 dB, 4.1, 9.3 with 12, 6.0, 13.9
+# with 14.
 MAX_DIRECT_DB = 10.0
 
 
@@ -76,14 +77,13 @@ def diffuse_amplitude(volume: Tensor, spacing: Tensor, travelled: Tensor) -> Ten
 def reverberation_gain(direct: Tensor, images: Tensor) -> Tensor:
     """Factor [...] of all images that leaves the direct sound at most 10 dB above them, 1 where it is not above.
 
-    direct [...]: its amplitude at the source's nearest microphone; images [..., image]: those of the images there, of
-    which none may sound, as in the null of a pattern. In a diffuse field the direct sound is that strong only nearer
-    to the source than 0.3 critical distances (0.018 m sqrt(volume / RT60), volume in m^3 and RT60 in s), where ISO 3382
-    takes no T20: in 7 of 2,000 rooms of the original law.
+    direct [...]: its amplitude at the source's nearest microphone; images [..., image]: those of the images there; both
+    before any polar pattern, which would let a microphone that hears little speak for all. In a diffuse field the
+    direct sound is that strong only nearer to the source than 0.3 critical distances (0.018 m sqrt(volume / RT60),
+    volume in m^3 and RT60 in s), where ISO 3382 takes no T20: in 7 of 2,000 rooms of the original law.
     """
-    energy = images.square().sum(-1)
     needed = direct.square() * 10 ** (-0.1 * MAX_DIRECT_DB)
-    return torch.where(energy > 0, needed / torch.where(energy > 0, energy, 1.0), 1.0).clamp(min=1).sqrt()
+    return (needed / images.square().sum(-1)).clamp(min=1).sqrt()
 
 
 def perturbation_gain(reflections: Tensor, low: Tensor, high: Tensor, log2_coefficient: Tensor) -> Tensor:

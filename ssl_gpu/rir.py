@@ -31,7 +31,8 @@ class Method(Enum):
     HYBRID = "hybrid"
 
 
-FRA_CHOICES = ("images_per_s", "image_directions", "src_directions", "decay", "image_range")
+FRA_CHOICES = ("num_images", "perturbation", "perturbation_exponent", "images_per_s", "image_directions",
+               "src_directions", "decay", "image_range")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     if cfg.images_per_s is not None:
         count = (count * scenes.rt60[:, None]).ceil()
     if scenes.num_images is not None:  # and yet it is drawn: or all that follows would be other numbers
-        count = scenes.num_images[:, None]
+        count = torch.where(scenes.num_images[:, None] > 0, scenes.num_images[:, None], count)
     _, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None]).squeeze(1)
     span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)
@@ -264,7 +265,11 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     dist = distance(image_offset)
     direct_gain, image_gain = _pattern_gains(cfg, scenes, images, offset, image_offset)
     direct_amplitude = direct.to(torch.float32).reciprocal() * direct_gain
-    amplitude = image_amplitude(cfg, scenes, images, dist, closest) * image_gain
+    amplitude = image_amplitude(cfg, scenes, images, dist, closest)
+    if cfg.decay is Decay.MEASURED:
+        images_there = amplitude.gather(1, nearest[:, None, :, None].expand(-1, -1, -1, amplitude.shape[-1]))
+        amplitude = amplitude * reverberation_gain(closest.to(torch.float32).reciprocal(), images_there)[..., None]
+    amplitude = amplitude * image_gain
 
     dist = torch.cat((direct[..., None], dist), -1)
     unclamped = torch.ceil(dist * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
@@ -272,10 +277,6 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     slot = torch.minimum(unclamped, last)
     if cfg.image_range is ImageRange.FULL:
         amplitude = torch.where(unclamped[..., 1:] <= last, amplitude, 0.0)
-    if cfg.decay is Decay.MEASURED:
-        here = nearest[:, None]
-        images_here = amplitude.gather(1, here[..., None].expand(-1, -1, -1, amplitude.shape[-1]))
-        amplitude = amplitude * reverberation_gain(direct_amplitude.gather(1, here), images_here)[..., None]
     early = is_early(cfg, slot, unclamped[..., :1], last) if cfg.early else None
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
 

@@ -20,6 +20,9 @@ CANDIDATES = 32
 # keeps 0.15 m by itself, so this changes nothing there; it matters for wide arrays.
 MIN_SRC_MIC_DIST = 0.05  # m
 
+# Of scenes that are given: what no room needs, and no memory holds.
+MAX_RT60_S, MAX_NUM_IMAGES = 100.0, 1_000_000
+
 
 @dataclass(frozen=True)
 class SceneConfig:
@@ -159,7 +162,7 @@ class SceneBatch:
     mic_orientation [batch, mic, 2], src_orientation [batch, src, 2] rad, (azimuth, polar angle from +z);
     valid [batch] bool: False where no candidate met the law, such a scene must not be used;
     max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it;
-    num_images [batch] int64: how many images FRA-RIR renders each with, None: as many as RirConfig draws;
+    num_images [batch] int64: how many images FRA-RIR renders each with, 0 or None: as many as RirConfig draws;
     max_images: a number no num_images exceeds, None without them.
     """
 
@@ -191,7 +194,11 @@ class SceneBatch:
 
     @classmethod
     def concatenate(cls, batches: Sequence["SceneBatch"]) -> "SceneBatch":
-        """Several batches of the same numbers of microphones and sources as one; all or none with num_images."""
+        """Several batches of the same numbers of microphones and sources as one."""
+        if any(batch.num_images is not None for batch in batches):
+            batches = [batch if batch.num_images is not None else
+                       replace(batch, num_images=torch.zeros_like(batch.rt60, dtype=torch.int64), max_images=0)
+                       for batch in batches]
         joined = {}
         for field in fields(cls):
             column = [getattr(batch, field.name) for batch in batches]
@@ -324,8 +331,8 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
 
     Raises ValueError, naming the scene and the rule, for wrong shapes, numbers that are not finite, RT60 <= 0, a
     position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's directivity
-    is then 0/0), 340 m/s * RT60 not above the distance of a source (the reference then returns NaN), or a number of
-    images that is not whole or < 1.
+    is then 0/0), 340 m/s * RT60 not above the distance of a source (the reference then returns NaN), an RT60 above
+    100 s, or a number of images that is not whole or not in 0..1,000,000 (0: to be drawn).
     """
     room_dim, rt60 = _as_tensor("room_dim", room_dim), _as_tensor("rt60", rt60)
     mic_pos, src_pos = _as_tensor("mic_pos", mic_pos), _as_tensor("src_pos", src_pos)
@@ -354,8 +361,8 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
     num_images = _as_tensor("num_images", num_images)
     if num_images.shape != rt60.shape:
         raise ValueError(f"num_images must be [batch={batch}], got {list(num_images.shape)}")
-    _refuse((num_images < 1) | (num_images != num_images.round()),
-            lambda b: f"num_images must be whole and >= 1, got {num_images[b]:g}")
+    _refuse((num_images < 0) | (num_images > MAX_NUM_IMAGES) | (num_images != num_images.round()),
+            lambda b: f"num_images must be whole and in 0..{MAX_NUM_IMAGES}, 0 to be drawn, got {num_images[b]:g}")
     return replace(scenes, num_images=num_images.to(torch.int64), max_images=int(num_images.max()))
 
 
@@ -368,6 +375,7 @@ def _refuse(bad: Tensor, rule: Callable[..., str]) -> None:
 
 def _check_positions(room_dim: Tensor, rt60: Tensor, mic_pos: Tensor, src_pos: Tensor) -> None:
     _refuse(rt60 <= 0, lambda b: f"rt60 must be > 0 s, got {rt60[b]:g}")
+    _refuse(rt60 > MAX_RT60_S, lambda b: f"rt60 must be <= {MAX_RT60_S:g} s, got {rt60[b]:g}")
     _refuse(room_dim <= 0, lambda b, i: f"room_dim must be > 0 m, got {room_dim[b].tolist()}")
     for name, position in (("microphone", mic_pos), ("source", src_pos)):
         outside = ((position < 0) | (position > room_dim[:, None])).any(-1)

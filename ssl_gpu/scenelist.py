@@ -35,6 +35,7 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
                "src_orientation": scenes.src_orientation, "num_images": scenes.num_images,
                **{name: None if angle is None else torch.rad2deg(angle) for name, angle in angles.items()}}
     rows = {name: [None] * len(scenes) if column is None else column.tolist() for name, column in columns.items()}
+    rows["num_images"] = [count or None for count in rows["num_images"]]
     return [{name: rows[name][index] for name in rows} for index in range(len(scenes))]
 
 
@@ -51,11 +52,14 @@ def read_scenes(path: str | Path) -> SceneBatch:
     SceneListError for all that make_scenes refuses, and for a file that cannot be read, is no such list, or lacks a
     number.
     """
-    entries = _parse(path)
+    entries = read_entries(path)
     sizes, columns = {}, {}
     present = [*REQUIRED, *(name for name in OPTIONAL if any(entry.get(name) is not None for entry in entries))]
     for index, entry in enumerate(entries):
         for name in present:
+            if name == "num_images" and entry.get(name) is None:        # to be drawn
+                columns.setdefault(name, []).append(0)
+                continue
             if name not in entry:
                 raise SceneListError(f"{path}: scene {index} has no {name}, it has {', '.join(entry) or 'nothing'}")
             shape = (REQUIRED | OPTIONAL)[name]
@@ -71,7 +75,7 @@ def read_scenes(path: str | Path) -> SceneBatch:
         raise SceneListError(f"{path}: {error}") from error
 
 
-def _parse(path: str | Path) -> list[dict[str, Any]]:
+def read_entries(path: str | Path) -> list[dict[str, Any]]:
     """The mappings in a file. Raises SceneListError."""
     try:
         entries = json.loads(Path(path).read_bytes())

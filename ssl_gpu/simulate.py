@@ -5,7 +5,7 @@ rir_<i>.npy   float32 [mic, src, tap], cut at the scene's own length, at rir.sam
 scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s), angles of the sources, measured t20 (s),
               drr_db and c50_db [mic][src], seed; method (fra, ism or hybrid), num_images of fra, of the others the
               absorption of the walls and whether it was clamped, to what comes closest to an infeasible rt60;
-              --scenes reads it, and with the same seed renders the same RIRs
+              --scenes reads it, and with the same configuration and seed renders the same RIRs
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
 scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
@@ -43,7 +43,7 @@ from ssl_gpu.mixture import draw_mixture, mix
 from ssl_gpu.rir import Method
 from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import SceneBatch, sample_scenes
-from ssl_gpu.scenelist import read_scenes, scene_entries
+from ssl_gpu.scenelist import read_entries, read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
 from ssl_gpu.train import interrupt
@@ -69,7 +69,9 @@ def draw_scene(cfg: RunConfig, seed: int, index: int) -> SceneBatch:
 
 def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int) -> tuple[RirBatch, RoomDraw]:
     """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many; and what was drawn."""
-    scene = replace(scene, max_rt60=float(scene.rt60[0]))
+    # Of this scene alone, or its draws would have the shapes of others' in a list.
+    scene = replace(scene, max_rt60=float(scene.rt60[0]),
+                    max_images=None if scene.num_images is None else int(scene.num_images[0]))
     rir = replace(cfg.rir, early=False)
     drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))
     return render_rooms(cfg.ism, rir, scene, drawn), drawn
@@ -102,10 +104,10 @@ def write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
 def describe_room(cfg: RunConfig, scene: SceneBatch, drawn: RoomDraw) -> dict[str, Any]:
     """How a single scene was rendered: method, and num_images, absorption and clamped, None where it has none."""
     method = cfg.rir.method if drawn.method is None else METHODS[int(drawn.method)]
-    images = scene.num_images if drawn.images is None else drawn.images.active.sum(-1)
-    room = {"method": method.value, "num_images": None if images is None else int(images), "absorption": None,
-            "clamped": None}
-    if method is not Method.FRA:
+    room = {"method": method.value, "num_images": None, "absorption": None, "clamped": None}
+    if method is Method.FRA:
+        room["num_images"] = int(drawn.images.active.sum())
+    else:
         room["absorption"] = float(wall_absorption(cfg.ism, scene.room_dim, scene.rt60))
         room["clamped"] = bool(scene.rt60 < shortest_rt60(cfg.ism, scene.room_dim))
     return room
@@ -175,6 +177,15 @@ def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
     return scenes
 
 
+def warn_of_methods(path: str, entries: list[dict[str, Any]]) -> None:
+    """A line where a list names another method than its scenes were rendered by, which the configuration decides."""
+    stored = [entry.get("method") for entry in read_entries(path)]
+    other = sum(method not in (None, entry["method"]) for method, entry in zip(stored, entries))
+    if other:
+        print(f"warning: {other} of {len(entries)} scenes of {path} were rendered by another method there; rir.method, "
+              f"rir.hybrid_share and rir.ism_share decide here", file=sys.stderr)
+
+
 def simulate(args: argparse.Namespace) -> str:
     """Does what the command line says, and returns a line about it. Raises ValueError or OSError with a line, too."""
     out = Path(args.out).expanduser().resolve()
@@ -201,6 +212,8 @@ def simulate(args: argparse.Namespace) -> str:
             check_out(out, args.force)  # rendering takes a while
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error}") from error
+    if args.scenes is not None:
+        warn_of_methods(args.scenes, entries)
     num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
     return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
             f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB")

@@ -47,6 +47,7 @@ def rendered(cfg: RirConfig, scenes: SceneBatch, seed: int,
 
 
 def measured(cfg: RirConfig, scenes: SceneBatch, seed: int, ism: IsmConfig = IsmConfig()) -> RirMeasures:
+    """Measures of every scene rendered once."""
     return RirMeasures.concatenate([measure_rirs(rirs, part) for part, rirs in rendered(cfg, scenes, seed, ism)])
 
 
@@ -57,6 +58,7 @@ def direct_tap(scenes: SceneBatch, sample_rate: int) -> Tensor:
 
 
 def decibels(power: Tensor) -> Tensor:
+    """Power [...] -> dB, likewise."""
     return 10 * torch.log10(power)
 
 

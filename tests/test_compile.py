@@ -21,7 +21,7 @@ ROOMS = {
     "measured decay": replace(FEW, decay=Decay.MEASURED, image_range=ImageRange.FULL),
     "patterns": replace(FEW, src_pattern=Pattern.CARDIOID, mic_pattern=Pattern.CARDIOID),
     "octaves": replace(FEW, band_rt60_ratio=((0.5, 1.0),) * 7, air=(20.0, 50.0)),
-    "hybrid": replace(FEW, method=Method.HYBRID), "mixed": replace(FEW, hybrid_share=0.5)}
+    "hybrid": RirConfig(method=Method.HYBRID), "mixed": replace(FEW, hybrid_share=0.5)}
 
 
 def whole(function, backend):

@@ -206,11 +206,13 @@ def anywhere(room, rt60s, dists, seed=0):
 ROOMS = [(2, 2, 2), (3, 3, 2.5), (20, 2, 2.5), (10, 6, 4), (30, 20, 10)]
 
 
+@pytest.mark.parametrize("longest", [0.15, 1.0])
 @pytest.mark.parametrize("room", ROOMS)
-def test_t20_is_the_rt60_whatever_the_room(room):
-    """Within 5 % in the median and 10 % for nine of ten, from 0.2 m to as far as there is place, 0.15 to 1 s."""
+def test_t20_is_the_rt60_whatever_the_room(room, longest):
+    """Within 5 % in the median and 10 % for nine of ten, from 0.2 m to as far as there is place; the shortest RT60,
+    0.15 s, alone, and all up to 1 s."""
     dists = np.geomspace(0.2, min(8.0, 0.5 * math.hypot(*room)), 60)
-    errors = t20_errors(MEASURED, anywhere(room, np.random.default_rng(0).uniform(0.15, 1.0, 60), dists))
+    errors = t20_errors(MEASURED, anywhere(room, np.random.default_rng(0).uniform(0.15, longest, 60), dists))
     assert float(errors.median()) < 0.05 and float(errors.quantile(0.9)) < 0.1
 
 
@@ -239,31 +241,34 @@ def direct_over_images_db(cfg, scenes):
     return 20 * amplitude[..., 0].abs().log10() - 10 * amplitude[..., 1:].square().sum(-1).log10()
 
 
+def without_gain(monkeypatch, cfg, scenes):
+    """direct_over_images_db of images at the level of a diffuse field."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rir, "reverberation_gain", lambda direct, images: torch.ones_like(direct))
+        return direct_over_images_db(cfg, scenes)
+
+
 def test_direct_sound_is_at_most_10_db_above_the_reverberation(monkeypatch):
-    """At the nearest microphone, whatever the patterns; all images of a source by the same factor, and those of a
-    diffuse field as they were."""
+    """At the nearest microphone; all images of a source by the same factor, those of a diffuse field as they were."""
     near = same_room(3, 0.2, mics=((2.4, 2, 1.2), (4.0, 2, 1.2)), src=((2.2, 2.0, 1.2), (3.0, 4.0, 2.0)))
-    for pattern in (P.OMNI, P.CARDIOID):
-        cfg = replace(MEASURED, src_pattern=pattern)
-        level = direct_over_images_db(cfg, near)
-        with monkeypatch.context() as patch:
-            patch.setattr(rir, "reverberation_gain", lambda direct, images: torch.ones_like(direct))
-            before = direct_over_images_db(cfg, near)
-        assert (before[:, 0, 0] > 10.5).all()
-        assert_close(level[:, 0, 0], torch.full_like(level[:, 0, 0], 10.0), rtol=0, atol=1e-4)
-        raised = before - level
-        assert_close(raised[:, 1], raised[:, 0], rtol=0, atol=1e-4)
-        assert torch.equal(level[:, :, 1], before[:, :, 1])
+    level, before = direct_over_images_db(MEASURED, near), without_gain(monkeypatch, MEASURED, near)
+    assert (before[:, 0, 0] > 10.5).all()
+    assert_close(level[:, 0, 0], torch.full_like(level[:, 0, 0], 10.0), rtol=0, atol=1e-4)
+    raised = before - level
+    assert_close(raised[:, 1], raised[:, 0], rtol=0, atol=1e-4)
+    assert torch.equal(level[:, :, 1], before[:, :, 1])
 
 
-def test_a_microphone_that_hears_no_image_leaves_the_others_as_they_are():
-    """A half-space looking down hears nothing of images from above: nothing to raise, and no NaN."""
+@pytest.mark.parametrize("polar", [math.pi, math.pi - 0.05])
+def test_a_microphone_that_hears_hardly_an_image_does_not_raise_them_for_the_others(polar, monkeypatch):
+    """A half-space looking down hears few or none of the images from above, whose level patterns have no say in."""
     deaf = make_scenes([[6, 5, 3]], [0.3], [[[2, 2, 1.2], [2.1, 2, 1.2]]], [[[2, 2, 1.0]]],
-                       [[[0, math.pi], [0, math.pi / 2]]])
+                       [[[0, polar], [math.pi, math.pi / 2]]])
     cfg = replace(MEASURED, mic_pattern=P.HALF_OMNI, look_vector=LookVector.EXACT)
-    amplitude = find_arrivals(cfg, deaf, draw_images(cfg, deaf, generator=seeded())).amplitude[0, :, 0]
-    assert amplitude[0, 0] > 0 and (amplitude[0, 1:] == 0).all()
-    assert torch.isfinite(amplitude).all() and 0 < float(amplitude[1, 1:].square().sum()) < 10
+    raised = (without_gain(monkeypatch, cfg, deaf) - direct_over_images_db(cfg, deaf))[0, 1, 0]
+    omni = (without_gain(monkeypatch, MEASURED, deaf) - direct_over_images_db(MEASURED, deaf))[0, 1, 0]
+    assert_close(raised, omni, rtol=0, atol=1e-4)
+    assert float(omni) < 6
 
 
 LAW = "the original law, 0.2 to 5 m"
@@ -282,7 +287,7 @@ OTHERS = {"": {}, "all round": dict(image_directions=ImageDirections.SPHERE),
 @pytest.mark.parametrize("place, others", [(place, "") for place in PLACES]
                          + [(LAW, others) for others in OTHERS if others])
 def test_t20_is_the_rt60_that_was_asked_for(place, others):
-    """Within 5 % in the median and 10 % for nine RIRs of ten, rt60 0.15 to 1 s; 1.4 and 4 % are usual."""
+    """Within 3 % in the median and 8 % for nine RIRs of ten, rt60 0.15 to 1 s; 1.4 and 4 % are usual."""
     scenes = rooms(40, rt60_s=(0.15, 1.0), rotate=True, **PLACES[place])
     errors = t20_errors(replace(MEASURED, **OTHERS[others]), scenes)
     assert float(errors.median()) < 0.03 and float(errors.quantile(0.9)) < 0.08

@@ -35,14 +35,14 @@ def test_shapes_are_known_without_looking_at_a_value():
     scenes = sample_scenes(LAW, 3, generator=seeded(0))
     drawn = draw_rooms(EYRING, mixed, scenes, generator=seeded(1))
     taps = render_rooms(EYRING, mixed, scenes, drawn).full.shape[-1]
-    for cfg in (mixed, replace(FEW, method=Method.HYBRID)):
+    for cfg in (mixed, RirConfig(method=Method.HYBRID)):
         assert render_rooms(EYRING, cfg, scenes.to("meta"), drawn.to("meta")).full.shape == (3, 2, 2, taps)
 
 
 def test_each_method_is_the_one_asked_for():
     scenes = sample_scenes(LAW, 3, generator=seeded(0))
     for method in Method:
-        cfg = replace(FEW, method=method)
+        cfg = FEW if method is Method.FRA else RirConfig(method=method)
         drawn = draw_rooms(EYRING, cfg, scenes, generator=seeded(1))
         assert (drawn.images is None) == (method is not Method.FRA) and drawn.method is None
         assert (drawn.tail is None) == (method is not Method.HYBRID)
@@ -127,7 +127,7 @@ def test_shares_that_cannot_be_are_refused_in_one_line(change, message):
 
 SMALL = SceneConfig(rt60_s=(0.05, 0.12), room_max_m=(4.0, 4.0, 3.0), src_dist_m=(0.2, 3.0))
 CHEAP = replace(EYRING, tail_arrivals=50)
-METHODS = {"fra": FEW, "ism": replace(FEW, method=Method.ISM), "hybrid": replace(FEW, method=Method.HYBRID),
+METHODS = {"fra": FEW, "ism": RirConfig(method=Method.ISM), "hybrid": RirConfig(method=Method.HYBRID),
            "mixed": replace(FEW, hybrid_share=0.5), "all": replace(FEW, hybrid_share=0.3, ism_share=0.3)}
 
 

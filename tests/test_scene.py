@@ -263,6 +263,8 @@ def test_batches_of_different_laws_are_put_one_after_the_other():
                for batch, count in ((first, 7), (second, 5))]
     both = type(first).concatenate(counted)
     assert both.num_images.tolist() == [7, 7, 7, 5, 5] and both.max_images == 7
+    some = type(first).concatenate([first, counted[1]])
+    assert some.num_images.tolist() == [0, 0, 0, 5, 5] and some.max_images == 5
 
 
 CHANGES = dict(
@@ -367,8 +369,9 @@ def test_made_scenes_hold_what_was_given():
     (dict(mic_orientation=[[[0, 0]]]), "mic_orientation must be [1, 2, 2], got [1, 1, 2]"),
     (dict(src_orientation=[[[0, NAN]]]), "src_orientation must be finite, got a NaN or an infinity"),
     (dict(num_images=[[5]]), "num_images must be [batch=1], got [1, 1]"),
-    (dict(num_images=[0]), "scene 0: num_images must be whole and >= 1, got 0"),
-    (dict(num_images=[7.5]), "scene 0: num_images must be whole and >= 1, got 7.5"),
+    (dict(num_images=[-1]), "scene 0: num_images must be whole and in 0..1000000, 0 to be drawn, got -1"),
+    (dict(num_images=[7.5]), "scene 0: num_images must be whole and in 0..1000000, 0 to be drawn, got 7.5"),
+    (dict(rt60=[1e6]), "scene 0: rt60 must be <= 100 s, got 1e+06"),
     (dict(rt60=[0.0]), "scene 0: rt60 must be > 0 s, got 0"),
     (dict(rt60=[-0.1]), "scene 0: rt60 must be > 0 s, got -0.1"),
     (dict(room_dim=[[6, -5, 3]]), "scene 0: room_dim must be > 0 m, got [6.0, -5.0, 3.0]"),

@@ -178,6 +178,35 @@ def test_rooms_are_neither_trained_on_nor_evaluated_on(made):
             assert not torch.isin(sample_scenes(SceneConfig(), 3, generator=generator).src_pos, positions).any()
 
 
+DEFAULT = "rir.num_images=[1024, 4096]"  # a choice of method=fra, which tiny.yaml makes
+HYBRID, ISM = (("rir.method=hybrid", DEFAULT), ("rir.method=ism", DEFAULT))
+
+
+@pytest.mark.parametrize("change", [("rir.images_per_s=[500, 1000]",), HYBRID, ISM,
+                                    ("rir.hybrid_share=0.4", "rir.ism_share=0.3", "rir.decay=measured"),
+                                    ("rir.images_per_s=[500, 1000]", "rir.hybrid_share=0.5")])
+def test_every_kind_of_set_renders_the_same_again(change, folder):
+    """All of its list, and every scene in it alone: what others of the list hold does not matter."""
+    change = (*change, "scene.rt60_s=[0.15, 0.3]", "ism.absorption=eyring")
+    assert start("--num-scenes", 5, "--seed", 3, "--out", "a", *change) == 0
+    assert start("--scenes", "a/scenes.json", "--seed", 3, "--out", "b", *change) == 0
+    assert contents("a") == contents("b")
+    entries = entries_of("a")
+    entries[3]["num_images"] = 9000
+    Path("many.json").write_text(json.dumps(entries))
+    assert start("--scenes", "many.json", "--num-scenes", 3, "--seed", 3, "--out", "c", *change) == 0
+    assert [contents("c")[f"rir_{i}.npy"] for i in range(3)] == [contents("a")[f"rir_{i}.npy"] for i in range(3)]
+
+
+def test_another_method_than_a_lists_is_pointed_out(folder, capsys):
+    assert start("--num-scenes", 2, "--out", "a") == 0
+    capsys.readouterr()
+    assert start("--scenes", "a/scenes.json", "--out", "b", *HYBRID, "ism.absorption=eyring") == 0
+    assert "warning: 2 of 2 scenes of a/scenes.json were rendered by another method there" in capsys.readouterr().err
+    assert start("--scenes", "a/scenes.json", "--out", "c") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_given_list_renders_the_same_rirs_again(made, folder):
     """With the same seed, to the byte; with patterns too, whose orientations the list keeps."""
     assert start("--scenes", made / "scenes.json", "--out", "again", "--wav") == 0
@@ -205,7 +234,7 @@ def test_the_originals_evaluation_rooms_can_be_rendered(folder):
 def test_every_method_is_rendered(folder):
     """Hybrid rooms differ from FRA-RIR's, and are refused where their walls cannot have the RT60."""
     long = ("scene.rt60_s=[0.5, 0.7]",)
-    for name, change in (("fra", ()), ("hybrid", ("rir.method=hybrid",))):
+    for name, change in (("fra", ()), ("hybrid", HYBRID)):
         assert start("--num-scenes", 1, "--out", name, *long, *change) == 0
     assert entries_of("fra")[0]["src_pos"] == entries_of("hybrid")[0]["src_pos"]
     fra, hybrid = np.load("fra/rir_0.npy"), np.load("hybrid/rir_0.npy")
@@ -225,6 +254,7 @@ def test_a_set_says_how_each_of_its_rooms_was_rendered(folder):
     assert {entry["method"] for entry in entries} == {"fra", "ism", "hybrid"}
     walls = [entry for entry in entries if entry["method"] != "fra"]
     assert {entry["clamped"] for entry in walls} == {True, False}
+    assert all((entry["num_images"] is None) == (entry["method"] != "fra") for entry in entries)
     for entry in walls:
         x, y, z = entry["room_dim"]
         sabine = 24 * math.log(10) / 340 * x * y * z / (2 * (x * y + y * z + z * x)) / entry["rt60"]
@@ -241,6 +271,12 @@ def test_a_list_may_say_how_many_images_a_scene_has(folder):
     assert torch.equal(read_scenes("few.json").num_images, torch.tensor([300, 1]))
     assert start("--scenes", "few.json", "--out", "set") == 0
     assert [entry["num_images"] for entry in entries_of("set")] == [300, 1]
+    first, second = scene_entries(scenes)
+    Path("some.json").write_text(json.dumps([first, {**second, "num_images": None}]))
+    assert read_scenes("some.json").num_images.tolist() == [int(scenes.num_images[0]), 0]
+    assert start("--scenes", "some.json", "--out", "drawn") == 0
+    assert entries_of("drawn")[0]["num_images"] == int(scenes.num_images[0])
+    assert 64 <= entries_of("drawn")[1]["num_images"] <= 128
     entries = scene_entries(replace(scenes, num_images=None))
     assert [entry["num_images"] for entry in entries] == [None, None]
     Path("none.json").write_text(json.dumps(entries))
@@ -250,14 +286,14 @@ def test_a_list_may_say_how_many_images_a_scene_has(folder):
 def test_infeasible_scene_of_a_list_is_named(folder, capsys):
     scenes = make_scenes([[6, 5, 3], [9, 6, 4]], [0.6, 0.05], [[[2, 2, 1], [2.1, 2, 1]]] * 2, [[[3, 3, 1.5]]] * 2)
     write_scenes("list.json", scenes)
-    assert start("--scenes", "list.json", "--out", "set", "rir.method=hybrid") == 2
+    assert start("--scenes", "list.json", "--out", "set", *HYBRID) == 2
     assert capsys.readouterr().err.startswith("error: list.json: scene 1: rt60 = 0.05 s is infeasible")
-    assert start("--scenes", "list.json", "--num-scenes", 1, "--out", "set", "rir.method=hybrid") == 0
+    assert start("--scenes", "list.json", "--num-scenes", 1, "--out", "set", *HYBRID) == 0
 
 
 def test_infeasible_law_matters_only_where_scenes_are_drawn(folder, capsys):
     """The default law asks for 0.1 s in 10 x 6 x 4 m, which no walls can do."""
-    assert start("--num-scenes", 1, "--out", "drawn", "rir.method=ism") == 2
+    assert start("--num-scenes", 1, "--out", "drawn", *ISM) == 2
     assert "scene.rt60_s" in capsys.readouterr().err and not Path("drawn").exists()
 
 
@@ -315,11 +351,10 @@ def without(name):
     ([ENTRY, without("rt60")], "scene 1 has no rt60, it has room_dim, mic_pos, src_pos"),
     ([without("room_dim")], "scene 0 has no room_dim, it has rt60, mic_pos, src_pos"),
     ([{}], "scene 0 has no room_dim, it has nothing"),
-    ([{**ENTRY, "num_images": 3}, ENTRY], "scene 1 has no num_images, it has room_dim, rt60, mic_pos, src_pos"),
-    ([{**ENTRY, "num_images": 3}, {**ENTRY, "num_images": None}], "scene 1: num_images must be a finite number, got "
-                                                                  "null"),
-    ([{**ENTRY, "num_images": 2.5}], "scene 0: num_images must be whole and >= 1, got 2.5"),
-    ([{**ENTRY, "num_images": 0}], "scene 0: num_images must be whole and >= 1, got 0"),
+    ([{**ENTRY, "num_images": "3"}], 'scene 0: num_images must be a finite number, got "3"'),
+    ([{**ENTRY, "num_images": 2.5}], "scene 0: num_images must be whole and in 0..1000000, 0 to be drawn, got 2.5"),
+    ([{**ENTRY, "num_images": 1e19}], "scene 0: num_images must be whole and in 0..1000000, 0 to be drawn, got 1e+19"),
+    ([{**ENTRY, "rt60": 1e9}], "scene 0: rt60 must be <= 100 s, got 1e+09"),
     ([{**ENTRY, "rt60": "0.3"}], 'scene 0: rt60 must be a finite number, got "0.3"'),
     ([{**ENTRY, "rt60": True}], "scene 0: rt60 must be a finite number, got true"),
     ([{**ENTRY, "rt60": [0.3]}], "scene 0: rt60 must be a finite number, got [0.3]"),
