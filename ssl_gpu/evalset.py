@@ -95,7 +95,7 @@ def score_model(eval_set: EvalSet, localizer: Localizer) -> dict[str, Any]:
     """Metrics of a localiser, which is put into eval mode for it and left as it was."""
     training = localizer.training
     localizer.eval()
-    estimate = localizer.estimate(eval_set.mixture, eval_set.law)
+    estimate = localizer.estimate(eval_set.mixture.audio, eval_set.law)
     localizer.train(training)
     return score(eval_set, *estimate)
 

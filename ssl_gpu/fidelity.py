@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.rooms < 2:
             raise ValueError(f"--rooms must be >= 2, got {args.rooms}")
+        require_matplotlib()
         args.out.mkdir(parents=True, exist_ok=True)
         for name in FIGURES:
             for line in draw(name, args.out / f"{name}.png", args.rooms, args.seed):

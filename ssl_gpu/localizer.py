@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ssl_gpu import rng
+from ssl_gpu.checks import read_enums
 from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets, localisation_loss, soft_targets,
                          sorted_angles)
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
 from ssl_gpu.model import ConformerLocalizer, ModelConfig, ModelKind, SSLModel
-from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
 
 LAW_SAMPLES = 20_000  # scenes behind the angle map and the constants of chance; with 5,000 the map loses 0.02 degrees
@@ -54,6 +54,7 @@ class TargetConfig:
     decoding: Decoding = Decoding.MEDIAN
 
     def __post_init__(self):
+        read_enums(self, "target")
         intervals = 180 / self.grid_deg if self.grid_deg > 0 else 0
         if not 0 < self.grid_deg <= 30 or abs(intervals - round(intervals)) > 1e-6:
             raise ValueError(f"target.grid_deg must divide 180 and be <= 30, got {self.grid_deg}")
@@ -133,13 +134,14 @@ class Localizer(nn.Module):
         return angle, law.angle_map.azimuth_to_cone(angle)
 
     @torch.no_grad()
-    def estimate(self, mixture: MixtureBatch, law: SceneLaw, chunk: int = 64) -> tuple[Tensor, Tensor]:
-        """Azimuth and cone angle of every talker of every clip, each [batch, src] rad ascending, in float32.
+    def estimate(self, audio: Tensor, law: SceneLaw, chunk: int = 64) -> tuple[Tensor, Tensor]:
+        """audio [batch, mic=2, sample] -> azimuth and cone angle of every talker, each [batch, src] rad ascending,
+        float32.
 
         The module must be in eval mode; `chunk` clips at a time.
         Raises FloatingPointError when the network gives a NaN or an infinity.
         """
-        logits = torch.cat([self(part) for part in mixture.audio.split(chunk)])
+        logits = torch.cat([self(part) for part in audio.split(chunk)])
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
         return self.angles(logits, law)

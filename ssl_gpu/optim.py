@@ -9,6 +9,8 @@ from enum import Enum
 import torch
 from torch import nn
 
+from ssl_gpu.checks import read_enums
+
 
 class Optimizer(Enum):
     """AdamW; or Adam with the L2 term inside, as the original trained."""
@@ -75,6 +77,7 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self):
+        read_enums(self, "train")
         if self.steps is None and self.max_minutes is None:
             raise ValueError("train.steps or train.max_minutes must be given, got null for both")
         for name in ("batch_size", "lr_every", "evaluations", "log_every"):

@@ -22,7 +22,8 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"plots need matplotlib, install it with pip install matplotlib: {error}") from error
+        raise ValueError(f"plots need matplotlib, install it with pip install matplotlib (extra plot): "
+                         f"{error}") from error
 
 
 def draw_scene(path: str | Path, scene: SceneBatch, rirs: RirBatch, measures: RirMeasures, title: str) -> None:
@@ -37,7 +38,7 @@ def draw_scene(path: str | Path, scene: SceneBatch, rirs: RirBatch, measures: Ri
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     sides = length, width, height = scene.room_dim[0].tolist()
     left.suptitle(f"{title}\nroom {length:.2f} x {width:.2f} x {height:.2f} m, "
-                  f"nominal RT60 {float(scene.rt60[0]):.2f} s")
+                  f"RT60 asked for {float(scene.rt60[0]):.2f} s")
     margin = MARGIN * max(sides)
     plan, elevation = left.subplots(2, 1, sharex=True, height_ratios=[side + 2 * margin for side in sides[1:]])
     _draw_view(plan, scene, 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
 from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
+from ssl_gpu.checks import read_enums
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
@@ -86,6 +87,7 @@ class RirConfig:
     air: tuple[float, float] | None = None
 
     def __post_init__(self):
+        read_enums(self, "rir")
         for name, numbers in (("sample_rate", (self.sample_rate,)), ("num_images", self.num_images),
                               ("early_window_ms", self.early_window_ms), ("images_per_s", self.images_per_s or ())):
             if not all(hasattr(number, "__index__") for number in numbers):
@@ -127,8 +129,9 @@ class RirConfig:
 
     def _check_bands(self):
         if self.uses_walls and self.in_bands:
-            raise ValueError("rir.band_rt60_ratio and rir.air must be null unless rir.method is fra and "
-                             "rir.hybrid_share and rir.ism_share are 0")
+            name = "air" if self.band_rt60_ratio is None else "band_rt60_ratio"
+            raise ValueError(f"rir.{name} must be null unless rir.method is fra and rir.hybrid_share and rir.ism_share "
+                             f"are 0, got {getattr(self, name)}")
         bands = octave_centres(self.sample_rate)
         if self.band_rt60_ratio is not None:
             if len(self.band_rt60_ratio) != len(bands):
@@ -200,8 +203,10 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     1 + (..) U for cfg.decay=measured; azimuth U(-pi, pi) and an angle U(-pi/2, pi/2) that is used as polar angle, so
     that all images lie in the upper half space, dense at the zenith: the reference's law. For the others see
     ssl_gpu.laws.
-    The generator must be on the scenes' device.
+    The generator must be on the scenes' device. Raises ValueError for another cfg.method, which has no such images.
     """
+    if cfg.method is not Method.FRA:
+        raise ValueError(f"draw_images is of rir.method=fra, got {cfg.method.value}; rooms.draw_rooms draws for any")
     device, (batch, num_src) = scenes.rt60.device, scenes.src_pos.shape[:2]
     low, high = cfg.num_images if cfg.images_per_s is None else cfg.images_per_s
     most = high if cfg.images_per_s is None else math.ceil(high * scenes.max_rt60)
@@ -351,7 +356,11 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBat
     last 6 taps, where the reference cuts its 8x signal (3e-6 of the peak in the median, 7e-5 at most; more where an
     array some metres wide has images in the last slot), and the reference's clamp to [-1, 1] at the 8x rate, which a
     source nearer than 0.12 m to a microphone can reach and which is left out.
+    Raises ValueError for another cfg.method, or a share of another.
     """
+    if cfg.method is not Method.FRA or cfg.is_mixed:
+        raise ValueError(f"render_rir is of rir.method=fra alone, got {cfg.method.value} with rir.hybrid_share="
+                         f"{cfg.hybrid_share}, rir.ism_share={cfg.ism_share}; rooms.render_rooms renders any")
     arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg.sample_rate, scenes.rt60)
     if cfg.in_bands:
         return _render_bands(cfg, scenes, images, arrivals, slots)

@@ -69,14 +69,14 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
         return render_ism(cfg, rir_cfg, scenes)
     if rir_cfg.method is Method.HYBRID:
         return render_hybrid(cfg, rir_cfg, scenes, draw.tail)
-    if draw.tail is None:
-        rirs = render_rir(rir_cfg, scenes, draw.images)
-    else:
+    if not rir_cfg.is_mixed:
+        return render_rir(rir_cfg, scenes, draw.images)
+    arrivals = find_arrivals(rir_cfg, scenes, draw.images)
+    if draw.tail is not None:
         arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
-                         find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail),
-                         find_arrivals(rir_cfg, scenes, draw.images))
-        slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
-        rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60)
+                         find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
+    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60)
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
 
 

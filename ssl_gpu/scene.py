@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_gpu import geometry
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
+from ssl_gpu.checks import check_range, check_whole
 from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
@@ -67,6 +68,8 @@ class SceneConfig:
     bank: int | None = None
 
     def __post_init__(self):
+        check_range(self, "scene", "rt60_s", "src_dist_m")
+        check_whole(self, "scene", "num_src", "num_mics")
         for name in ("room_min_m", "room_max_m"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"scene.{name} must be (length, width, height), got {getattr(self, name)}")
@@ -315,6 +318,15 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
                       valid.any(-1).all(-1), cfg.rt60_s[1])
 
 
+def check_places(cfg: SceneConfig, samples: int = 1000) -> None:
+    """Raises ValueError for a law that leaves more than 1 % of its scenes without valid sources: sample_scenes marks
+    these and whatever uses them must leave them out. On the CPU, the same draws every time, some milliseconds."""
+    valid = sample_scenes(cfg, samples, generator=torch.Generator().manual_seed(0)).valid
+    if 100 * int(valid.sum()) < 99 * samples:
+        raise ValueError(f"scene: only {int(valid.sum())} of {samples} scenes found places for their sources among "
+                         f"{CANDIDATES} candidates each, at least 99 % must: widen scene.src_dist_m={cfg.src_dist_m}")
+
+
 def _as_tensor(name: str, value) -> Tensor:
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64)
@@ -326,13 +338,16 @@ def _as_tensor(name: str, value) -> Tensor:
 
 
 def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None,
-                num_images=None) -> SceneBatch:
+                num_images=None, max_rt60=None) -> SceneBatch:
     """Scenes of your own, checked: arrays or nested lists as in SceneBatch, orientations (0, 0) when left out.
+
+    max_rt60 s fixes how long the RIRs of a batch may become, the longest rt60 of it when left out: one number for all
+    batches keeps shapes alike, which torch.compile and CUDA graphs want.
 
     Raises ValueError, naming the scene and the rule, for wrong shapes, numbers that are not finite, RT60 <= 0, a
     position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's directivity
     is then 0/0), 340 m/s * RT60 not above the distance of a source (the reference then returns NaN), an RT60 above
-    100 s, or a number of images that is not whole or not in 0..1,000,000 (0: to be drawn).
+    100 s or max_rt60, or a number of images that is not whole or not in 0..1,000,000 (0: to be drawn).
     """
     room_dim, rt60 = _as_tensor("room_dim", room_dim), _as_tensor("rt60", rt60)
     mic_pos, src_pos = _as_tensor("mic_pos", mic_pos), _as_tensor("src_pos", src_pos)
@@ -354,8 +369,10 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         if angles.shape != (*positions.shape[:2], 2):
             raise ValueError(f"{name} must be {[*positions.shape[:2], 2]}, got {list(angles.shape)}")
         orientations.append(angles)
+    longest = float(rt60.max()) if max_rt60 is None else max_rt60
+    _refuse(rt60 > longest, lambda b: f"rt60 must be <= max_rt60={longest:g} s, got {rt60[b]:g}")
     scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
-                        torch.ones_like(rt60, dtype=torch.bool), float(rt60.max()))
+                        torch.ones_like(rt60, dtype=torch.bool), longest)
     if num_images is None:
         return scenes
     num_images = _as_tensor("num_images", num_images)

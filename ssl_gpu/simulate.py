@@ -3,9 +3,10 @@
 rir_<i>.npy   float32 [mic, src, tap], cut at the scene's own length, at rir.sample_rate, in the scale of FRA-RIR: a
               direct path over d m peaks at about 0.0155 / d
 scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s), angles of the sources, measured t20 (s),
-              drr_db and c50_db [mic][src], seed; method (fra, ism or hybrid), num_images of fra, of the others the
-              absorption of the walls and whether it was clamped, to what comes closest to an infeasible rt60;
-              --scenes reads it, and with the same configuration and seed renders the same RIRs
+              drr_db and c50_db [mic][src], seed, sample_rate; method (fra, ism or hybrid), num_images of fra, of the
+              others the absorption of the walls and whether it was clamped, at what comes closest to an infeasible
+              rt60; --scenes reads it, and with the same configuration and seed renders the same RIRs
+config.yaml   the whole configuration
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
 scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from ssl_gpu import plots, rng
 from ssl_gpu.checkpoint import replacing_folder, write_json
-from ssl_gpu.config import RunConfig, load_config
+from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
 from ssl_gpu.measure import RirMeasures, measure_rirs
@@ -50,7 +51,7 @@ from ssl_gpu.train import interrupt
 
 WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR
 MAX_PLOTS = 16
-OURS = re.compile(r"scenes\.json|rir_\d+\.npy|mix_\d+\.wav|scene_\d+\.png")
+OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|scene_\d+\.png")
 
 
 def generator(seed: int, stream: rng.Stream, index: int) -> torch.Generator:
@@ -104,7 +105,8 @@ def write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
 def describe_room(cfg: RunConfig, scene: SceneBatch, drawn: RoomDraw) -> dict[str, Any]:
     """How a single scene was rendered: method, and num_images, absorption and clamped, None where it has none."""
     method = cfg.rir.method if drawn.method is None else METHODS[int(drawn.method)]
-    room = {"method": method.value, "num_images": None, "absorption": None, "clamped": None}
+    room = {"sample_rate": cfg.rir.sample_rate, "method": method.value, "num_images": None, "absorption": None,
+            "clamped": None}
     if method is Method.FRA:
         room["num_images"] = int(drawn.images.active.sum())
     else:
@@ -143,7 +145,9 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
             audio = draw_audio(cfg, bank, scene, rirs, seed, index)
             write_wav(folder / f"mix_{index}.wav", audio, rirs.sample_rate)
         if plot and index < MAX_PLOTS:
-            plots.draw_scene(folder / f"scene_{index}.png", scene, rirs, measures, f"scene {index}, seed {seed}")
+            title = f"scene {index}, seed {seed}, rir.method {entries[-1]['method']}"
+            plots.draw_scene(folder / f"scene_{index}.png", scene, rirs, measures, title)
+    save_yaml(folder / "config.yaml", cfg)
     write_json(folder / "scenes.json", entries)
     return entries
 
@@ -215,8 +219,10 @@ def simulate(args: argparse.Namespace) -> str:
     if args.scenes is not None:
         warn_of_methods(args.scenes, entries)
     num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
+    ratios = [t20 / entry["rt60"] for entry in entries for row in entry["t20"] for t20 in row if t20 is not None]
+    decay = f", T20 {np.median(ratios):.2f} x rt60 in the median (rir.decay)" if ratios else ""
     return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
-            f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB")
+            f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB{decay}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

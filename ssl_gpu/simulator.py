@@ -15,7 +15,7 @@ from ssl_gpu.ism import IsmConfig, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
-from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
+from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
 BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or the rooms would depend on the chunk
@@ -62,8 +62,9 @@ class Simulator:
     Holds no randomness: every call takes a torch.Generator, whose device is the device of the draws. `draw` and
     `render` are the two halves of a call; drawing on a CPU and rendering anywhere gives the same rooms everywhere.
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
-    Raises ValueError when rir.method, rir.hybrid_share or rir.ism_share need the walls of rooms whose RT60 can be
-    infeasible.
+    Scenes whose sources found no place (SceneBatch.valid, one of 1e12 under the original law) come out silent.
+    Raises ValueError when more than 1 % of the scenes of the law would, and when rir.method, rir.hybrid_share or
+    rir.ism_share need the walls of rooms whose RT60 can be infeasible.
     """
 
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
@@ -71,18 +72,21 @@ class Simulator:
                  ism: IsmConfig = IsmConfig()):
         if rir.uses_walls:
             check_law(ism, scene)
+        check_places(scene)
         self.scene, self.rir, self.mixture, self.config, self.ism = scene, rir, mixture, config, ism
         self.bank: tuple[SceneBatch, RirBatch] | None = None
 
     @torch.no_grad()
-    def __call__(self, dry: Tensor, *, generator: torch.Generator) -> MixtureBatch:
+    def __call__(self, dry: Tensor, *, generator: torch.Generator, scenes: SceneBatch | None = None) -> MixtureBatch:
         """dry [batch, src, sample] float32 -> MixtureBatch, a new room for every example, on the generator's device.
 
-        Raises ValueError when dry is not [batch, num_src, sample].
+        scenes: rooms, arrays and talkers of your own (scene.make_scenes) instead of new ones.
+        Raises ValueError when dry is not [batch, src, sample], as many as there are scenes and sources.
         """
-        if dry.ndim != 3 or dry.shape[1] != self.scene.num_src or 0 in dry.shape:
-            raise ValueError(f"dry speech must be [batch, src={self.scene.num_src}, sample], got {list(dry.shape)}")
-        return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator))
+        num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
+        if dry.ndim != 3 or dry.shape[1] != num_src or 0 in dry.shape:
+            raise ValueError(f"dry speech must be [batch, src={num_src}, sample], got {list(dry.shape)}")
+        return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator, scenes=scenes))
 
     @torch.no_grad()
     def fill_bank(self, *, generator: torch.Generator) -> None:
@@ -107,15 +111,22 @@ class Simulator:
                                      torch.cat([r.length for r in rooms]), self.rir.sample_rate)
 
     @torch.no_grad()
-    def draw(self, batch: int, num_samples: int, *, generator: torch.Generator) -> Draw:
-        """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device.
+    def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
+             scenes: SceneBatch | None = None) -> Draw:
+        """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device; in scenes of
+        your own, on that device, if there are some.
 
-        Raises ValueError when scene.bank is set and fill_bank was not called.
+        Raises ValueError when scene.bank is set and fill_bank was not called, and for scenes of another batch.
         """
-        noise = draw_mixture(self.mixture, batch, self.scene.num_src, self.scene.mic_count, num_samples,
-                             generator=generator)
-        if self.scene.bank is None:
-            scenes = sample_scenes(self.scene, batch, generator=generator)
+        num_src, num_mics = self.scene.num_src, self.scene.mic_count
+        if scenes is not None:
+            if len(scenes) != batch:
+                raise ValueError(f"scenes must be as many as the batch={batch}, got {len(scenes)}")
+            num_mics, num_src = scenes.mic_pos.shape[1], scenes.src_pos.shape[1]
+        noise = draw_mixture(self.mixture, batch, num_src, num_mics, num_samples, generator=generator)
+        if scenes is not None or self.scene.bank is None:
+            if scenes is None:
+                scenes = sample_scenes(self.scene, batch, generator=generator)
             return Draw(scenes, draw_rooms(self.ism, self.rir, scenes, generator=generator), None, noise)
         if self.bank is None:
             raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before the first draw")
@@ -129,6 +140,8 @@ class Simulator:
 
         Raises ValueError when dry does not belong to the draw.
         """
+        if dry.device != draw.scenes.rt60.device:
+            raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
         if dry.shape[:1] != draw.scenes.rt60.shape:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
                              f"got {list(dry.shape)}")

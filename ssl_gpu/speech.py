@@ -15,6 +15,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ssl_gpu.checks import read_enums
 from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
 
@@ -49,6 +50,7 @@ class SpeechConfig:
     voices_duration_s: float = 4.0
 
     def __post_init__(self) -> None:
+        read_enums(self, "speech")
         for name in ("train", "eval", "cache_dir"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):

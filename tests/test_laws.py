@@ -626,8 +626,8 @@ def test_no_nan_with_all_choices():
     (dict(air=(20.0, 5.0)), "rir.air must be a temperature in -20..50 C and a humidity in 10..100 %, got (20.0, 5.0)"),
     (dict(air=(60.0, 9e9)), "rir.air must be a temperature in -20..50 C and a humidity in 10..100 %, got "
                             "(60.0, 9000000000.0)"),
-    (dict(air=(20.0, 50.0), hybrid_share=0.5), "rir.band_rt60_ratio and rir.air must be null unless rir.method is fra "
-                                               "and rir.hybrid_share and rir.ism_share are 0"),
+    (dict(air=(20.0, 50.0), hybrid_share=0.5), "rir.air must be null unless rir.method is fra and rir.hybrid_share and "
+                                               "rir.ism_share are 0, got (20.0, 50.0)"),
 ])
 def test_a_choice_that_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(ValueError) as error:

@@ -61,7 +61,7 @@ def entries_of(folder):
 
 def test_set_holds_a_file_per_scene_and_their_list(made):
     names = {f"{kind}_{index}.{suffix}" for index in range(3) for kind, suffix in (("rir", "npy"), ("mix", "wav"))}
-    assert set(contents(made)) == names | {"scenes.json"}
+    assert set(contents(made)) == names | {"scenes.json", "config.yaml"}
     assert [entry["fname"] for entry in entries_of(made)] == ["rir_0.npy", "rir_1.npy", "rir_2.npy"]
     for entry in entries_of(made):
         rir = np.load(made / entry["fname"])
@@ -154,7 +154,7 @@ def test_second_run_writes_the_same_bytes(folder):
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):
         assert start("--num-scenes", 1, "--out", name, "--wav", "--plot", "--seed", 7) == 0
-    assert contents("a") == contents("b") and len(contents("a")) == 4
+    assert contents("a") == contents("b") and len(contents("a")) == 5
 
 
 def test_a_scene_depends_on_seed_and_number_only(made, folder):
@@ -246,7 +246,8 @@ def test_a_set_says_how_each_of_its_rooms_was_rendered(folder):
     assert start("--num-scenes", 3, "--out", "fra") == 0
     for entry in entries_of("fra"):
         assert entry["method"] == "fra" and 64 <= entry["num_images"] <= 128
-        assert entry["absorption"] is entry["clamped"] is None
+        assert entry["absorption"] is entry["clamped"] is None and entry["sample_rate"] == 16000
+    assert load_config(RunConfig, "fra/config.yaml") == load_config(RunConfig, "tiny.yaml")
     mixed = ("rir.hybrid_share=0.4", "rir.ism_share=0.4", "ism.clamp_infeasible=true", "ism.tail_arrivals=50",
              "scene.rt60_s=[0.05, 0.2]")
     assert start("--num-scenes", 12, "--out", "mixed", *mixed) == 0
@@ -453,9 +454,9 @@ def test_set_is_replaced_only_by_force_and_then_as_a_whole(folder, capsys):
     assert start("--num-scenes", 2, "--out", "set", "--wav") == 0
     before = contents("set")
     assert start("--num-scenes", 1, "--out", "set") == 2
-    assert "with mix_0.wav" in capsys.readouterr().err and contents("set") == before
+    assert "with config.yaml" in capsys.readouterr().err and contents("set") == before
     assert start("--num-scenes", 1, "--out", "set", "--force") == 0
-    assert sorted(contents("set")) == ["rir_0.npy", "scenes.json"]
+    assert sorted(contents("set")) == ["config.yaml", "rir_0.npy", "scenes.json"]
     assert sorted(path.name for path in folder.iterdir()) == ["set", "tiny.yaml"]
 
 
@@ -470,7 +471,7 @@ def test_new_folders_are_made_and_empty_ones_filled(folder):
     (folder / "empty").mkdir()
     for out in ("empty", "a/b/c"):
         assert start("--num-scenes", 1, "--out", out) == 0
-        assert len(contents(out)) == 2
+        assert len(contents(out)) == 3
 
 
 @pytest.mark.parametrize("failure, status, message", [
@@ -541,7 +542,7 @@ def test_pictures_of_the_first_scenes_only(folder, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(simulate, "MAX_PLOTS", 1)
     assert start("--num-scenes", 2, "--out", "set", "--plot") == 0
-    assert sorted(contents("set")) == ["rir_0.npy", "rir_1.npy", "scene_0.png", "scenes.json"]
+    assert sorted(contents("set")) == ["config.yaml", "rir_0.npy", "rir_1.npy", "scene_0.png", "scenes.json"]
     assert contents("set")["scene_0.png"].startswith(b"\x89PNG")
 
 

@@ -5,9 +5,10 @@ import torch
 from oracle import mixture
 from torch.testing import assert_close
 
+from ssl_gpu.ism import IsmConfig
 from ssl_gpu.mixture import MixtureConfig, mix
 from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir
-from ssl_gpu.scene import SceneConfig, sample_scenes
+from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 from ssl_gpu.simulator import BANK_BLOCK, Simulator, SimulatorConfig
 
 SCENE, RIR = SceneConfig(rt60_s=(0.05, 0.15), rotate=True), RirConfig(num_images=(20, 40))
@@ -145,7 +146,9 @@ def test_an_unfilled_bank_is_an_error_of_one_line():
         simulator().fill_bank(generator=seeded(0))
 
 
-def test_a_bank_with_rooms_that_break_the_law_is_refused():
+def test_a_bank_with_rooms_that_break_the_law_is_refused(monkeypatch):
+    """Be it one: a law that leaves 1 % of its scenes without places passes the first check."""
+    monkeypatch.setattr("ssl_gpu.simulator.check_places", lambda law: None)
     law = replace(SCENE, room_max_m=(3.0, 3.0, 2.5), src_dist_m=(1.5, 5.0), bank=100)
     with pytest.raises(ValueError, match=r"^scene: \d+ of scene.bank=100 rooms have no place for the sources, widen "
                                          r"scene.src_dist_m=\(1.5, 5.0\) or scene.room_min_m$"):
@@ -207,6 +210,35 @@ def test_chunk_below_one_is_refused():
         SimulatorConfig(chunk=0)
     assert [SimulatorConfig().chunk_on(torch.device(device)) for device in ("cpu", "meta")] == [16, 512]
     assert SimulatorConfig(7).chunk_on(torch.device("cpu")) == 7
+
+
+def test_scenes_of_your_own_are_heard():
+    """Other arrays and numbers of talkers than the law's, each by the method of the simulator; a bank has no say."""
+    mics = [[[2 + 0.05 * k, 2, 1.2] for k in range(4)]] * 3
+    scenes = make_scenes([[5, 4, 3]] * 3, [0.3, 0.2, 0.25], mics, [[[3, 3, 1.5]]] * 3)
+    for cfg in (RIR, RirConfig(method="hybrid"), RirConfig(method="ism")):
+        simulate = Simulator(replace(SCENE, bank=2), cfg, config=SimulatorConfig(2), ism=IsmConfig("eyring"))
+        heard = simulate(speech(3)[:, :1], generator=seeded(0), scenes=scenes)
+        assert heard.scenes is scenes and heard.audio.shape == (3, 4, 2000) and (heard.audio.abs().amax(-1) > 0).all()
+        drawn = simulate.draw(3, 2000, generator=seeded(0), scenes=scenes)
+        assert torch.equal(simulate.render(speech(3)[:, :1], drawn).audio, heard.audio)
+    with pytest.raises(ValueError, match=r"^dry speech must be \[batch, src=1, sample\], got \[3, 2, 2000\]$"):
+        simulate(speech(3), generator=seeded(0), scenes=scenes)
+    with pytest.raises(ValueError, match=r"^scenes must be as many as the batch=2, got 3$"):
+        simulate(speech(2)[:, :1], generator=seeded(0), scenes=scenes)
+
+
+def test_a_law_that_finds_no_places_is_refused_at_once():
+    """Sources at 1 to 1.1 m leave three of four scenes without; these are silent, which must not be a surprise."""
+    with pytest.raises(ValueError, match=r"^scene: only \d+ of 1000 scenes found places for their sources among 32 "
+                                         r"candidates each, at least 99 % must: widen scene.src_dist_m=\(1.0, 1.1\)$"):
+        Simulator(SceneConfig(src_dist_m=(1.0, 1.1)))
+
+
+def test_speech_on_another_device_than_its_draw_is_refused():
+    drawn = simulator().draw(2, 2000, generator=seeded(0))
+    with pytest.raises(ValueError, match="^dry speech must be on the draw's cpu, got meta$"):
+        simulator().render(speech(2).to("meta"), drawn)
 
 
 def test_every_section_reaches_the_mixture():
