@@ -1,9 +1,15 @@
-"""Evaluate a checkpoint on the fixed evaluation set of its run: python -m ssl_gpu.evaluate CHECKPOINT."""
+"""Evaluate a checkpoint: python -m ssl_gpu.evaluate CHECKPOINT [--sets e0,e1,...] [section.key=value ...].
+
+Without --sets on the evaluation set of its run. With --sets on those of ssl_gpu.protocol, which are the same for every
+model: e0 the original's protocol, e0b and e1 2,000 fresh rooms of its law, e1p with sources at the array's height, e1n5
+with diffuse noise at 5 dB, e2 rooms by pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR.
+"""
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Collection, Sequence
 
@@ -13,12 +19,18 @@ if __name__ == "__main__":
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import load_checkpoint, write_json
+from ssl_gpu.assess import Assessment, assess, check_model, check_set
+from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, write_json, write_text
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
-from ssl_gpu.report import result_table
+from ssl_gpu.plots import require_matplotlib
+from ssl_gpu.protocol import SETS, SetOptions
+from ssl_gpu.report import result_table, sets_table
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
+from ssl_gpu.webpage import page
+
+NO_RUN = {"train": {"steps": 1}}  # a configuration where there is no checkpoint to have one
 
 
 def build_localizer(cfg: RunConfig) -> Localizer:
@@ -65,34 +77,112 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     cfg = from_mapping(RunConfig, apply_overrides(checkpoint.config, overrides))
     device = runtime.pick_device(cfg.train.device)
+    localizer = load_localizer(checkpoint, cfg, path).to(device)
+    eval_set, fixed = prepare_eval(cfg, device)
+    return {**score_model(eval_set, localizer), **fixed, "steps": checkpoint.step}
+
+
+def load_localizer(checkpoint: Checkpoint, cfg: RunConfig, path: str) -> Localizer:
+    """The localiser of a configuration with the weights of a checkpoint, the averaged ones where it has them.
+
+    Raises ValueError, naming the checkpoint's path, where they do not fit.
+    """
     localizer = build_localizer(cfg)
     try:
         localizer.load_state_dict(checkpoint.ema or checkpoint.model)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
-    localizer.to(device)
-    eval_set, fixed = prepare_eval(cfg, device)
-    return {**score_model(eval_set, localizer), **fixed, "steps": checkpoint.step}
+    return localizer
+
+
+def evaluate_sets(path: str | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
+                  manifest: str | None = None) -> dict[str, Assessment]:
+    """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
+
+    overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones. manifest: a folder for
+    <set>.jsonl. Raises ValueError for an unusable checkpoint, configuration, speech or set.
+    """
+    names = [name.strip() for name in sets.split(",")]
+    unknown = [name for name in names if name not in SETS]
+    if unknown:
+        raise ValueError(f"--sets must be of {', '.join(SETS)}, got {unknown[0]!r}")
+    if count is not None and count < 1:
+        raise ValueError(f"--clips must be >= 1, got {count}")
+    folders = [text.partition("=")[2] for text in overrides if text.startswith("e3.dir=")]
+    overrides = [text for text in overrides if not text.startswith("e3.dir=")]
+    checkpoint = None if path is None else load_checkpoint(path)
+    cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if checkpoint is None else checkpoint.config, overrides))
+    device = runtime.pick_device(cfg.train.device)
+    if checkpoint is not None:
+        check_model(cfg)
+
+    def localizer_for(spacing: float) -> Localizer:
+        scene = replace(cfg.scene, mic_spacing_m=spacing, spacing_jitter_m=0.0)
+        return load_localizer(checkpoint, replace(cfg, scene=scene), path).to(device).eval()
+
+    options = SetOptions(eval_speech(cfg), device, count, folders[-1] if folders else None)
+    for name in names:
+        check_set(name, options)
+    found = dict(assess(names, options, None if checkpoint is None else localizer_for,
+                        None if manifest is None else Path(manifest)))
+    for assessment in found.values():
+        assessment.result["steps"] = None if checkpoint is None else checkpoint.step
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pt of a run, or the run's folder")
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint.pt of a run, or the run's folder; with --sets it may "
+                        "be left out, for the baselines alone")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu")
+                        help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu, e3.dir=DIR")
+    parser.add_argument("--sets", metavar="NAME,...", help=f"of {', '.join(SETS)}")
+    parser.add_argument("--clips", type=int, metavar="N", help="with --sets: only the first N clips of each")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
+    parser.add_argument("--html", metavar="FILE", help="with --sets: a page with tables and plots; needs matplotlib")
+    parser.add_argument("--manifest", metavar="DIR", help="with --sets: what each clip is made of, DIR/<set>.jsonl")
     args = parser.parse_intermixed_args(arguments)
-    path = Path(args.checkpoint)
+    if args.checkpoint is not None and "=" in args.checkpoint:  # an override, since there is no checkpoint
+        args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
-        result = evaluate(str(path / "checkpoint.pt" if path.is_dir() else path), args.overrides)
-        if args.json:
-            write_json(args.json, result)
+        print(run(args))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(result_table(result))
     return 0
+
+
+def run(args: argparse.Namespace) -> str:
+    """Does what the command line says, and returns the table to be printed. Raises ValueError and OSError."""
+    only = [f"--{name}" for name in ("clips", "html", "manifest") if getattr(args, name) is not None]
+    if args.sets is None and only:
+        raise ValueError(f"{only[0]} goes with --sets")
+    if args.checkpoint is None and args.sets is None:
+        raise ValueError("a checkpoint is needed, or --sets for the baselines alone")
+    for name in ("json", "html"):                                       # before minutes of work
+        target = getattr(args, name)
+        if target is not None and not Path(target).expanduser().resolve().parent.is_dir():
+            raise ValueError(f"--{name} must be a file in an existing folder, got {target}")
+    if args.manifest is not None:
+        Path(args.manifest).mkdir(parents=True, exist_ok=True)
+    path = None if args.checkpoint is None else Path(args.checkpoint)
+    path = None if path is None else str(path / "checkpoint.pt" if path.is_dir() else path)
+    if args.sets is None:
+        result = evaluate(path, args.overrides)
+        table = result_table(result)
+    else:
+        if args.html is not None:
+            require_matplotlib()
+        found = evaluate_sets(path, args.sets, args.overrides, args.clips, args.manifest)
+        result = {name: assessment.result for name, assessment in found.items()}
+        table = sets_table(result)
+        if args.html is not None:
+            write_text(args.html, page(found, table))
+    if args.json:
+        write_json(args.json, result)
+    return table
 
 
 if __name__ == "__main__":

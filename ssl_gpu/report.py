@@ -36,3 +36,34 @@ def result_table(result: dict[str, Any]) -> str:
             f"{result['eval_digest']}\n"
             f"errors of the smaller / the larger angle in degrees; azimuth from the cone angle where only that is "
             f"estimated\n{table}")
+
+
+SET_COLUMNS = (
+    ("clips", lambda r: str(r["num_clips"])),
+    ("cone MAE", lambda r: _cell(r["cone_mae_deg"], "deg")),
+    ("95 %", lambda r: " / ".join(f"{low:.1f}..{high:.1f}" for low, high in r["interval_95"]["cone_mae_deg"])),
+    ("median", lambda r: _cell(r["cone_median_deg"], "deg")),
+    ("within 5, 10, 15", lambda r: " ".join(f"{100 * r[f'acc_at_{t}']:.1f}" for t in (5, 10, 15)) + " %"),
+    ("both in 10", lambda r: _cell(r["both_at_10"], "%")),
+    ("azimuth class MAE", lambda r: _cell(r["azimuth_class_mae_deg"], "deg")),
+)
+
+
+def sets_table(results: dict[str, dict[str, Any]]) -> str:
+    """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors."""
+    lines = [["set", "", *(name for name, _ in SET_COLUMNS)]]
+    for name, result in results.items():
+        rows = {"GCC-PHAT, max": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"],
+                "chance": result["chance"]}
+        if "cone_mae_deg" in result:
+            rows = {"model": result, **rows}
+        for who, row in rows.items():
+            lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
+        if result["floor"] is not None:
+            lines += [["", label, *[""] * (len(SET_COLUMNS) - 1), _cell(result["floor"][key], "deg")]
+                      for label, key in (("floor: cone angles known", "exact_cone"),
+                                         ("floor: distances, too", "exact_cone_and_distance"))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())
+    return f"{table}\nerrors in degrees, of the smaller / the larger angle; sets: {digests}"

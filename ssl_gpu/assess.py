@@ -1,0 +1,129 @@
+"""A localiser on the evaluation sets of ssl_gpu.protocol, beside chance, classical baselines and floors."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.baselines import Pooling, gcc_phat
+from ssl_gpu.checkpoint import write_text
+from ssl_gpu.clips import Clips, Digest, Truth, without_audio
+from ssl_gpu.config import RunConfig
+from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
+from ssl_gpu.metrics import chance
+from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, import_pyroomacoustics,
+                              num_blocks, read_measured)
+from ssl_gpu.scoring import bayes_azimuth, score_angles
+
+BASELINES = {"gcc_phat_max": Pooling.MAX, "gcc_phat_mean": Pooling.MEAN}
+
+
+@dataclass(frozen=True, eq=False)
+class Assessment:
+    """What there is to say of a localiser on one set: result, plain values ready for JSON; the truth; and the cone
+    angles that it heard, [clip, src] rad, ascending, None where no localiser was asked."""
+
+    result: dict[str, Any]
+    truth: Truth
+    cone: Tensor | None
+
+
+def assess(names: Iterable[str], options: SetOptions, localizer_for: Callable[[float], Localizer] | None,
+           manifest: Path | None = None) -> Iterator[tuple[str, Assessment]]:
+    """The assessment of every set, one by one; sets of the same clips are made and heard once.
+
+    localizer_for: spacing of the microphones in m, at 340 m/s -> localiser in eval mode on options.device; None for
+    the baselines alone. manifest: a folder for <set>.jsonl, one line per clip.
+    Raises ValueError for what a set needs and has not got, FloatingPointError when the network gives a NaN.
+    """
+    law, done = scene_law(LAW, 0), {}
+    for name in names:
+        key = SAME_CLIPS.get(name, name)
+        if key not in done:
+            done[key] = _assess(key, options, localizer_for, law, manifest)
+        yield name, done[key]
+
+
+def spacing_told(name: str, options: SetOptions) -> float:
+    """Spacing in m that stands, at 340 m/s, for the travel time between the microphones of a set."""
+    if name != "e3":
+        return LAW.aperture
+    place = read_measured(options.folder)[1][0]
+    return place["mic_spacing_m"] * SPEED_OF_SOUND / place["speed_of_sound"]
+
+
+@torch.no_grad()
+def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Localizer] | None, law: SceneLaw,
+            manifest: Path | None) -> Assessment:
+    spacing = spacing_told(name, options)
+    localizer = None if localizer_for is None else localizer_for(spacing)
+    digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES)}
+    for clips in tqdm(clips_of(name, options), name, num_blocks(name, options), unit="block"):
+        digest.add(clips)
+        audio = clips.audio.to(options.device)
+        if localizer is not None:
+            heard["model"].append(localizer.estimate(audio, law))
+        for key, pooling in BASELINES.items():
+            cone = _gcc(audio, clips, spacing, pooling)
+            heard[key].append((law.angle_map.cone_to_azimuth(cone), cone))
+        parts.append(without_audio(clips))
+    truth = Truth.of(parts)
+    estimates = {key: tuple(torch.cat(column).cpu() for column in zip(*columns))
+                 for key, columns in heard.items() if columns}
+    if name in PLANAR:  # one angle, whichever the model learned
+        learned = 1 if localizer is None or localizer.target.angle is Target.CONE else 0
+        estimates = {key: (pair[learned if key == "model" else 1],) * 2 for key, pair in estimates.items()}
+    constants = chance(truth.azimuth, truth.cone)
+    guesses = (constants.azimuth.expand_as(truth.azimuth), constants.cone.expand_as(truth.cone))
+    scores = {key: score_angles(*pair, truth) for key, pair in estimates.items()}
+    result = scores.pop("model", {}) | {
+        "baseline": scores["gcc_phat_max"], "baseline_mean": scores["gcc_phat_mean"],
+        "chance": score_angles(*guesses, truth), "floor": floors(name, truth, law), "eval_digest": str(digest),
+        "num_clips": len(truth.cone), "num_scenes": len(truth.scene.unique())}
+    if manifest is not None:
+        lines = "".join(json.dumps(entry) + "\n" for part in parts for entry in part.entries)
+        write_text(manifest / f"{name}.jsonl", lines)
+    return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None)
+
+
+def _gcc(audio: Tensor, clips: Clips, spacing: float, pooling: Pooling) -> Tensor:
+    """Cone angles by GCC-PHAT, told the travel time between the microphones."""
+    mic_pos = clips.mic_pos.to(audio.device)
+    actual = float(torch.linalg.vector_norm(clips.mic_pos[0, 1] - clips.mic_pos[0, 0]))
+    return gcc_phat(audio, mic_pos, SAMPLE_RATE, clips.cone.shape[1], pooling=pooling,
+                    speed_of_sound=SPEED_OF_SOUND * actual / spacing)
+
+
+def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | None:
+    """Class errors in azimuth, [low, high] degrees, that no listener with two microphones can be below: of one who
+    knows every cone angle, and of one who knows the distances, too. None where the sources' height is known."""
+    if name in PLANAR:
+        return None
+    exact = score_angles(law.angle_map.cone_to_azimuth(truth.cone), truth.cone, truth)
+    bayes = score_angles(bayes_azimuth(LAW, truth), truth.cone, truth)
+    return {"exact_cone": exact["azimuth_class_mae_deg"], "exact_cone_and_distance": bayes["azimuth_class_mae_deg"]}
+
+
+def check_model(cfg: RunConfig) -> None:
+    """Raises ValueError for a model that the sets' clips are not for."""
+    if cfg.rir.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"the evaluation sets are at {SAMPLE_RATE} Hz, the model's rir.sample_rate is "
+                         f"{cfg.rir.sample_rate}")
+    if cfg.scene.num_src != LAW.num_src:
+        raise ValueError(f"the evaluation sets have {LAW.num_src} talkers, the model's scene.num_src is "
+                         f"{cfg.scene.num_src}")
+
+
+def check_set(name: str, options: SetOptions) -> None:
+    """Raises ValueError at once for what a set will need and has not got."""
+    if name == "e2":
+        import_pyroomacoustics()
+    if name == "e3":
+        read_measured(options.folder)

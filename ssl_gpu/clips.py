@@ -1,0 +1,85 @@
+"""Clips to be localised, with their truth and their circumstances: what every evaluation set is made of."""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor
+
+from ssl_gpu.doa import sorted_angles
+
+# Of an entry, what follows from the rest; its last digit depends on the machine.
+DERIVED = {"measured", "azimuth_deg", "cone_angle_deg", "array_pos"}
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Some clips of an evaluation set.
+
+    audio [clip, mic, sample] float32; mic_pos [clip, mic, 3] m; azimuth, cone [clip, src] rad, seen from the array;
+    scene [clip] int64: clips of one number share their room and positions, so their errors are not independent;
+    conditions: by name, [clip, src] or [clip] float64, what results are broken down by; NaN where unknown;
+    entries: what each clip is made of, plain values ready for JSON; what was measured of it under "measured";
+    draws: of what was drawn for them, on the CPU, that which is equal to the last bit on every machine: speech and
+    uniform numbers, but not their cosines or logarithms. Entries and draws are what the digest of a set is taken of.
+    """
+
+    audio: Tensor
+    mic_pos: Tensor
+    azimuth: Tensor
+    cone: Tensor
+    scene: Tensor
+    conditions: dict[str, Tensor]
+    entries: list[dict[str, Any]]
+    draws: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Clips without their audio: of a whole set. azimuth, cone [clip, src] rad, ascending; distance [clip, src] m from
+    the array, and the conditions of each source, in the order of its cone angle; NaN where unknown."""
+
+    azimuth: Tensor
+    cone: Tensor
+    scene: Tensor
+    conditions: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, parts: Iterable[Clips]) -> "Truth":
+        """The truth of clips in parts."""
+        parts = list(parts)
+        cone = torch.cat([part.cone for part in parts]).double().cpu()
+        order = cone.abs().argsort(-1)
+        conditions = {}
+        for name in parts[0].conditions:
+            column = torch.cat([part.conditions[name] for part in parts]).double().cpu()
+            conditions[name] = column.gather(-1, order) if column.ndim == 2 else column
+        azimuth = torch.cat([part.azimuth for part in parts]).double().cpu()
+        return cls(sorted_angles(azimuth), sorted_angles(cone), torch.cat([part.scene for part in parts]), conditions)
+
+
+class Digest:
+    """Of a set as it goes by: the same on every machine, as long as the same clips are asked for."""
+
+    def __init__(self):
+        self.hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, clips: Clips) -> None:
+        """The next clips of the set."""
+        for entry in clips.entries:
+            plain = {key: value for key, value in entry.items() if key not in DERIVED}
+            self.hash.update(json.dumps(plain, sort_keys=True).encode())
+        for tensor in clips.draws:
+            self.hash.update(tensor.contiguous().cpu().numpy().tobytes())
+
+    def __str__(self) -> str:
+        return self.hash.hexdigest()
+
+
+def without_audio(clips: Clips) -> Clips:
+    """The same clips, to be kept when their audio is no longer needed."""
+    values = {field.name: getattr(clips, field.name) for field in fields(clips)}
+    return Clips(**{**values, "audio": clips.audio[..., :0], "draws": ()})

@@ -1,0 +1,337 @@
+"""The evaluation sets by name, the same for everybody: rooms, talkers, noise, down to the last draw.
+
+    e0    the original's protocol: its 200 evaluation rooms, every utterance of the speech once as the first talker
+    e0b   its law, 2,000 rooms of which none is in any training; e1 is the same mixtures
+    e1p   the same law with the sources at the height of the array
+    e1n5  e1 with diffuse noise at 5 dB
+    e2    the first 500 geometries and talkers of e1 in rooms by pyroomacoustics, an independent simulator (extra eval)
+    e3    measured two-microphone RIRs of real rooms, in a folder of the user's
+
+Two talkers of different voices, the first 3 s of an utterance each, at 16 kHz, levels as the utterances have them (e3:
+alike). Everything is drawn on the CPU, in blocks of 50 clips, and rendered on any device: fewer clips of a set are its
+first ones. Nothing here is ever used for training or selection; scenes come from random streams of their own.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_gpu import rng
+from ssl_gpu.clips import Clips
+from ssl_gpu.convolve import convolve_sources
+from ssl_gpu.measure import RirMeasures, measure_rirs
+from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
+from ssl_gpu.rir import RirConfig, draw_images, render_rir
+from ssl_gpu.scene import SceneBatch, SceneConfig, original_scenes, sample_scenes
+from ssl_gpu.scenelist import scene_entries
+from ssl_gpu.speech import Crop, CropBatch, SpeechBank, draw_crops, gather_crops
+from ssl_gpu.synthesis import RirBatch
+
+SAMPLE_RATE = 16000  # Hz
+NUM_SAMPLES = 48000  # 3 s
+BLOCK = 50           # clips drawn at a time, part of every set
+NUM_CLIPS, NUM_ROOMS_E0, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 200, 500, 300
+SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng; no run's seed draws from the same stream and split
+LAW = SceneConfig()
+REFERENCE = RirConfig(early=False)
+CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16
+MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
+
+
+@dataclass(frozen=True, eq=False)
+class SetOptions:
+    """What a set is made with: speech, its tensors on the CPU; device to render on; count: of clips, None for all;
+    folder: of measured RIRs, for e3."""
+
+    speech: SpeechBank
+    device: torch.device
+    count: int | None = None
+    folder: str | None = None
+
+    def limit(self, number: int) -> int:
+        """Clips of a set that has `number`."""
+        return number if self.count is None else min(number, self.count)
+
+
+def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
+    """The clips of a set, some at a time. Raises ValueError for a name that is none, for speech at another rate, and
+    for what a set needs and has not got."""
+    if name not in SETS:
+        raise ValueError(f"sets must be of {', '.join(SETS)}, got {name!r}")
+    if options.speech.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"the evaluation sets are made of speech at {SAMPLE_RATE} Hz, got "
+                         f"{options.speech.sample_rate} Hz (rir.sample_rate)")
+    return SETS[name](options)
+
+
+def num_blocks(name: str, options: SetOptions) -> int:
+    """How many times clips_of gives some clips."""
+    size = {"e0": len(options.speech.length), "e2": NUM_CLIPS_E2, "e3": NUM_CLIPS_E3}.get(name, NUM_CLIPS)
+    return math.ceil(options.limit(size) / BLOCK)
+
+
+# ---- FRA-RIR rooms ----
+
+
+def draw_original(options: SetOptions) -> tuple[SceneBatch, CropBatch, Tensor]:
+    """e0: scenes and crops of every clip, and the number of each scene: every utterance in a random room, with a
+    random other of another voice."""
+    bank = options.speech
+    if bank.num_speakers < 2:
+        raise ValueError(f"e0 needs speech of at least 2 speakers, got {bank.num_speakers}")
+    generator = rng.generator(SEEDS["e0"], rng.Split.TEST, rng.Stream.SPEECH, 0)
+    first = torch.arange(len(bank.length))
+    candidate = torch.randint(len(first), (len(first), CANDIDATES), generator=generator)
+    other = (bank.speaker[candidate] != bank.speaker[first][:, None]).to(torch.uint8)
+    second = candidate.gather(1, other.argmax(1, keepdim=True))
+    room = torch.randint(NUM_ROOMS_E0, (len(first),), generator=generator)
+    utterance = torch.cat((first[:, None], second), 1)
+    return original_scenes()[room], CropBatch(utterance, torch.zeros_like(utterance)), room
+
+
+def draw_fresh(options: SetOptions, planar: bool = False) -> tuple[SceneBatch, CropBatch, Tensor]:
+    """e0b, e1, e1n5 and e2; planar: e1p. Scenes and crops of every clip, each in a room of its own."""
+    seed = SEEDS["e1p" if planar else "e1"]
+    generator = rng.generator(seed, rng.Split.TEST, rng.Stream.SCENE, 0)
+    scenes = sample_scenes(LAW, 2 * NUM_CLIPS, generator=generator)
+    if planar:
+        height = scenes.array_centre[:, None, 2:].expand(-1, scenes.src_pos.shape[1], -1)
+        scenes = replace(scenes, src_pos=torch.cat((scenes.src_pos[..., :2], height), -1))
+    keep = scenes.valid & (scenes.distance >= LAW.src_dist_m[0]).all(-1)  # a source above the array may fall onto it
+    scenes = scenes[keep.nonzero().squeeze(-1)[:NUM_CLIPS]]
+    generator = rng.generator(seed, rng.Split.TEST, rng.Stream.SPEECH, 0)
+    crops = draw_crops(options.speech, NUM_CLIPS, LAW.num_src, NUM_SAMPLES, Crop.FIRST, generator=generator)
+    return scenes, crops, torch.arange(NUM_CLIPS)
+
+
+def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBatch, numbers: Tensor,
+              mixture: MixtureConfig = MixtureConfig()) -> Iterator[Clips]:
+    """Clips in rooms of FRA-RIR by the reference's law."""
+    total = options.limit(len(scenes))
+    for index, start in enumerate(range(0, total, BLOCK)):
+        block, kept = slice(start, start + BLOCK), slice(0, min(BLOCK, total - start))
+        rooms = scenes[block]
+        images, noise = (draw(rng.generator(seed, rng.Split.TEST, stream, index)) for draw, stream in (
+            (lambda g: draw_images(REFERENCE, rooms, generator=g), rng.Stream.IMAGES),
+            (lambda g: draw_mixture(mixture, len(rooms), LAW.num_src, 2, NUM_SAMPLES, generator=g),
+             rng.Stream.MIXTURE)))
+        rooms, images, noise = rooms[kept], images[kept], noise[kept]
+        used = CropBatch(crops.utterance[block][kept], crops.offset[block][kept])
+        dry = gather_crops(options.speech, used, NUM_SAMPLES)
+        there = rooms.to(options.device)
+        rirs = render_rir(REFERENCE, there, images.to(options.device))
+        audio = mix(dry.to(options.device), rirs, there, noise.to(options.device)).audio
+        measures = measure_rirs(rirs, there)
+        snr = noise.diffuse_snr
+        entries = [entry | {"num_images": count, "image_seed": [seed, index], "diffuse_snr_db": level}
+                   for entry, count, level in zip(_entries(options.speech, rooms, used), images.active.sum(-1).tolist(),
+                                                  [x if math.isfinite(x) else None for x in snr.tolist()])]
+        draws = (dry, images.ratio, images.perturbation)
+        yield _clips(audio, rooms, numbers[block][kept], dry, measures, snr, entries, draws)
+
+
+def _entries(speech: SpeechBank, scenes: SceneBatch, crops: CropBatch) -> list[dict[str, Any]]:
+    """What scenes and crops say of each clip."""
+    names = [[speech.names[index] for index in row] for row in crops.utterance.tolist()]
+    return [entry | {"utterances": name, "offsets": offset}
+            for entry, name, offset in zip(scene_entries(scenes), names, crops.offset.tolist())]
+
+
+def _clips(audio: Tensor, scenes: SceneBatch, numbers: Tensor, dry: Tensor, measures: RirMeasures, snr: Tensor,
+           entries: list[dict[str, Any]], draws: tuple[Tensor, ...]) -> Clips:
+    """With what was measured of the RIRs at the first microphone."""
+    t20, drr, energy = (getattr(measures, name)[:, 0].cpu() for name in ("t20", "drr_db", "energy_db"))
+    loudness = energy + 10 * torch.log10(dry.double().square().sum(-1).clamp(min=1e-20))
+    conditions = {"distance_m": scenes.distance, "t20_s": t20, "drr_db": drr, "snr_db": snr.double(),
+                  "level_gap_db": (loudness[:, 0] - loudness[:, 1]).abs(),
+                  "separation_deg": torch.rad2deg((scenes.cone_angle[:, 0] - scenes.cone_angle[:, 1]).abs()),
+                  "angle_deg": torch.rad2deg(scenes.cone_angle)}
+    for entry, *values in zip(entries, t20.tolist(), drr.tolist()):
+        entry["measured"] = {key: [x if math.isfinite(x) else None for x in row]
+                             for key, row in zip(("t20_s", "drr_db"), values)}
+    return Clips(audio, scenes.mic_pos, scenes.azimuth, scenes.cone_angle, numbers, conditions, entries, draws)
+
+
+def _original(options: SetOptions) -> Iterator[Clips]:
+    return fra_clips(options, SEEDS["e0"], *draw_original(options))
+
+
+def _fresh(options: SetOptions) -> Iterator[Clips]:
+    return fra_clips(options, SEEDS["e1"], *draw_fresh(options))
+
+
+def _planar(options: SetOptions) -> Iterator[Clips]:
+    return fra_clips(options, SEEDS["e1p"], *draw_fresh(options, planar=True))
+
+
+def _noisy(options: SetOptions) -> Iterator[Clips]:
+    return fra_clips(options, SEEDS["e1"], *draw_fresh(options), MixtureConfig(diffuse_snr_db=(5.0, 5.0)))
+
+
+# ---- another simulator ----
+
+
+def import_pyroomacoustics() -> ModuleType:
+    """Raises ValueError, in one line, where it is not installed."""
+    try:
+        import pyroomacoustics
+    except ImportError as error:
+        raise ValueError(f"e2 needs pyroomacoustics, install it with pip install 'pyroomacoustics>=0.10,<0.11': "
+                         f"{error}") from error
+    return pyroomacoustics
+
+
+def _other_simulator(options: SetOptions) -> Iterator[Clips]:
+    """e2: complete image-source RIRs by pyroomacoustics, with its own speed of sound, 343 m/s, and high-pass.
+
+    Absorption by its inverse_sabine, 0.99 where that finds none.
+    """
+    pyroomacoustics = import_pyroomacoustics()
+    scenes, crops, numbers = draw_fresh(options)
+    total = options.limit(NUM_CLIPS_E2)
+    for start in range(0, total, BLOCK):
+        part = slice(start, min(start + BLOCK, total))
+        rooms = scenes[part]
+        used = CropBatch(crops.utterance[part], crops.offset[part])
+        dry = gather_crops(options.speech, used, NUM_SAMPLES)
+        rirs = [_their_rirs(pyroomacoustics, rooms, index) for index in range(len(rooms))]
+        full = torch.zeros(len(rirs), *rirs[0].shape[:2], max(rir.shape[-1] for rir in rirs))
+        for row, rir in zip(full, rirs):
+            row[..., :rir.shape[-1]] = torch.from_numpy(rir)
+        length = torch.tensor([rir.shape[-1] for rir in rirs])
+        audio = convolve_sources(dry.to(options.device), full.to(options.device), NUM_SAMPLES)
+        measures = measure_rirs(RirBatch(full, None, length, SAMPLE_RATE), rooms)
+        entries = [entry | {"simulator": f"pyroomacoustics {pyroomacoustics.__version__}"}
+                   for entry in _entries(options.speech, rooms, used)]
+        clean = torch.full((len(rooms),), math.inf)
+        yield _clips(audio, rooms, numbers[part], dry, measures, clean, entries, (dry,))
+
+
+def _their_rirs(pyroomacoustics: ModuleType, scenes: SceneBatch, index: int) -> np.ndarray:
+    """[mic, src, tap] float32 of one scene; the constant delay of its filters is cut off."""
+    dim, rt60 = scenes.room_dim[index].numpy(), float(scenes.rt60[index])
+    try:
+        absorption, order = pyroomacoustics.inverse_sabine(rt60, dim)
+    except ValueError:  # no absorption gives so short an RT60
+        absorption, order = 0.99, MAX_ORDER_E2
+    room = pyroomacoustics.ShoeBox(dim, fs=SAMPLE_RATE, materials=pyroomacoustics.Material(absorption),
+                                   air_absorption=False, max_order=min(order, MAX_ORDER_E2))
+    for src in scenes.src_pos[index].numpy():
+        room.add_source(src)
+    room.add_microphone_array(scenes.mic_pos[index].numpy().T)
+    room.compute_rir()
+    late = pyroomacoustics.constants.get("frac_delay_length") // 2
+    length = max(len(rir) for row in room.rir for rir in row) - late
+    rirs = np.zeros((len(room.rir), len(room.rir[0]), length), np.float32)
+    for m, row in enumerate(room.rir):
+        for s, rir in enumerate(row):
+            rirs[m, s, :len(rir) - late] = rir[late:]
+    return rirs
+
+
+# ---- real rooms ----
+
+
+def _real_rooms(options: SetOptions) -> Iterator[Clips]:
+    """e3: two utterances of equal power through any two RIRs of one configuration, as they are."""
+    rirs, places = read_measured(options.folder)
+    generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SCENE, 0)
+    pairs = _draw_pairs(places, generator)
+    generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)
+    crops = draw_crops(options.speech, NUM_CLIPS_E3, 2, NUM_SAMPLES, Crop.FIRST, generator=generator)
+    total = options.limit(NUM_CLIPS_E3)
+    cone = torch.deg2rad(torch.tensor([place["cone_deg"] for place in places], dtype=torch.float64))
+    for start in range(0, total, BLOCK):
+        part = slice(start, min(start + BLOCK, total))
+        pair = pairs[part]
+        used = CropBatch(crops.utterance[part], crops.offset[part])
+        dry = gather_crops(options.speech, used, NUM_SAMPLES)
+        dry = dry / dry.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        response = rirs[pair].movedim(1, 2)                             # [clip, mic, src, tap]
+        audio = convolve_sources(dry.to(options.device), response.to(options.device), NUM_SAMPLES)
+        pick = [[places[index] for index in row] for row in pair.tolist()]
+        names = [[options.speech.names[index] for index in row] for row in used.utterance.tolist()]
+        entries = [{"rirs": [place["file"] for place in row], "cone_deg": [place["cone_deg"] for place in row],
+                    "utterances": name} for row, name in zip(pick, names)]
+        rt60, distance = (torch.tensor([[place.get(key, math.nan) for place in row] for row in pick],
+                                       dtype=torch.float64) for key in ("rt60_s", "distance_m"))
+        angle = cone[pair]
+        conditions = {"distance_m": distance, "t20_s": rt60,
+                      "separation_deg": torch.rad2deg((angle[:, 0] - angle[:, 1]).abs()),
+                      "angle_deg": torch.rad2deg(angle)}
+        spacing = places[0]["mic_spacing_m"]
+        mic_pos = torch.tensor([[0.0, 0, 0], [spacing, 0, 0]], dtype=torch.float64).expand(len(pair), -1, -1)
+        scene = pair.sort(-1).values @ torch.tensor([len(places), 1])
+        # In the plane of the array: the folded azimuth is the cone angle.
+        yield Clips(audio, mic_pos, angle, angle, scene, conditions, entries, (dry, response))
+
+
+def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:
+    """[clip, 2] int64: two RIRs of one configuration, whatever their directions."""
+    pairs = [(i, j) for i, a in enumerate(places) for j, b in enumerate(places)
+             if i != j and a.get("configuration") == b.get("configuration")]
+    if not pairs:
+        raise ValueError("e3.dir: index.json must hold two RIRs of one configuration")
+    return torch.tensor(pairs)[torch.randint(len(pairs), (NUM_CLIPS_E3,), generator=generator)]
+
+
+def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Measured RIRs [rir, mic=2, tap] float32, and what index.json says of each.
+
+    index.json: {"mic_spacing_m": m, "speed_of_sound": m/s, "rirs": [{"file": name, "cone_deg": angle from the axis from
+    channel 1 to channel 2, ...}, ...]}; optional of an RIR: configuration, distance_m, rt60_s, mic_spacing_m.
+    Raises ValueError, in one line, for a folder that is none of this.
+    """
+    if folder is None:
+        raise ValueError("e3 needs a folder of measured RIRs: e3.dir=DIR")
+    path = Path(folder) / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+        common = {"mic_spacing_m": float(index["mic_spacing_m"]), "speed_of_sound": float(index["speed_of_sound"])}
+        places = [common | rir for rir in index["rirs"]]
+        bad = next((place for place in places if not 0 <= float(place["cone_deg"]) <= 180), None)
+    except OSError as error:
+        raise ValueError(f"e3.dir: cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"e3.dir: {path} must hold mic_spacing_m, speed_of_sound and rirs with file and cone_deg, "
+                         f"got {type(error).__name__} {error}") from error
+    if bad is not None or len(places) < 2:
+        raise ValueError(f"e3.dir: {path} must hold at least 2 rirs with 0 <= cone_deg <= 180, got "
+                         f"{len(places) if bad is None else bad['cone_deg']}")
+    if len({place["mic_spacing_m"] for place in places}) > 1:
+        raise ValueError(f"e3.dir: all RIRs of {path} must have one mic_spacing_m")
+    return _read_channels(Path(folder), [place["file"] for place in places]), places
+
+
+def _read_channels(folder: Path, names: list[str]) -> Tensor:
+    """[file, 2, tap] float32, zero behind the end of shorter ones."""
+    import soundfile
+
+    channels = []
+    for name in names:
+        try:
+            audio, rate = soundfile.read(folder / name, dtype="float32", always_2d=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"e3.dir: cannot read {folder / name}: {error}") from error
+        if rate != SAMPLE_RATE or audio.shape[1] != 2:
+            raise ValueError(f"e3.dir: {folder / name} must have 2 channels at {SAMPLE_RATE} Hz, got "
+                             f"{audio.shape[1]} at {rate}")
+        channels.append(torch.from_numpy(audio.T))
+    length = max(channel.shape[-1] for channel in channels)
+    return torch.stack([torch.nn.functional.pad(channel, (0, length - channel.shape[-1])) for channel in channels])
+
+
+SETS: dict[str, Callable[[SetOptions], Iterator[Clips]]] = {
+    "e0": _original, "e0b": _fresh, "e1": _fresh, "e1p": _planar, "e1n5": _noisy, "e2": _other_simulator,
+    "e3": _real_rooms}
+SAME_CLIPS = {"e0b": "e1"}
+PLANAR = {"e1p", "e3"}  # sources at the height of the array, so that azimuth and cone angle are one

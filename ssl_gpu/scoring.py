@@ -1,0 +1,129 @@
+"""Results on an evaluation set: errors with confidence intervals, by circumstance, and the floors they stand on."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_gpu import rng
+from ssl_gpu.clips import Truth
+from ssl_gpu.doa import NUM_CLASSES, angle_class, sorted_angles
+from ssl_gpu.metrics import localisation_metrics, order_statistics
+from ssl_gpu.scene import SceneConfig, sample_scenes
+
+TOLERANCES_DEG = (5, 10, 15)
+DETECTION_DEG = 10.0      # within which an estimate counts as that of a talker
+RESAMPLES = 1000          # of the bootstrap
+FLOOR_SAMPLES, NEIGHBOURS = 100_000, 300  # of the Bayes floor: with half of either it moves by less than 0.05 degrees
+DISTANCE_WEIGHT_DEG = 15.0                # a factor e in distance counts as far as so many degrees of cone angle
+
+# Bins of the breakdowns: edges, the last bin closed at its end.
+BINS: dict[str, tuple[float, ...]] = {
+    "separation_deg": (0, 10, 20, 40, 70, 180), "angle_deg": (0, 20, 40, 140, 160, 180),
+    "t20_s": (0, 0.3, 0.6, 0.9, 10), "drr_db": (-40, -6, -2, 2, 60), "level_gap_db": (0, 3, 6, 10, 100),
+    "snr_db": (-10, 2.5, 7.5, 12.5, 25, math.inf)}
+
+
+def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
+    """Metrics of estimates [clip, src] rad: the keys of localisation_metrics, and
+
+    acc_at_15; both_at_10: share of clips with both talkers within 10 degrees; cone_p90_deg;
+    detection_at_10: misses (mdr), false alarms (far) and the mean error of hits (fine_error_deg), each talker matched
+    in order to at most one estimate within 10 degrees;
+    interval_95: of cone_mae_deg, azimuth_class_mae_deg (each [low, high] per source) and acc_at_10, by a bootstrap over
+    scenes; by: by circumstance, see BINS.
+    """
+    azimuth, cone = (sorted_angles(angle.double().cpu()) for angle in (azimuth, cone))
+    error = torch.rad2deg((cone - truth.cone).abs())                    # [clip, src]
+    classes = (angle_class(azimuth) - angle_class(truth.azimuth)).abs().double() * (180 / NUM_CLASSES)
+    hit = error <= DETECTION_DEG
+    result = localisation_metrics(azimuth, truth.azimuth, cone, truth.cone)
+    result |= {
+        "acc_at_15": (error <= TOLERANCES_DEG[-1]).double().mean().item(),
+        "both_at_10": hit.all(-1).double().mean().item(),
+        "cone_p90_deg": error.quantile(0.9).item(),
+        "detection_at_10": detection(cone, truth.cone),
+        "interval_95": {"cone_mae_deg": bootstrap(error, truth.scene),
+                        "azimuth_class_mae_deg": bootstrap(classes, truth.scene),
+                        "acc_at_10": bootstrap(hit.double().mean(-1, keepdim=True), truth.scene)[0]},
+        "by": {name: _by_bin(error, values, BINS[name]) for name, values in truth.conditions.items() if name in BINS}}
+    return result
+
+
+def detection(cone: Tensor, truth: Tensor) -> dict[str, float | None]:
+    """Misses, false alarms and fine error at 10 degrees, None without a hit; cone, truth [clip, src] rad, ascending.
+
+    Every estimate is that of one talker at most: of all orders the one with the most hits, then with the least error.
+    As there are as many estimates as talkers, misses and false alarms are equally many.
+    """
+    gap = torch.rad2deg((cone[:, :, None] - truth[:, None]).abs())      # [clip, estimate, talker]
+    best = torch.full((len(cone),), -math.inf, dtype=torch.float64)
+    hits, errors = torch.zeros_like(best), torch.zeros_like(best)
+    for order in torch.cartesian_prod(*[torch.arange(cone.shape[1])] * cone.shape[1]).view(-1, cone.shape[1]):
+        if len(order.unique()) < len(order):
+            continue
+        matched = gap[:, order, torch.arange(cone.shape[1])]
+        near = matched <= DETECTION_DEG
+        count, error = near.double().sum(-1), torch.where(near, matched, 0.0).sum(-1)
+        value = count - 1e-6 * error
+        better = value > best
+        best, hits, errors = (torch.where(better, new, old) for new, old in
+                              ((value, best), (count, hits), (error, errors)))
+    missed = 1 - float(hits.sum()) / cone.numel()
+    fine = float(errors.sum() / hits.sum()) if hits.sum() > 0 else None
+    return {"mdr": missed, "far": missed, "fine_error_deg": fine}
+
+
+def bootstrap(values: Tensor, scene: Tensor) -> list[list[float]]:
+    """95 % intervals of the means of values [clip, column]: whole scenes are drawn, since the clips of one are alike.
+
+    scene [clip] int64. [[low, high] per column]; the draws are always the same.
+    """
+    _, cluster = scene.unique(return_inverse=True)
+    number = int(cluster.max()) + 1
+    sums = torch.zeros(number, values.shape[1], dtype=torch.float64).index_add_(0, cluster, values)
+    counts = torch.bincount(cluster, minlength=number).double()
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(number, (RESAMPLES, number), generator=generator)
+    ones = torch.ones_like(chosen, dtype=torch.float64)
+    weight = torch.zeros_like(ones).scatter_add_(1, chosen, ones)
+    means = (weight @ sums) / (weight @ counts)[:, None]
+    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+
+
+def _by_bin(error: Tensor, values: Tensor, edges: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Cone errors [clip, src] degrees by a condition [clip, src] or [clip]; bins that hold nothing are left out."""
+    values = values if values.ndim == 2 else values[:, None].expand_as(error)
+    rows = []
+    for low, high in zip(edges, edges[1:]):
+        inside = (values >= low) & ((values < high) | ((values == high) & (high == edges[-1])))
+        if inside.any():
+            picked = error[inside]
+            rows.append({"from": low, "to": high if math.isfinite(high) else None, "num_sources": len(picked),
+                         "cone_mae_deg": picked.mean().item(), "cone_median_deg": picked.median().item(),
+                         "acc_at_10": (picked <= DETECTION_DEG).double().mean().item()})
+    return rows
+
+
+def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:
+    """What a listener who knows both cone angles and both distances exactly would answer: [clip, src] rad, ascending.
+
+    Posterior medians of the sorted azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the
+    300 sampled sources nearest in (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
+    """
+    generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)
+    scenes = sample_scenes(cfg, FLOOR_SAMPLES // cfg.num_src, generator=generator)
+    scenes = scenes[scenes.valid.nonzero().squeeze(-1)]
+
+    def place(cone: Tensor, distance: Tensor) -> Tensor:
+        return torch.stack((torch.rad2deg(cone), DISTANCE_WEIGHT_DEG * distance.log()), -1).flatten(0, 1).float()
+
+    samples, azimuth = place(scenes.cone_angle, scenes.distance), scenes.azimuth.abs().flatten().float()
+    nearest = [azimuth[torch.cdist(part, samples).topk(NEIGHBOURS, largest=False).indices]
+               for part in place(truth.cone, truth.conditions["distance_m"]).split(200)]
+    grid = torch.linspace(0, math.pi, 721)
+    near = torch.cat(nearest).sort(-1).values.view(*truth.cone.shape, -1)
+    cdf = torch.searchsorted(near, grid.expand(*near.shape[:2], -1).contiguous(), right=True) / NEIGHBOURS
+    return grid[(order_statistics(cdf) < 0.5).sum(-1).clamp(max=len(grid) - 1)].double()

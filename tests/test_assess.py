@@ -1,0 +1,128 @@
+"""A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_protocol import folder, speech  # noqa: F401  fixtures
+
+from ssl_gpu import assess as assessing
+from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu.assess import assess
+from ssl_gpu.checkpoint import save_checkpoint
+from ssl_gpu.config import RunConfig, from_mapping, to_mapping
+from ssl_gpu.evaluate import build_localizer
+from ssl_gpu.protocol import SetOptions
+
+TINY = {"model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},
+        "train": {"device": "cpu", "steps": 1},
+        "speech": {"voices_speakers": 6, "voices_utterances": 2, "voices_duration_s": 3.2}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of an untrained network."""
+    cfg = from_mapping(RunConfig, TINY)
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
+    save_checkpoint(path, model=build_localizer(cfg), optimizer=None, ema=None, step=7, config=to_mapping(cfg),
+                    extra={})
+    return path
+
+
+class Told:
+    """In place of a localiser: answers with the true angles, and remembers what it was told."""
+
+    def __init__(self, clips):
+        self.clips, self.spacings, self.target = iter(clips), [], from_mapping(RunConfig, TINY).target
+
+    def __call__(self, spacing):
+        self.spacings.append(spacing)
+        return self
+
+    def estimate(self, audio, law):
+        part = next(self.clips)
+        assert torch.equal(part.audio, audio)
+        return law.angle_map.cone_to_azimuth(part.cone.float()), part.cone.float()
+
+
+def test_the_truth_scores_as_the_floor_and_nothing_else_does(speech, folder, monkeypatch):  # noqa: F811
+    """Cone errors of nothing, azimuths as good as with the cone angles known; the classical ones and chance behind."""
+    options = SetOptions(speech, torch.device("cpu"), 60, str(folder))
+    known = {name: list(assessing.clips_of(name, options)) for name in ("e1", "e1p", "e3")}
+    monkeypatch.setattr(assessing, "clips_of", lambda name, options: iter(known[name]))
+    told = Told([part for name in ("e1", "e1p", "e3") for part in known[name]])
+    found = dict(assess(["e1", "e0b", "e1p", "e3"], options, told))
+    assert list(found) == ["e1", "e0b", "e1p", "e3"] and found["e0b"] is found["e1"]
+    assert told.spacings == pytest.approx([0.1, 0.1, 0.09 * 340 / 343])
+    for name, assessment in found.items():
+        result = assessment.result
+        assert result["cone_mae_deg"] == pytest.approx([0, 0], abs=1e-3) and result["num_clips"] == 60
+        assert sum(result["chance"]["cone_mae_deg"]) > 20 and sum(result["baseline"]["cone_mae_deg"]) > 1
+        assert assessment.cone.shape == (60, 2)
+        if name in ("e1", "e0b"):
+            assert result["azimuth_class_mae_deg"] == pytest.approx(result["floor"]["exact_cone"], abs=0.3)
+        else:
+            assert result["floor"] is None and result["azimuth_mae_deg"] == pytest.approx([0, 0], abs=1e-3)
+    assert found["e1"].result["eval_digest"] != found["e1p"].result["eval_digest"]
+
+
+def run(*arguments):
+    return evaluate_cli.main([str(argument) for argument in arguments])
+
+
+def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for name in ("a", "b"):
+        assert run(checkpoint, "--sets", "e1,e1n5", "--clips", 4, "--json", f"{name}.json", "--manifest", name) == 0
+        results.append(json.loads(Path(f"{name}.json").read_text()))
+    assert results[0] == results[1] and list(results[0]) == ["e1", "e1n5"]
+    assert results[0]["e1"]["steps"] == 7 and results[0]["e1"]["num_clips"] == 4
+    assert {"baseline", "chance", "eval_digest", "cone_mae_deg", "acc_at_10", "floor"} <= set(results[0]["e1"])
+    lines = Path("a/e1.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[0])["diffuse_snr_db"] is None
+    assert json.loads(Path("b/e1n5.jsonl").read_text().splitlines()[3])["diffuse_snr_db"] == 5.0
+    table = capsys.readouterr().out
+    assert results[0]["e1"]["eval_digest"] in table and "GCC-PHAT, max" in table and "floor" in table
+
+
+def test_baselines_need_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    change = [f"speech.{key}={value}" for key, value in TINY["speech"].items()]
+    assert run(*change, "train.device=cpu", "--sets", "e1p", "--clips", 3, "--json", "a.json") == 0
+    [result] = json.loads(Path("a.json").read_text()).values()
+    assert "cone_mae_deg" not in result and result["baseline"]["num_clips"] == 3 and result["steps"] is None
+    assert "model" not in capsys.readouterr().out
+
+
+def test_page_holds_tables_and_plots(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run(checkpoint, "--sets", "e1", "--clips", 4, "--html", tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text()
+    assert text.startswith("<!doctype html>") and text.count("data:image/png;base64,iVBOR") == 2
+    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--sets", "e1,e9"], "--sets must be of e0, e0b, e1, e1p, e1n5, e2, e3, got 'e9'"),
+    (["--sets", "e1", "--clips", "0"], "--clips must be >= 1, got 0"),
+    (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
+    (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),
+    (["--sets", "e1", "--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
+    (["--clips", "3"], "--clips goes with --sets"),
+    (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
+    (["--sets", "e1", "rir.sample_rate=8000", "features.band_hz=[100, 3900]"],
+     "the evaluation sets are at 16000 Hz, the model's rir.sample_rate is 8000"),
+])
+def test_mistake_costs_one_line(arguments, message, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):
+    assert run() == 2
+    assert capsys.readouterr().err == "error: a checkpoint is needed, or --sets for the baselines alone\n"

@@ -1,0 +1,193 @@
+"""The evaluation sets: what they are made of, that they are the same everywhere, and that training never meets them."""
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.testing import assert_close
+
+from ssl_gpu import protocol, rng
+from ssl_gpu.clips import DERIVED, Digest, Truth
+from ssl_gpu.protocol import NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, num_blocks, read_measured
+from ssl_gpu.scene import SceneConfig, original_scenes, sample_scenes
+from ssl_gpu.speech import make_bank
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """Noise of 5 speakers, 4 utterances each, a little less or more than 3 s."""
+    length = torch.tensor([NUM_SAMPLES + 1000 * (k % 4) - 1500 for k in range(20)])
+    samples = (3000 * torch.randn(int(length.sum()), generator=torch.Generator().manual_seed(0))).to(torch.int16)
+    names = tuple(f"{k // 4}/{k}.flac" for k in range(20))
+    return make_bank(samples, length, torch.arange(20) // 4, names, 16000)
+
+
+def all_clips(name, speech, count, **options):
+    return list(clips_of(name, SetOptions(speech, CPU, count, **options)))
+
+
+def plain(entries):
+    """Without what follows from the rest, whose last digits depend on how many clips are made at once."""
+    return [{key: value for key, value in entry.items() if key not in DERIVED} for entry in entries]
+
+
+def digest_of(parts):
+    digest = Digest()
+    for part in parts:
+        digest.add(part)
+    return str(digest)
+
+
+def test_original_protocol_uses_its_rooms_and_every_utterance_once_as_the_first_talker(speech):
+    scenes, crops, room = draw_original(SetOptions(speech, CPU))
+    assert torch.equal(crops.utterance[:, 0], torch.arange(20)) and (crops.offset == 0).all()
+    assert (speech.speaker[crops.utterance[:, 0]] != speech.speaker[crops.utterance[:, 1]]).all()
+    assert room.min() >= 0 and room.max() < 200
+    original = original_scenes()
+    assert torch.equal(scenes.src_pos, original.src_pos[room])
+    [clips] = all_clips("e0", speech, None)
+    assert [entry["num_images"] for entry in clips.entries] == original.num_images[room].tolist()
+    assert torch.equal(clips.scene, room) and clips.audio.shape == (20, 2, NUM_SAMPLES)
+
+
+@pytest.mark.parametrize("name", ["e1", "e1p", "e1n5"])
+def test_fewer_clips_are_the_first_ones_and_the_digest_knows_them(name, speech):
+    some, more = (all_clips(name, speech, count) for count in (3, 55))
+    assert [len(part.audio) for part in more] == [50, 5] and num_blocks(name, SetOptions(speech, CPU, 55)) == 2
+    assert_close(some[0].audio, more[0].audio[:3], rtol=0, atol=1e-5 * float(some[0].audio.abs().max()))
+    assert plain(some[0].entries) == plain(more[0].entries)[:3]
+    again = all_clips(name, speech, 3)
+    assert digest_of(some) == digest_of(again) != digest_of(more)
+    changed = replace(some[0], draws=(some[0].draws[0] + 1e-6, *some[0].draws[1:]))
+    assert digest_of([changed]) != digest_of(some)
+    other = [{**entry, "measured": None} for entry in some[0].entries]
+    assert digest_of([replace(some[0], entries=other)]) == digest_of(some)
+    assert json.loads(json.dumps(some[0].entries)) == some[0].entries
+
+
+def test_sets_differ_in_what_they_say_they_differ_in(speech):
+    [clean], [noisy], [planar], [b] = (all_clips(name, speech, 8) for name in ("e1", "e1n5", "e1p", "e0b"))
+    assert torch.equal(clean.audio, b.audio) and torch.equal(clean.cone, noisy.cone)
+    noise = noisy.audio - clean.audio
+    snr = 10 * torch.log10(clean.audio.square().mean((1, 2)) / noise.square().mean((1, 2)))
+    assert_close(snr, torch.full((8,), 5.0), rtol=0, atol=1e-3)
+    assert (noisy.conditions["snr_db"] == 5).all() and clean.conditions["snr_db"].isinf().all()
+    assert_close(planar.cone, planar.azimuth.abs(), rtol=0, atol=1e-6)
+    assert not torch.allclose(clean.cone, clean.azimuth.abs(), atol=0.01)
+
+
+def test_circumstances_are_those_of_the_clips(speech):
+    [clips] = all_clips("e1", speech, 6)
+    conditions = clips.conditions
+    for row, entry in enumerate(clips.entries):
+        src, centre = np.array(entry["src_pos"]), np.array(entry["array_pos"][0])
+        np.testing.assert_allclose(conditions["distance_m"][row], np.linalg.norm(src - centre, axis=-1))
+        cosine = (src - centre)[:, 0] / np.linalg.norm(src - centre, axis=-1)
+        np.testing.assert_allclose(conditions["angle_deg"][row], np.degrees(np.arccos(cosine)), atol=1e-6)
+        assert entry["measured"]["drr_db"] == conditions["drr_db"][row].tolist()
+        first, second = map(speech.names.index, entry["utterances"])
+        assert first // 4 != second // 4
+    truth = Truth.of([clips])
+    order = clips.cone.argsort(-1)
+    assert torch.equal(truth.conditions["t20_s"], conditions["t20_s"].gather(-1, order))
+    assert torch.equal(truth.conditions["separation_deg"], conditions["separation_deg"])
+
+
+def test_no_scene_of_evaluation_occurs_in_training(speech):
+    """Other random streams: not one position of a thousand scenes of any training seed is one of the sets'."""
+    fresh = [draw_fresh(SetOptions(speech, CPU), planar)[0].mic_pos[:, 0] for planar in (False, True)]
+    known = {tuple(row) for part in (*fresh, original_scenes().mic_pos[:, 0]) for row in part.tolist()}
+    assert len(known) > 6000
+    for seed in (0, 1, *protocol.SEEDS.values()):
+        for step in range(5):
+            generator = rng.generator(seed, rng.Split.TRAIN, rng.Stream.SCENE, step)
+            scenes = sample_scenes(SceneConfig(), 100, generator=generator)
+            assert not {tuple(row) for row in scenes.mic_pos[:, 0].tolist()} & known
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four measured RIRs, each a delta per channel; a source beyond channel 2 reaches it first."""
+    rirs = []
+    for index, (cone, late) in enumerate(((0.0, 4), (90.0, 0), (60.0, 2), (180.0, -4))):
+        audio = np.zeros((300 + index, 2), np.float32)
+        audio[100, 1] = audio[100 + late, 0] = 0.5
+        soundfile.write(tmp_path / f"{index}.wav", audio, 16000, subtype="FLOAT")
+        rirs.append({"file": f"{index}.wav", "cone_deg": cone, "configuration": "a" if index < 3 else "b",
+                     "rt60_s": 0.5, "distance_m": 1.0 + index})
+    index = {"mic_spacing_m": 0.09, "speed_of_sound": 343.0, "rirs": rirs}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_measured_rooms_are_heard_as_their_index_says(folder, speech):
+    """The only pairs are of the first three RIRs; each clip is two utterances of equal power through two of them."""
+    [clips] = all_clips("e3", speech, 12, folder=str(folder))
+    assert clips.audio.shape == (12, 2, NUM_SAMPLES)
+    assert set(map(tuple, torch.rad2deg(clips.cone).round().tolist())) <= {
+        (a, b) for a in (0.0, 60.0, 90.0) for b in (0.0, 60.0, 90.0) if a != b}
+    dry, response = clips.draws
+    assert_close(dry.square().mean(-1), torch.ones(12, 2))
+    expected = sum(torch.nn.functional.conv1d(torch.nn.functional.pad(dry[0, s], (responses.shape[-1] - 1, 0))[None],
+                                              responses[None, None].flip(-1))[0]
+                   for s, responses in enumerate(response[0, 1]))
+    assert_close(clips.audio[0, 1], expected, rtol=0, atol=1e-4)
+    assert clips.conditions["distance_m"].max() <= 3 and (clips.conditions["t20_s"] == 0.5).all()
+    assert float((clips.mic_pos[0, 1] - clips.mic_pos[0, 0]).norm()) == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda index: index["rirs"].clear(), "must hold at least 2 rirs with 0 <= cone_deg <= 180, got 0"),
+    (lambda index: index["rirs"][1].update(cone_deg=181),
+     "must hold at least 2 rirs with 0 <= cone_deg <= 180, got 181"),
+    (lambda index: index["rirs"][1].pop("cone_deg"), "must hold mic_spacing_m, speed_of_sound and rirs with file and "
+                                                     "cone_deg, got KeyError 'cone_deg'"),
+    (lambda index: index.pop("mic_spacing_m"), "must hold mic_spacing_m, speed_of_sound and rirs with file and "
+                                               "cone_deg, got KeyError 'mic_spacing_m'"),
+    (lambda index: index["rirs"][2].update(mic_spacing_m=0.2), "must have one mic_spacing_m"),
+    (lambda index: index["rirs"][0].update(file="none.wav"), "none.wav"),
+])
+def test_a_folder_that_cannot_be_is_refused_in_one_line(change, message, folder):
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError) as error:
+        read_measured(str(folder))
+    assert str(error.value).startswith("e3.dir: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_set_has_not_got_is_one_line(tmp_path, speech):
+    with pytest.raises(ValueError, match="^e3 needs a folder of measured RIRs: e3.dir=DIR$"):
+        all_clips("e3", speech, 1)
+    with pytest.raises(ValueError, match="^e3.dir: cannot read .*index.json: No such file or directory$"):
+        read_measured(str(tmp_path))
+    with pytest.raises(ValueError, match="^sets must be of e0, e0b, e1, e1p, e1n5, e2, e3, got 'e4'$"):
+        all_clips("e4", speech, 1)
+    with pytest.raises(ValueError, match="^the evaluation sets are made of speech at 16000 Hz, got 8000 Hz"):
+        all_clips("e1", replace(speech, sample_rate=8000), 1)
+    silence, pair = torch.zeros(10, dtype=torch.int16), torch.tensor([5, 5])
+    lonely = make_bank(silence, pair, torch.tensor([0, 0]), ("a", "b"), 16000)
+    with pytest.raises(ValueError, match="^e0 needs speech of at least 2 speakers, got 1$"):
+        all_clips("e0", lonely, 1)
+
+
+def test_rooms_of_the_other_simulator_are_those_of_e1(speech):
+    """The same geometry and utterances; direct sound where 343 m/s puts it, and no RT60 it cannot have is an error."""
+    pytest.importorskip("pyroomacoustics")
+    [clips], [ours] = (all_clips(name, speech, 2) for name in ("e2", "e1"))
+    assert torch.equal(clips.cone, ours.cone) and torch.equal(clips.draws[0], ours.draws[0])
+    assert clips.entries[0]["simulator"].startswith("pyroomacoustics 0.10")
+    rooms = draw_fresh(SetOptions(speech, CPU))[0][:1]
+    rir = protocol._their_rirs(protocol.import_pyroomacoustics(), rooms, 0)
+    dist = torch.linalg.vector_norm(rooms.src_pos[0][None] - rooms.mic_pos[0][:, None], dim=-1)
+    for m, s in np.ndindex(2, 2):
+        tap = float(dist[m, s]) / 343 * 16000
+        near = np.abs(rir[m, s, int(tap) - 2:int(tap) + 4])
+        assert near.max() == np.abs(rir[m, s, :int(tap) + 4]).max()
+    dead = replace(rooms, rt60=torch.tensor([0.03], dtype=torch.float64))
+    assert math.isfinite(np.abs(protocol._their_rirs(protocol.import_pyroomacoustics(), dead, 0)).max())

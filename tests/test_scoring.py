@@ -1,0 +1,80 @@
+"""Scores of cases done by hand, intervals and floors of known laws."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_gpu.clips import Truth
+from ssl_gpu.metrics import build_angle_map
+from ssl_gpu.scene import SceneConfig, sample_scenes
+from ssl_gpu.scoring import BINS, bayes_azimuth, bootstrap, detection, score_angles
+
+
+def rad(*degrees):
+    return torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+
+
+def truth_of(cone, scene=None, **conditions):
+    return Truth(cone, cone, torch.arange(len(cone)) if scene is None else scene, conditions)
+
+
+def test_scores_of_a_case_done_by_hand():
+    truth = truth_of(rad(20, 100, 40, 160).view(2, 2), separation_deg=torch.tensor([80.0, 120.0]),
+                     drr_db=torch.tensor([[-10.0, 0.0], [0.0, math.nan]]))
+    heard = rad(32, 98, 40, 153).view(2, 2)  # off by 12, 2, 0, 7
+    score = score_angles(heard, heard, truth)
+    assert score["cone_mae_deg"] == pytest.approx([6, 4.5]) and score["cone_median_deg"] == pytest.approx(4.5)
+    assert (score["acc_at_5"], score["acc_at_10"], score["acc_at_15"], score["both_at_10"]) == (0.5, 0.75, 1.0, 0.5)
+    assert score["detection_at_10"] == pytest.approx({"mdr": 0.25, "far": 0.25, "fine_error_deg": 3.0})
+    assert score["cone_p90_deg"] == pytest.approx(np.quantile([12, 2, 0, 7], 0.9))
+    [row] = score["by"]["separation_deg"]
+    assert (row["from"], row["to"], row["num_sources"]) == (70, 180, 4) and row["cone_mae_deg"] == pytest.approx(5.25)
+    rows = {bin["from"]: bin for bin in score["by"]["drr_db"]}
+    assert rows[-40]["cone_mae_deg"] == pytest.approx(12) and rows[-2]["cone_mae_deg"] == pytest.approx(1)
+    assert sum(bin["num_sources"] for bin in rows.values()) == 3        # an unknown one is in no bin
+    assert json.loads(json.dumps(score)) == score
+
+
+def test_bins_hold_their_edges():
+    for edges in BINS.values():
+        truth = truth_of(rad(10, 20).expand(len(edges), 2), x=torch.tensor(edges, dtype=torch.float64))
+        truth.conditions[next(name for name in BINS if BINS[name] is edges)] = truth.conditions.pop("x")
+        [rows] = score_angles(truth.cone, truth.cone, truth)["by"].values()
+        assert sum(row["num_sources"] for row in rows) == 2 * len(edges)
+
+
+def test_detection_takes_the_order_with_most_hits():
+    """Sorted against sorted nothing is near; one estimate is that of the other talker."""
+    assert detection(rad(35, 160)[None], rad(20, 41)[None]) == pytest.approx(
+        {"mdr": 0.5, "far": 0.5, "fine_error_deg": 6.0})
+    assert detection(rad(20, 20)[None], rad(20, 90)[None])["mdr"] == 0.5  # one estimate is of one talker only
+    nothing = detection(rad(0, 0)[None], rad(90, 120)[None])
+    assert nothing["mdr"] == 1 and nothing["fine_error_deg"] is None
+
+
+def test_intervals_cover_their_mean_and_draw_whole_scenes():
+    """Of 400 clips an interval is four standard errors wide; of 40 scenes of ten equal clips each, as of 40 clips."""
+    values = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    [[low, high]] = bootstrap(values, torch.arange(400))
+    assert low < float(values.mean()) < high and (high - low) == pytest.approx(4 / 20 * 0.98, rel=0.15)
+    few = values[:40].repeat_interleave(10, 0)
+    [[low, high]] = bootstrap(few, torch.arange(40).repeat_interleave(10))
+    assert (high - low) == pytest.approx(4 / math.sqrt(40) * float(values[:40].std()), rel=0.2)
+    assert bootstrap(few, torch.arange(400)) != bootstrap(few, torch.arange(40).repeat_interleave(10))
+    assert bootstrap(values, torch.arange(400)) == bootstrap(values, torch.arange(400))
+
+
+def test_floors_of_the_original_law():
+    """Fresh scenes: 6.9 / 6.9 degrees with the cone angles known, 6.6 / 6.7 with the distances, too."""
+    scenes = sample_scenes(SceneConfig(), 1500, generator=torch.Generator().manual_seed(3))
+    order = scenes.cone_angle.argsort(-1)
+    truth = Truth(scenes.azimuth.abs().sort(-1).values, scenes.cone_angle.gather(-1, order), torch.arange(1500),
+                  {"distance_m": scenes.distance.gather(-1, order)})
+    law = sample_scenes(SceneConfig(), 20000, generator=torch.Generator().manual_seed(4))
+    exact = build_angle_map(law.azimuth, law.cone_angle).cone_to_azimuth(truth.cone)
+    known, floor = (score_angles(azimuth, truth.cone, truth)["azimuth_class_mae_deg"]
+                    for azimuth in (exact, bayes_azimuth(SceneConfig(), truth)))
+    assert known == pytest.approx([6.9, 6.9], abs=0.6) and floor == pytest.approx([6.6, 6.7], abs=0.6)
+    assert sum(floor) < sum(known)
