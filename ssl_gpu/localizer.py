@@ -42,6 +42,8 @@ class TargetConfig:
     grid_deg, sigma_deg: spacing of the grid and width of the labels, for soft labels only.
     emd_weight: weight of the squared earth mover's distance beside the cross-entropy.
     decoding: how a distribution becomes an angle.
+    mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
+        take the mean of both log-probabilities: twice the cost.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -52,6 +54,7 @@ class TargetConfig:
     sigma_deg: float = 3.0
     emd_weight: float = 0.0
     decoding: Decoding = Decoding.MEDIAN
+    mirror: bool = False
 
     def __post_init__(self):
         read_enums(self, "target")
@@ -133,6 +136,15 @@ class Localizer(nn.Module):
             return law.angle_map.cone_to_azimuth(angle), angle
         return angle, law.angle_map.azimuth_to_cone(angle)
 
+    def _hear(self, audio: Tensor) -> Tensor:
+        """Logits for evaluation: as they are, or the mean with those of the mirrored clip. An angle a becomes pi - a,
+        and the smallest the largest."""
+        logits = self(audio)
+        if not self.target.mirror:
+            return logits
+        mirrored = self(audio.flip(1)).flip(1, 2)
+        return 0.5 * (logits.log_softmax(-1) + mirrored.log_softmax(-1))
+
     @torch.no_grad()
     def estimate(self, audio: Tensor, law: SceneLaw, chunk: int = 64) -> tuple[Tensor, Tensor]:
         """audio [batch, mic=2, sample] -> azimuth and cone angle of every talker, each [batch, src] rad ascending,
@@ -141,7 +153,7 @@ class Localizer(nn.Module):
         The module must be in eval mode; `chunk` clips at a time.
         Raises FloatingPointError when the network gives a NaN or an infinity.
         """
-        logits = torch.cat([self(part) for part in audio.split(chunk)])
+        logits = torch.cat([self._hear(part) for part in audio.split(chunk)])
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
         return self.angles(logits, law)

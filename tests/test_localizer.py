@@ -1,0 +1,42 @@
+"""What a localiser makes of a clip heard the other way round."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ssl_gpu.features import FeatureConfig
+from ssl_gpu.localizer import Localizer, TargetConfig, scene_law
+from ssl_gpu.model import ModelConfig
+from ssl_gpu.scene import SceneConfig
+
+
+@pytest.fixture(scope="module")
+def law():
+    return scene_law(SceneConfig(), 0)
+
+
+def localizer(**target):
+    torch.manual_seed(0)
+    model, features = ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4, num_delays=17)
+    return Localizer(model, features, TargetConfig(**target), SceneConfig(), 16000).eval()
+
+
+@pytest.mark.parametrize("target", [{}, {"angle": "azimuth"}, {"labels": "hard"}])
+def test_mirrored_hearing_gives_mirrored_angles_for_exchanged_microphones(target, law):
+    """Exactly, whatever the weights; and without it a network that nobody trained does not."""
+    audio = torch.randn(6, 2, 16000, generator=torch.Generator().manual_seed(1))
+    learned = 0 if target.get("angle") == "azimuth" else 1
+    for mirror in (True, False):
+        network = localizer(mirror=mirror, **target)
+        angle, other = (network.estimate(x, law)[learned] for x in (audio, audio.flip(1)))
+        mirrored = (math.pi - other).flip(-1)
+        assert torch.allclose(angle, mirrored, atol=1e-4) == mirror
+    assert_close(localizer(mirror=True, **target)(audio), localizer(**target)(audio))  # training is as it was
+
+
+def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
+    """The same signal at both microphones: the two angles lie alike to both sides of 90 degrees."""
+    audio = torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(1)).expand(-1, 2, -1)
+    _, cone = localizer(mirror=True).estimate(audio, law)
+    assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
