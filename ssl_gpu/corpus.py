@@ -152,21 +152,29 @@ def decode(path: Path, sample_rate: int, min_duration_s: float) -> np.ndarray | 
     mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if not np.isfinite(mono).all():
         return "samples that are not finite"
+    if not can_resample(file_rate, sample_rate):
+        return f"{file_rate} Hz has too small a common factor with {sample_rate} Hz to be resampled"
     if file_rate != sample_rate:
-        step = math.gcd(file_rate, sample_rate)
-        if file_rate // step * (sample_rate // step) > MAX_RESAMPLE_TAPS:
-            return f"{file_rate} Hz has too small a common factor with {sample_rate} Hz to be resampled"
-        mono = _resample(mono, file_rate, sample_rate)
+        mono = resample(mono, file_rate, sample_rate)
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
 
 
-def _resample(mono: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:
-    """[sample] float32 at `file_rate` (Hz) -> [ceil(sample * sample_rate / file_rate)] at `sample_rate`."""
+def can_resample(file_rate: int, sample_rate: int) -> bool:
+    """Whether the filter between two rates in Hz has a size that memory holds."""
+    step = math.gcd(file_rate, sample_rate)
+    return file_rate == sample_rate or file_rate // step * (sample_rate // step) <= MAX_RESAMPLE_TAPS
+
+
+def resample(audio: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:
+    """[..., sample] float32 at `file_rate` (Hz) -> [..., ceil(sample * sample_rate / file_rate)] at `sample_rate`.
+
+    Raises SpeechError where torchaudio is not installed.
+    """
     try:
-        from torchaudio.functional import resample  # here, so that corpora at the right rate need no torchaudio
+        from torchaudio.functional import resample as to_rate  # here: the right rate needs no torchaudio
     except ImportError as error:
-        raise SpeechError(f"speech at {file_rate} Hz needs torchaudio to become {sample_rate} Hz: {error}") from error
-    return resample(torch.from_numpy(mono), file_rate, sample_rate).numpy()
+        raise SpeechError(f"audio at {file_rate} Hz needs torchaudio to become {sample_rate} Hz: {error}") from error
+    return to_rate(torch.from_numpy(audio), file_rate, sample_rate).numpy()
 
 
 def cache_folder(cache_dir: str | None) -> Path:
