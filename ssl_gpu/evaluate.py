@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any, Collection, Sequence
 
 if __name__ == "__main__":
@@ -13,20 +12,13 @@ if __name__ == "__main__":
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import load_checkpoint, write_json
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
+from ssl_gpu.checkpoint import write_json
+from ssl_gpu.config import RunConfig
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
-from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
+from ssl_gpu.localizer import SceneLaw, scene_law
+from ssl_gpu.pretrained import load_localizer
 from ssl_gpu.report import result_table
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
-
-
-def build_localizer(cfg: RunConfig) -> Localizer:
-    """The localiser of a run, its weights drawn from train.seed. Raises ValueError for a scene it cannot serve."""
-    seed = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.MODEL, 0).initial_seed()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Localizer(cfg.model, cfg.features, cfg.target, cfg.scene, cfg.rir.sample_rate)
 
 
 def eval_speech(cfg: RunConfig) -> SpeechBank:
@@ -62,30 +54,23 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ValueError for an unusable checkpoint, configuration or speech folder.
     """
-    checkpoint = load_checkpoint(path)
-    cfg = from_mapping(RunConfig, apply_overrides(checkpoint.config, overrides))
+    localizer, cfg, step = load_localizer(path, overrides)
     device = runtime.pick_device(cfg.train.device)
-    localizer = build_localizer(cfg)
-    try:
-        localizer.load_state_dict(checkpoint.ema or checkpoint.model)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
     localizer.to(device)
     eval_set, fixed = prepare_eval(cfg, device)
-    return {**score_model(eval_set, localizer), **fixed, "steps": checkpoint.step}
+    return {**score_model(eval_set, localizer), **fixed, "steps": step}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", help="checkpoint.pt of a run, or the run's folder")
+    parser.add_argument("checkpoint", help="checkpoint.pt of a run, the run's folder, or one of ssl_gpu.pretrained")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
     args = parser.parse_intermixed_args(arguments)
-    path = Path(args.checkpoint)
     try:
-        result = evaluate(str(path / "checkpoint.pt" if path.is_dir() else path), args.overrides)
+        result = evaluate(args.checkpoint, args.overrides)
         if args.json:
             write_json(args.json, result)
     except (ValueError, OSError, FloatingPointError) as error:
