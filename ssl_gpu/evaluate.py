@@ -13,10 +13,10 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.config import RunConfig
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import SceneLaw, scene_law
-from ssl_gpu.pretrained import load_localizer
+from ssl_gpu.pretrained import load_localizer, read_weights
 from ssl_gpu.report import result_table
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 
@@ -54,11 +54,12 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ValueError for an unusable checkpoint, configuration or speech folder.
     """
-    localizer, cfg, step = load_localizer(path, overrides)
+    weights = read_weights(path)
+    cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
-    localizer.to(device)
+    localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device)
-    return {**score_model(eval_set, localizer), **fixed, "steps": step}
+    return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

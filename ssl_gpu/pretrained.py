@@ -29,7 +29,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml
+from ssl_gpu.config import RunConfig, from_mapping, load_yaml, save_yaml
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import TrainConfig
 
@@ -61,41 +61,41 @@ def build_localizer(cfg: RunConfig) -> Localizer:
         return Localizer(cfg.model, cfg.features, cfg.target, cfg.scene, cfg.rir.sample_rate)
 
 
-def load_localizer(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Localizer, RunConfig, int]:
-    """A trained localiser on the CPU, its configuration changed by `section.key=value` overrides, and its steps.
+def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path) -> Localizer:
+    """The localiser of a configuration with weights that read_weights found at `path`, in train mode, on the CPU.
 
-    path: a checkpoint.pt, the folder of its run, or a folder of `export`. Averaged weights are taken where there are.
-    Raises ValueError, in one line, for what cannot be read, or whose weights do not fit the configuration.
+    Raises ValueError, in one line that names the path, where they do not fit.
     """
-    weights = read_weights(path)
-    cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     localizer = build_localizer(cfg)
     try:
         localizer.load_state_dict(weights.state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
-    return localizer, cfg, weights.step
+    return localizer
 
 
 def load_pretrained(path: str | Path | None = None) -> tuple[Localizer, RunConfig, str]:
     """A localiser in eval mode on the CPU, its configuration, and a line that describes both.
 
-    path: as for load_localizer, or None for the weights in this package. Raises ValueError as load_localizer does, and
-    when the package holds no weights.
+    path: as for read_weights, or None for the weights in this package. Raises ValueError, in one line, when the package
+    holds none, for what cannot be read, and for weights that do not fit their configuration.
     """
     if path is None and not (PACKAGED / WEIGHTS).is_file():
         raise ValueError(f"this ssl_gpu was packaged without weights: name a run or a checkpoint, or train one and "
                          f"put it there by python -m ssl_gpu.pretrained RUN --out {PACKAGED}")
-    localizer, cfg, step = load_localizer(PACKAGED if path is None else path)
+    weights = read_weights(PACKAGED if path is None else path)
+    cfg = from_mapping(RunConfig, weights.config)
+    localizer = load_localizer(weights, cfg, PACKAGED if path is None else path)
     millions = sum(p.numel() for p in localizer.parameters()) / 1e6
     line = (f"{'the packaged weights' if path is None else path}: {cfg.model.kind.value} model, {millions:.2f} M "
-            f"parameters, {step} steps, for {cfg.scene.num_src} talkers and microphones "
+            f"parameters, {weights.step} steps, for {cfg.scene.num_src} talkers and microphones "
             f"{100 * cfg.scene.aperture:.3g} cm apart")
     return localizer.eval(), cfg, line
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The weights at `path`, a checkpoint.pt, the folder of its run, or a folder of `export`.
+    """The weights at `path`, a checkpoint.pt, the folder of its run, or a folder of `export`; averaged ones where there
+    are.
 
     Raises CheckpointError or ConfigError, both ValueErrors of one line, for what cannot be read.
     """
@@ -136,9 +136,10 @@ def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | 
     check_replaceable(target, OURS, force)
     if not (run / RESULT).is_file():
         raise ValueError(f"{run} must be the folder of a finished run, it holds no {RESULT}")
-    localizer, cfg, step = load_localizer(run)
-    content = safetensors.torch.save(packed(localizer.state_dict()),
-                                     {ABOUT: json.dumps({"format": FORMAT, "step": step})})
+    weights = read_weights(run)
+    cfg = from_mapping(RunConfig, weights.config)
+    content = safetensors.torch.save(packed(load_localizer(weights, cfg, run).state_dict()),
+                                     {ABOUT: json.dumps({"format": FORMAT, "step": weights.step})})
     result = _read_json(run / RESULT)
     log = thinned_log(_read_text(run / METRICS))
     table = None if evaluation is None else _read_json(Path(evaluation))

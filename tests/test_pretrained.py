@@ -11,7 +11,7 @@ from ssl_gpu import checkpoint, pretrained
 from ssl_gpu.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ssl_gpu.config import ConfigError, RunConfig, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evaluate import evaluate
-from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_localizer, load_pretrained, main, packed,
+from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_pretrained, main, packed,
                                 thinned_log, without_places)
 
 TINY = {"speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
@@ -71,10 +71,10 @@ def test_export_holds_what_it_promises(run, exported):
 
 def test_checkpoint_run_and_export_are_the_same_localizer(run, exported):
     """All three give the averaged weights, to the bit, for they are stored in float32 where that fits."""
-    loaded = [load_localizer(path) for path in (run / "checkpoint.pt", run, exported)]
+    loaded = [load_pretrained(path) for path in (run / "checkpoint.pt", run, exported)]
     expected = load_checkpoint(run / "checkpoint.pt").ema
-    for localizer, cfg, step in loaded:
-        assert step == 3 and cfg.model == loaded[0][1].model
+    for localizer, cfg, about in loaded:
+        assert "3 steps" in about and cfg.model == loaded[0][1].model
         assert torch.equal(logits_of(localizer), logits_of(loaded[0][0]))
         assert all(torch.equal(value, expected[name]) for name, value in localizer.state_dict().items())
     assert not torch.equal(logits_of(loaded[0][0]), logits_of(build_localizer(loaded[0][1])))
@@ -83,11 +83,11 @@ def test_checkpoint_run_and_export_are_the_same_localizer(run, exported):
 def test_run_without_averages_gives_its_weights(tmp_path):
     run = make_run(tmp_path / "run", ema=False)
     expected = load_checkpoint(run / "checkpoint.pt").model
-    assert all(torch.equal(value, expected[name]) for name, value in load_localizer(run)[0].state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in load_pretrained(run)[0].state_dict().items())
 
 
 def test_overrides_change_the_configuration_of_an_export(exported):
-    assert load_localizer(exported, ["eval.num_clips=7"])[1].eval.num_clips == 7
+    assert evaluate(str(exported), ["eval.num_clips=7"])["num_clips"] == 7
 
 
 def test_evaluate_takes_an_export(run, exported):
@@ -105,7 +105,7 @@ def test_load_pretrained_listens_and_describes(exported):
 def test_packaged_weights_are_the_default(exported, monkeypatch):
     monkeypatch.setattr(pretrained, "PACKAGED", exported)
     localizer, _, about = load_pretrained()
-    assert torch.equal(logits_of(localizer), logits_of(load_localizer(exported)[0]))
+    assert torch.equal(logits_of(localizer), logits_of(load_pretrained(exported)[0]))
     assert about.startswith("the packaged weights: ")
 
 
@@ -175,7 +175,7 @@ def test_half_precision_loads_into_float32(run, monkeypatch):
     monkeypatch.setattr(pretrained, "MAX_WEIGHTS_BYTES", 60_000)
     export(run, run.parent / "half")
     assert (run.parent / "half" / "weights.safetensors").stat().st_size < 60_000
-    whole, half = load_localizer(run)[0], load_localizer(run.parent / "half")[0]
+    whole, half = load_pretrained(run)[0], load_pretrained(run.parent / "half")[0]
     assert {value.dtype for value in half.state_dict().values()} == {torch.float32}
     for name, value in whole.state_dict().items():
         assert torch.equal(half.state_dict()[name], value.half().float()), name
