@@ -14,8 +14,8 @@ import torch
 from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.config import RunConfig, load_config
-from ssl_gpu.evaluate import build_localizer
 from ssl_gpu.optim import Averaged, Precision, build_optimizer
+from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.train import Run, draw_batch, training_speech
 

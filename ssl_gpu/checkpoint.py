@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import zipfile
@@ -151,6 +152,22 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         raise
     shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def check_replaceable(folder: Path, ours: re.Pattern[str], force: bool) -> None:
+    """Whether an output folder may be made or replaced: it is new or empty, or with --force holds only names that
+    `ours` matches. Raises ValueError where it may not."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {folder}")
+    names = sorted(path.name for path in folder.iterdir())
+    if names and not force:
+        raise ValueError(f"--out must be a new or empty folder, or one to replace by --force, got {folder} "
+                         f"with {names[0]}")
+    strange = [name for name in names if not ours.fullmatch(name)]
+    if strange:
+        raise ValueError(f"--force replaces only what an earlier run wrote, but {folder} holds {strange[0]}")
 
 
 def _sync_folder(folder: Path) -> None:

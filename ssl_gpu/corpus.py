@@ -28,6 +28,7 @@ from tqdm import tqdm
 AUDIO_SUFFIXES = (".flac", ".ogg", ".opus", ".wav")
 CACHE_VERSION = 1  # part of the cache key: raise it when decoding or the cache's layout changes
 MAX_RESAMPLE_TAPS = 1 << 26  # 256 MB of float32; 22,255 Hz -> 16 kHz needs 14 M taps, 44,101 Hz -> 16 kHz 700 M
+RESAMPLE_BLOCK = 1 << 20  # samples resampled at a time
 LIBRISPEECH_SUBSETS = (
     "dev-clean", "dev-other", "test-clean", "test-other", "train-clean-100", "train-clean-360", "train-other-500",
 )
@@ -152,21 +153,41 @@ def decode(path: Path, sample_rate: int, min_duration_s: float) -> np.ndarray | 
     mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if not np.isfinite(mono).all():
         return "samples that are not finite"
+    if not can_resample(file_rate, sample_rate):
+        return f"{file_rate} Hz has too small a common factor with {sample_rate} Hz to be resampled"
     if file_rate != sample_rate:
-        step = math.gcd(file_rate, sample_rate)
-        if file_rate // step * (sample_rate // step) > MAX_RESAMPLE_TAPS:
-            return f"{file_rate} Hz has too small a common factor with {sample_rate} Hz to be resampled"
-        mono = _resample(mono, file_rate, sample_rate)
+        mono = resample(mono, file_rate, sample_rate)
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
 
 
-def _resample(mono: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:
-    """[sample] float32 at `file_rate` (Hz) -> [ceil(sample * sample_rate / file_rate)] at `sample_rate`."""
+def can_resample(file_rate: int, sample_rate: int) -> bool:
+    """Whether the filter between two rates in Hz has a size that memory holds."""
+    step = math.gcd(file_rate, sample_rate)
+    return file_rate == sample_rate or file_rate // step * (sample_rate // step) <= MAX_RESAMPLE_TAPS
+
+
+def resample(audio: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:
+    """[..., sample] float32 at `file_rate` (Hz) -> [..., ceil(sample * sample_rate / file_rate)] at `sample_rate`.
+
+    Block by block: torchaudio holds some forty values per sample, 1 GB for five minutes of 48 kHz in two channels.
+    Raises SpeechError where torchaudio is not installed.
+    """
     try:
-        from torchaudio.functional import resample  # here, so that corpora at the right rate need no torchaudio
+        from torchaudio.functional import resample as to_rate  # here: the right rate needs no torchaudio
     except ImportError as error:
-        raise SpeechError(f"speech at {file_rate} Hz needs torchaudio to become {sample_rate} Hz: {error}") from error
-    return resample(torch.from_numpy(mono), file_rate, sample_rate).numpy()
+        raise SpeechError(f"audio at {file_rate} Hz needs torchaudio to become {sample_rate} Hz: {error}") from error
+    whole = file_rate // math.gcd(file_rate, sample_rate)              # samples that become a whole number of new ones
+    # torchaudio's filter reaches 6 / 0.99 zero crossings of the lower rate to each side.
+    margin = whole * math.ceil(7 * max(1.0, file_rate / sample_rate) / whole)
+    block = max(RESAMPLE_BLOCK // whole, 1) * whole
+    parts = []
+    for start in range(0, audio.shape[-1], block):
+        first = max(start - margin, 0)
+        part = torch.from_numpy(audio[..., first:start + block + margin])
+        skip, size = ((count * sample_rate + file_rate - 1) // file_rate
+                      for count in (start - first, min(block, audio.shape[-1] - start)))
+        parts.append(to_rate(part, file_rate, sample_rate)[..., skip:skip + size])
+    return torch.cat(parts, -1).numpy()
 
 
 def cache_folder(cache_dir: str | None) -> Path:

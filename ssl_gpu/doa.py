@@ -89,19 +89,20 @@ def decode(logits: Tensor, grid: Tensor, how: Decoding = Decoding.MEDIAN) -> Ten
     elif how is Decoding.EXPECTATION:
         angle = (probability * grid).sum(-1)
     elif how is Decoding.MEDIAN:
-        angle = _median(probability, cell_edges(grid))
+        angle = quantile(probability, cell_edges(grid), 0.5)
     else:
         raise ValueError(f"how must be a Decoding, got {how!r}")
     return sorted_angles(angle)
 
 
-def _median(probability: Tensor, edges: Tensor) -> Tensor:
-    """Median [...] of histograms [..., angle] on edges [angle + 1], the mass spread evenly within each cell."""
+def quantile(probability: Tensor, edges: Tensor, share: float) -> Tensor:
+    """Where `share` of histograms [..., angle] lies below, on edges [angle + 1], the mass spread evenly within each
+    cell: [...], 0.5 for the median."""
     cdf = probability.cumsum(-1)
-    cell = (cdf < 0.5).sum(-1, keepdim=True).clamp(max=probability.shape[-1] - 1)
+    cell = (cdf < share).sum(-1, keepdim=True).clamp(max=probability.shape[-1] - 1)
     mass = probability.gather(-1, cell)
     below = cdf.gather(-1, cell) - mass
-    fraction = ((0.5 - below) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)
+    fraction = ((share - below) / mass.clamp(min=torch.finfo(mass.dtype).tiny)).clamp(0, 1)
     low, high = edges[cell], edges[cell + 1]
     return (low + fraction * (high - low)).squeeze(-1)
 

@@ -20,25 +20,18 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.assess import Assessment, assess, check_model, check_set
-from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, write_json, write_text
+from ssl_gpu.checkpoint import write_json, write_text
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
+from ssl_gpu.pretrained import load_localizer, packaged, read_weights
 from ssl_gpu.protocol import SETS, SetOptions
 from ssl_gpu.report import result_table, sets_table
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 from ssl_gpu.webpage import page
 
 NO_RUN = {"train": {"steps": 1}}  # a configuration where there is no checkpoint to have one
-
-
-def build_localizer(cfg: RunConfig) -> Localizer:
-    """The localiser of a run, its weights drawn from train.seed. Raises ValueError for a scene it cannot serve."""
-    seed = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.MODEL, 0).initial_seed()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Localizer(cfg.model, cfg.features, cfg.target, cfg.scene, cfg.rir.sample_rate)
 
 
 def eval_speech(cfg: RunConfig) -> SpeechBank:
@@ -74,28 +67,15 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ValueError for an unusable checkpoint, configuration or speech folder.
     """
-    checkpoint = load_checkpoint(path)
-    cfg = from_mapping(RunConfig, apply_overrides(checkpoint.config, overrides))
+    weights = read_weights(path)
+    cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
-    localizer = load_localizer(checkpoint, cfg, path).to(device)
+    localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device)
-    return {**score_model(eval_set, localizer), **fixed, "steps": checkpoint.step}
+    return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
-def load_localizer(checkpoint: Checkpoint, cfg: RunConfig, path: str) -> Localizer:
-    """The localiser of a configuration with the weights of a checkpoint, the averaged ones where it has them.
-
-    Raises ValueError, naming the checkpoint's path, where they do not fit.
-    """
-    localizer = build_localizer(cfg)
-    try:
-        localizer.load_state_dict(checkpoint.ema or checkpoint.model)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
-    return localizer
-
-
-def evaluate_sets(path: str | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
+def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
                   manifest: str | None = None) -> dict[str, Assessment]:
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
@@ -110,23 +90,23 @@ def evaluate_sets(path: str | None, sets: str, overrides: Sequence[str] = (), co
         raise ValueError(f"--clips must be >= 1, got {count}")
     folders = [text.partition("=")[2] for text in overrides if text.startswith("e3.dir=")]
     overrides = [text for text in overrides if not text.startswith("e3.dir=")]
-    checkpoint = None if path is None else load_checkpoint(path)
-    cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if checkpoint is None else checkpoint.config, overrides))
+    weights = None if path is None else read_weights(path)
+    cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
-    if checkpoint is not None:
+    if weights is not None:
         check_model(cfg)
 
     def localizer_for(spacing: float) -> Localizer:
         scene = replace(cfg.scene, mic_spacing_m=spacing, spacing_jitter_m=0.0)
-        return load_localizer(checkpoint, replace(cfg, scene=scene), path).to(device).eval()
+        return load_localizer(weights, replace(cfg, scene=scene), path).to(device).eval()
 
     options = SetOptions(eval_speech(cfg), device, count, folders[-1] if folders else None)
     for name in names:
         check_set(name, options)
-    found = dict(assess(names, options, None if checkpoint is None else localizer_for,
+    found = dict(assess(names, options, None if weights is None else localizer_for,
                         None if manifest is None else Path(manifest)))
     for assessment in found.values():
-        assessment.result["steps"] = None if checkpoint is None else checkpoint.step
+        assessment.result["steps"] = None if weights is None else weights.step
     return found
 
 
@@ -134,11 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="checkpoint.pt of a run, or the run's folder; with --sets it may "
-                        "be left out, for the baselines alone")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint.pt of a run, the run's folder, or one of "
+                        "ssl_gpu.pretrained; with --sets the packaged weights where it is left out")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu, e3.dir=DIR")
     parser.add_argument("--sets", metavar="NAME,...", help=f"of {', '.join(SETS)}")
+    parser.add_argument("--baselines", action="store_true", help="with --sets: no model, the classical baselines alone")
     parser.add_argument("--clips", type=int, metavar="N", help="with --sets: only the first N clips of each")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
     parser.add_argument("--html", metavar="FILE", help="with --sets: a page with tables and plots; needs matplotlib")
@@ -156,25 +137,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Does what the command line says, and returns the table to be printed. Raises ValueError and OSError."""
-    only = [f"--{name}" for name in ("clips", "html", "manifest") if getattr(args, name) is not None]
+    only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
     if args.sets is None and only:
         raise ValueError(f"{only[0]} goes with --sets")
     if args.checkpoint is None and args.sets is None:
-        raise ValueError("a checkpoint is needed, or --sets for the baselines alone")
+        raise ValueError("a checkpoint is needed, or --sets for the packaged weights")
+    if args.baselines and args.checkpoint is not None:
+        raise ValueError(f"--baselines takes no checkpoint, got {args.checkpoint}")
     for name in ("json", "html"):                                       # before minutes of work
         target = getattr(args, name)
         if target is not None and not Path(target).expanduser().resolve().parent.is_dir():
             raise ValueError(f"--{name} must be a file in an existing folder, got {target}")
     if args.manifest is not None:
         Path(args.manifest).mkdir(parents=True, exist_ok=True)
-    path = None if args.checkpoint is None else Path(args.checkpoint)
-    path = None if path is None else str(path / "checkpoint.pt" if path.is_dir() else path)
     if args.sets is None:
-        result = evaluate(path, args.overrides)
+        result = evaluate(args.checkpoint, args.overrides)
         table = result_table(result)
     else:
         if args.html is not None:
             require_matplotlib()
+        path = None if args.baselines else args.checkpoint or packaged()
         found = evaluate_sets(path, args.sets, args.overrides, args.clips, args.manifest)
         result = {name: assessment.result for name, assessment in found.items()}
         table = sets_table(result)

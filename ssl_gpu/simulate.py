@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_gpu import plots, rng
-from ssl_gpu.checkpoint import replacing_folder, write_json
+from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
 from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
@@ -152,21 +152,6 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
     return entries
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Raises ValueError where the set may not be put: over files, but for those of an earlier set with --force."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {out}")
-    names = sorted(path.name for path in out.iterdir())
-    if names and not force:
-        raise ValueError(f"--out must be a new or empty folder, or one to replace by --force, got {out} "
-                         f"with {names[0]}")
-    strange = [name for name in names if not OURS.fullmatch(name)]
-    if strange:
-        raise ValueError(f"--force replaces only what an earlier run wrote, but {out} holds {strange[0]}")
-
-
 def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
     """The first `count` scenes of a list, or all. Raises ValueError for fewer, or where rir.method refuses one."""
     scenes = read_scenes(path)
@@ -199,7 +184,7 @@ def simulate(args: argparse.Namespace) -> str:
         raise ValueError(f"--num-scenes must be >= 1, got {args.num_scenes}")
     if not 0 <= args.seed <= rng.MAX_SEED:
         raise ValueError(f"--seed must satisfy 0 <= seed <= {rng.MAX_SEED}, got {args.seed}")
-    check_out(out, args.force)
+    check_replaceable(out, OURS, args.force)
     cfg = load_config(RunConfig, args.config, args.overrides)
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
     if given is None and cfg.rir.uses_walls:
@@ -213,7 +198,7 @@ def simulate(args: argparse.Namespace) -> str:
         with torch.no_grad(), replacing_folder(out) as folder:
             entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.plot)
             megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            check_out(out, args.force)  # rendering takes a while
+            check_replaceable(out, OURS, args.force)  # rendering takes a while
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error}") from error
     if args.scenes is not None:

@@ -27,10 +27,11 @@ from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, write_json
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evalset import EvalSet, score_model
-from ssl_gpu.evaluate import build_localizer, prepare_eval
+from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate
+from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.report import result_table
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank

@@ -12,7 +12,7 @@ from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
-from ssl_gpu.evaluate import build_localizer
+from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import SetOptions
 
 TINY = {"model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},
@@ -87,11 +87,11 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     assert results[0]["e1"]["eval_digest"] in table and "GCC-PHAT, max" in table and "floor" in table
 
 
-def test_baselines_need_no_checkpoint(tmp_path, monkeypatch, capsys):
+def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     change = [f"speech.{key}={value}" for key, value in TINY["speech"].items()]
-    assert run(*change, "train.device=cpu", "--sets", "e1p", "--clips", 3, "--json", "a.json") == 0
+    assert run(*change, "train.device=cpu", "--sets", "e1p", "--baselines", "--clips", 3, "--json", "a.json") == 0
     [result] = json.loads(Path("a.json").read_text()).values()
     assert "cone_mae_deg" not in result and result["baseline"]["num_clips"] == 3 and result["steps"] is None
     assert "model" not in capsys.readouterr().out
@@ -112,6 +112,7 @@ def test_page_holds_tables_and_plots(checkpoint, tmp_path):
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),
     (["--sets", "e1", "--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
     (["--clips", "3"], "--clips goes with --sets"),
+    (["--baselines"], "--baselines goes with --sets"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
     (["--sets", "e1", "rir.sample_rate=8000", "features.band_hz=[100, 3900]"],
      "the evaluation sets are at 16000 Hz, the model's rir.sample_rate is 8000"),
@@ -125,4 +126,4 @@ def test_mistake_costs_one_line(arguments, message, checkpoint, tmp_path, monkey
 
 def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):
     assert run() == 2
-    assert capsys.readouterr().err == "error: a checkpoint is needed, or --sets for the baselines alone\n"
+    assert capsys.readouterr().err == "error: a checkpoint is needed, or --sets for the packaged weights\n"

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ssl_gpu"
 ORDER = ["checks", "runtime", "geometry", "acoustics", "rng", "convolve", "directivity", "original", "scene", "voices",
          "corpus", "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms", "measure", "mixture",
          "conformer", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "optim",
-         "checkpoint", "scenelist", "config", "clips", "protocol", "scoring", "assess", "report", "plots", "webpage",
-         "evaluate", "train", "trials", "choices", "methods", "fidelity", "simulate", "localize"]
+         "checkpoint", "scenelist", "config", "pretrained", "clips", "protocol", "scoring", "assess", "report", "plots",
+         "webpage", "evaluate", "train", "trials", "choices", "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}

@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import io
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -133,6 +134,18 @@ def test_only_resampling_needs_torchaudio(tmp_path, monkeypatch):
     assert len(bank_of(tmp_path / "same", tmp_path).samples) == RATE
     with pytest.raises(SpeechError, match="8000 Hz needs torchaudio to become 16000 Hz"):
         bank_of(tmp_path / "other", tmp_path)
+
+
+@pytest.mark.parametrize("rates", [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 44100), (22050, 16000)])
+@pytest.mark.parametrize("num_samples", [1, 3000, 10_007])
+def test_resampling_block_by_block_equals_the_whole(monkeypatch, rates, num_samples):
+    from torchaudio.functional import resample
+    audio = np.random.default_rng(0).standard_normal((2, num_samples)).astype(np.float32)
+    monkeypatch.setattr(corpus_module, "RESAMPLE_BLOCK", 1000)
+    expected = resample(torch.from_numpy(audio), *rates).numpy()
+    found = corpus_module.resample(audio, *rates)
+    assert found.shape == expected.shape == (2, math.ceil(num_samples * rates[1] / rates[0]))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_importing_needs_no_torchaudio_and_no_device():

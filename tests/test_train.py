@@ -19,6 +19,7 @@ from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, load_config
+from ssl_gpu.pretrained import build_localizer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -323,7 +324,7 @@ def test_shipped_configs_load(name):
 def test_default_model_is_small_and_the_original_is_the_originals():
     def parameters(name):
         cfg = load_config(RunConfig, CONFIGS / f"{name}.yaml")
-        return sum(p.numel() for p in evaluate_cli.build_localizer(cfg).parameters())
+        return sum(p.numel() for p in build_localizer(cfg).parameters())
 
     assert parameters("librispeech") <= 3_000_000
     assert parameters("original") == 57_102_224

@@ -1,0 +1,348 @@
+"""Where the talkers of a recording are: python -m ssl_gpu.localize RECORDING [CHECKPOINT].
+
+RECORDING is any file that soundfile reads, with two channels, one per microphone, or more and --channels to choose two.
+CHECKPOINT is a run, its checkpoint.pt or a folder of ssl_gpu.pretrained; without it the weights in the package listen.
+
+Each window of the recording (all of it if it is at most two training clips long, else clips that overlap by half) gets
+one angle per talker, with half of what the central 80 % of its distribution spans as its spread. The number of talkers
+is not found out: it is the one of the training, two by default, and all are assumed to speak in every window. An angle
+is a cone angle, between the talker's direction and the line through the microphones: 0 degrees lie on the line beyond
+the second of the two channels, 180 beyond the first, 90 across. Front and back, above and below sound the same to two
+microphones. The labels of the training are Gaussians (target.sigma_deg), which the spread never gets much below.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.checkpoint import write_json
+from ssl_gpu.config import RunConfig
+from ssl_gpu.corpus import can_resample, resample
+from ssl_gpu.doa import cell_edges, decode, quantile
+from ssl_gpu.features import DelayMap
+from ssl_gpu.localizer import Localizer, Target
+from ssl_gpu.model import ModelKind, SSLModel
+from ssl_gpu.pretrained import load_pretrained
+
+REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
+SPREAD_SHARE = 0.8           # of a distribution, in its middle
+MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
+FORWARD_S = 15.0             # how much audio is in the network at a time
+BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
+# Relative; beyond it a line advises to train. Told of its spacing, a model of 10 cm, 928 steps old, had a cone MAE of
+# 3.6 / 4.5 degrees at 8 cm, 3.1 / 4.1 at 9, 2.8 / 3.6 at 10, 4.0 / 4.0 at 11 and 3.5 / 5.1 at 15, each on 192 clips of
+# its own simulator; not told, 7.9 / 8.1 at 9 and 14.2 / 12.9 at 8.
+SPACING_TOLERANCE = 0.1
+SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
+SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
+QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Two channels of a file: audio [mic=2, sample] float32 at sample_rate (Hz), the rate of the model; channels are
+    their numbers in the file, from 1. warnings: what may spoil the result, one line each."""
+
+    audio: Tensor
+    sample_rate: int
+    file_rate: int
+    channels: tuple[int, int]
+    warnings: tuple[str, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return self.audio.shape[-1] / self.sample_rate
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """What was heard, window by window: start_s, end_s and level_db (of the sum of both channels' powers, relative to
+    full scale) [window]; angle_deg, ascending, and spread_deg [window, track]; counts [window] bool, False for what is
+    too quiet to count; median_deg [track] over the windows that count."""
+
+    start_s: Tensor
+    end_s: Tensor
+    level_db: Tensor
+    counts: Tensor
+    angle_deg: Tensor
+    spread_deg: Tensor
+    median_deg: Tensor
+
+
+def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) -> Recording:
+    """Two channels of an audio file, resampled to `sample_rate` (Hz).
+
+    channels: their numbers from 1, first and second microphone; None for the two that a file of two has.
+    Raises ValueError, in one line, for what is no audio, has no samples, not these channels, samples that are not
+    finite or nothing but silence, and for a rate that cannot be turned into the model's.
+    """
+    try:
+        with open(path, "rb"):                                          # soundfile's error does not say why
+            pass
+        with soundfile.SoundFile(path) as file:
+            pair, file_rate = _choose(path, channels, file.channels), file.samplerate
+            index = [number - 1 for number in pair]
+            # Block by block: of an hour of eight channels, only the two are held.
+            blocks = [block.T[index] for block in file.blocks(BLOCK, dtype="float32", always_2d=True)]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no audio that can be read (wav, flac, ogg, opus, mp3): "
+                         f"{' '.join(str(error).split())}") from error
+    if not blocks:
+        raise ValueError(f"{path} holds no samples")
+    audio = np.concatenate(blocks, 1)                                   # [mic, sample]
+    del blocks                                                          # hundreds of MB of a long file
+    finite = np.isfinite(audio).all(1)
+    if not finite.all():
+        raise ValueError(f"{path} holds samples that are not finite, in channel {pair[int(finite.argmin())]}")
+    if not audio.any():
+        raise ValueError(f"{path} holds nothing but silence in channels {pair[0]} and {pair[1]}")
+    if not can_resample(file_rate, sample_rate):
+        raise ValueError(f"{path}: {file_rate} Hz has too small a common factor with the model's {sample_rate} Hz")
+    warnings = _listen(audio, pair)
+    if file_rate < sample_rate:
+        warnings.append(f"the recording ends at {file_rate / 2:g} Hz, the model was trained up to {sample_rate / 2:g}")
+    if file_rate != sample_rate:
+        audio = resample(audio, file_rate, sample_rate)
+    return Recording(torch.from_numpy(audio), sample_rate, file_rate, pair, tuple(warnings))
+
+
+def _choose(path: str, channels: Sequence[int] | None, available: int) -> tuple[int, int]:
+    """The two channels to use, from 1. Raises ValueError where there are not these two."""
+    if available < 2:
+        raise ValueError(f"{path} must have two channels, one per microphone, it has one")
+    if channels is None:
+        if available > 2:
+            raise ValueError(f"{path} has {available} channels, say by --channels I J which two are the microphones")
+        return 1, 2
+    first, second = channels
+    for number in channels:
+        if not 1 <= number <= available:
+            raise ValueError(f"--channels must be from 1 to {available}, the channels of {path}, got {number}")
+    if first == second:
+        raise ValueError(f"--channels must be two different ones, got {first} twice")
+    return first, second
+
+
+def _listen(audio: np.ndarray, pair: tuple[int, int]) -> list[str]:
+    """A line for each thing that is wrong with audio [mic=2, sample], not all zero."""
+    warnings, gram, at_full, stuck = [], np.zeros((2, 2)), 0, False
+    for block in np.array_split(audio, audio.shape[1] // BLOCK + 1, 1):
+        gram += block.astype(np.float64) @ block.T.astype(np.float64)
+        full = np.abs(block) >= 0.999
+        at_full += int(full.sum())
+        # A peak that only touches full scale moves on.
+        stuck |= bool((full[:, 1:] & (block[:, 1:] == block[:, :-1])).any())
+    power = np.diag(gram)
+    dead = int(power.argmin())
+    if power[dead] <= SILENT ** 2 * power.max():
+        warnings.append(f"channel {pair[dead]} is silent")
+    elif 1 - gram[0, 1] ** 2 / power.prod() < SAME_CHANNELS:
+        warnings.append("the two channels are identical: there is no direction in them")
+    if stuck:
+        warnings.append(f"the recording clips: {100 * at_full / audio.size:.2g} % of its samples are at full scale")
+    return warnings
+
+
+def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound: float) -> list[str]:
+    """Tells the localiser how far apart the microphones are (m), and how fast sound is there (m/s); in place.
+
+    All that matters to the front end is the travel time, so its grid of delays is built anew, for the spacing that at
+    the simulator's speed of sound takes as long. Returns warnings. The original model has no such grid, it has learned
+    the spacing of its training: it is left as it is.
+    Raises ValueError for numbers that are not finite and > 0.
+    """
+    for name, value in (("--spacing", spacing_m), ("--speed-of-sound", speed_of_sound)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0, got {value:g}")
+    heard, trained = spacing_m * SPEED_OF_SOUND / speed_of_sound, cfg.scene.aperture
+    if cfg.model.kind is not ModelKind.ORIGINAL:
+        localizer.network.front = DelayMap(cfg.features, cfg.rir.sample_rate, heard)
+    elif abs(heard / trained - 1) > 0.02:
+        return [f"model.kind=original was trained for {trained:g} m between the microphones and cannot be told of "
+                f"{spacing_m:g} m: its angles are wrong"]
+    if abs(heard / trained - 1) > SPACING_TOLERANCE:
+        return [f"--spacing {spacing_m:g} is far from the {trained:g} m of the training; for better angles: "
+                f"python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR speech.eval=DIR "
+                f"scene.mic_spacing_m={spacing_m:g}"]
+    return []
+
+
+def windows(num_samples: int, clip: int, length: int | None, hop: int | None) -> tuple[list[int], int]:
+    """The first sample of each window, and how many samples a window has.
+
+    clip: samples in a clip of the training. length, hop: those asked for; without either, all is one window if it is
+    at most two clips long, else windows of a clip; hop is half a window. What the last full window leaves over gets
+    one more that ends with the recording.
+    """
+    if length is None:
+        length = num_samples if hop is None and num_samples <= 2 * clip else clip
+    length = min(length, num_samples)
+    hop = max(1, length // 2) if hop is None else hop
+    starts = list(range(0, num_samples - length + 1, hop))
+    if starts[-1] + length < num_samples and hop <= length:
+        starts.append(num_samples - length)
+    return starts, length
+
+
+@torch.no_grad()
+def estimate(localizer: Localizer, recording: Recording, starts: Sequence[int], length: int,
+             shortest: int) -> Estimates:
+    """The angles in every window of `length` samples, filled up with zeros to the `shortest` that the network takes.
+
+    Not to a clip of the training: on 200 windows of 2 s in a real room (a model of 3 s, 1302 steps old) that made the
+    mean error 4.0 instead of 3.3 +- 0.3 degrees, on windows of 1 s 7.0 instead of 5.4 +- 0.8, paired.
+    The localiser must be in eval mode and on the CPU.
+    Raises FloatingPointError when the network gives a NaN or an infinity.
+    """
+    rate, audio = recording.sample_rate, recording.audio
+    padding = max(shortest - length, 0)
+    batch = max(1, int(FORWARD_S * rate / (length + padding)))
+    power, logits = [], []
+    for index in range(0, len(starts), batch):
+        part = torch.stack([audio[:, start:start + length] for start in starts[index:index + batch]])
+        power.append(part.double().square().mean(-1).sum(-1))
+        logits.append(localizer(torch.nn.functional.pad(part, (0, padding))))
+    logits, level_db = torch.cat(logits), 10 * torch.log10(torch.cat(power).clamp(min=1e-12))
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the network's output is not finite: these weights cannot be used")
+    angle, spread = read_tracks(localizer, logits)
+    start_s = torch.tensor(starts, dtype=torch.float64) / rate
+    counts = level_db >= level_db.max() - QUIET_DB
+    return Estimates(start_s, start_s + length / rate, level_db, counts, angle.rad2deg(), spread.rad2deg(),
+                     angle[counts].quantile(0.5, 0).rad2deg())
+
+
+def read_tracks(localizer: Localizer, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [window, track, angle] -> angle, ascending, and spread, each [window, track] rad."""
+    angle = decode(logits.flatten(0, 1)[:, None], localizer.grid, localizer.target.decoding).view(logits.shape[:2])
+    probability, edges = torch.softmax(logits.float(), -1), cell_edges(localizer.grid)
+    low, high = (quantile(probability, edges, 0.5 + side * SPREAD_SHARE / 2) for side in (-1, 1))
+    order = angle.argsort(-1)                                           # a spread stays with its angle
+    return angle.gather(-1, order), ((high - low) / 2).gather(-1, order)
+
+
+def localize(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what the command line says; the content of --json. Raises ValueError with a line for the user."""
+    localizer, cfg, about = load_pretrained(args.checkpoint)
+    rate, clip = cfg.rir.sample_rate, round(cfg.speech.clip_s * cfg.rir.sample_rate)
+    spacing = cfg.scene.aperture if args.spacing is None else args.spacing
+    warnings = tune(localizer, cfg, spacing, args.speed_of_sound)
+    window, hop = (_in_samples(name, seconds, low, MAX_CLIPS * cfg.speech.clip_s, rate)
+                   for name, seconds, low in (("--window", args.window, 0.1), ("--hop", args.hop, 0.01)))
+    recording = read_recording(args.recording, args.channels, rate)
+    warnings += recording.warnings
+    starts, length = windows(recording.audio.shape[-1], clip, window, hop)
+    if length < clip:
+        what = "recording" if length == recording.audio.shape[-1] else "window"
+        warnings.append(f"the {what} of {length / rate:.3g} s is shorter than the {cfg.speech.clip_s:g} s of the "
+                        f"training: expect larger errors")
+    shortest = SSLModel.shortest if cfg.model.kind is ModelKind.ORIGINAL else cfg.features.window
+    found = estimate(localizer, recording, starts, length, shortest)
+    keys = ("start_s", "end_s", "level_db", "counts", "angle_deg", "spread_deg")
+    rows = zip(*(getattr(found, key).tolist() for key in keys))
+    return {"recording": args.recording, "duration_s": recording.duration_s, "file_rate_hz": recording.file_rate,
+            "channels": list(recording.channels), "model": about, "spacing_m": spacing,
+            "trained_spacing_m": cfg.scene.aperture, "speed_of_sound_m_s": args.speed_of_sound,
+            "talkers": cfg.scene.num_src, "angle": cfg.target.angle.value,
+            "convention": convention(cfg.target.angle, recording.channels),
+            "windows": [dict(zip(keys, row)) for row in rows], "median_deg": found.median_deg.tolist(),
+            "warnings": warnings}
+
+
+def _in_samples(name: str, seconds: float | None, low: float, high: float, rate: int) -> int | None:
+    """Seconds of the command line as samples, None as None. Raises ValueError for what is not from low to high."""
+    if seconds is None:
+        return None
+    if not low <= seconds <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g} s, got {seconds:g}")
+    return round(seconds * rate)
+
+
+def convention(angle: Target, channels: tuple[int, int]) -> str:
+    """What the numbers mean, in one line; channels are those of the first and the second microphone."""
+    ends = (f"0 = on the line of the microphones beyond that of channel {channels[1]}, 180 = beyond channel "
+            f"{channels[0]}, 90 = across")
+    if angle is Target.CONE:
+        return f"cone angles in degrees, {ends}; front and back, above and below sound the same"
+    return f"azimuths in degrees, of talkers at the heights of the training, {ends}; front and back sound the same"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result of `localize` as text."""
+    first, second = result["channels"]
+    tracks = range(1, result["talkers"] + 1)
+    lines = [f"{result['recording']}: {result['duration_s']:.2f} s at {result['file_rate_hz']} Hz, microphones: "
+             f"channels {first} and {second}, {100 * result['spacing_m']:.3g} cm apart, c = "
+             f"{result['speed_of_sound_m_s']:g} m/s",
+             result["model"],
+             f"{result['talkers']} talkers are assumed, the spread is half of the central {100 * SPREAD_SHARE:.0f} %",
+             *result["convention"].split("; "),
+             f"{'from s':>9}{'to s':>9}" + "".join(f"{f'talker {track}':>16}" for track in tracks)]
+    for row in result["windows"]:
+        cells = (f"{f'{angle:.1f} +- {spread:.1f}':>16}"
+                 for angle, spread in zip(row["angle_deg"], row["spread_deg"]))
+        lines.append(f"{row['start_s']:9.2f}{row['end_s']:9.2f}" + "".join(cells)
+                     + ("" if row["counts"] else "  quiet, not counted"))
+    counted = sum(row["counts"] for row in result["windows"])
+    lines.append(f"{f'median of {counted}':>18}" + "".join(f"{angle:>16.1f}" for angle in result["median_deg"]))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.localize", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recording", help="an audio file of two or more channels")
+    parser.add_argument("checkpoint", nargs="?",
+                        help="a run, its checkpoint.pt, or a folder of ssl_gpu.pretrained (default: the weights in the "
+                             "package)")
+    parser.add_argument("--spacing", type=float, metavar="M",
+                        help="distance of the two microphones in m (default: that of the training)")
+    parser.add_argument("--channels", type=int, nargs=2, metavar=("I", "J"),
+                        help="the channels, counted from 1, of the first and the second microphone (default: 1 2, of a "
+                             "file with two channels)")
+    parser.add_argument("--speed-of-sound", type=float, metavar="C", default=REAL_SPEED_OF_SOUND,
+                        help="in m/s (default: %(default)g, of air at 20 degrees C; the rooms of ssl_gpu.simulate have "
+                             f"{SPEED_OF_SOUND:g})")
+    parser.add_argument("--window", type=float, metavar="S",
+                        help=f"length of a window in s, 0.1 to {MAX_CLIPS} training clips (default: all of the "
+                             "recording if it is at most two training clips long, else one clip)")
+    parser.add_argument("--hop", type=float, metavar="S",
+                        help="from the start of a window to that of the next in s, at least 0.01 (default: half of it)")
+    parser.add_argument("--json", metavar="FILE", help="write the result there as well")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        result = localize(args)
+        if args.json:
+            try:
+                write_json(args.json, result)
+            except OSError as error:
+                raise ValueError(f"cannot write {args.json}: {error.strerror or error}") from error
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
