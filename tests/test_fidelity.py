@@ -1,3 +1,4 @@
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,8 +33,16 @@ def test_command_draws_every_figure_and_prints_its_numbers(tmp_path, capsys):
     (["--out", __file__], f"error: [Errno 17] File exists: '{__file__}'"),
 ])
 def test_what_cannot_be_is_one_line(tmp_path, capsys, arguments, message):
+    pytest.importorskip("matplotlib")  # or that is what is said
     assert main(["--out", str(tmp_path), *arguments]) == 2
     assert capsys.readouterr().err.strip() == message
+
+
+def test_nothing_is_left_where_matplotlib_is_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["--out", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.startswith("error: plots need matplotlib, install it with pip install matplotlib")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_document_shows_every_figure():
