@@ -218,7 +218,7 @@ def estimate(localizer: Localizer, recording: Recording, starts: Sequence[int], 
     for index in range(0, len(starts), batch):
         part = torch.stack([audio[:, start:start + length] for start in starts[index:index + batch]])
         power.append(part.double().square().mean(-1).sum(-1))
-        logits.append(localizer(torch.nn.functional.pad(part, (0, padding))))
+        logits.append(localizer.hear(torch.nn.functional.pad(part, (0, padding))))
     logits, level_db = torch.cat(logits), 10 * torch.log10(torch.cat(power).clamp(min=1e-12))
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the network's output is not finite: these weights cannot be used")

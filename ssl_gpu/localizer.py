@@ -136,9 +136,9 @@ class Localizer(nn.Module):
             return law.angle_map.cone_to_azimuth(angle), angle
         return angle, law.angle_map.azimuth_to_cone(angle)
 
-    def _hear(self, audio: Tensor) -> Tensor:
-        """Logits for evaluation: as they are, or the mean with those of the mirrored clip. An angle a becomes pi - a,
-        and the smallest the largest."""
+    def hear(self, audio: Tensor) -> Tensor:
+        """Logits [batch, track, angle] for evaluation: as they are, or with target.mirror the mean with those of the
+        mirrored clip, where an angle a becomes pi - a, and the smallest the largest."""
         logits = self(audio)
         if not self.target.mirror:
             return logits
@@ -153,7 +153,7 @@ class Localizer(nn.Module):
         The module must be in eval mode; `chunk` clips at a time.
         Raises FloatingPointError when the network gives a NaN or an infinity.
         """
-        logits = torch.cat([self._hear(part) for part in audio.split(chunk)])
+        logits = torch.cat([self.hear(part) for part in audio.split(chunk)])
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
         return self.angles(logits, law)
