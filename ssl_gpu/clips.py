@@ -39,8 +39,8 @@ class Clips:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Clips without their audio: of a whole set. azimuth, cone [clip, src] rad, ascending; distance [clip, src] m from
-    the array, and the conditions of each source, in the order of its cone angle; NaN where unknown."""
+    """Clips without audio, of a whole set: azimuth, cone [clip, src] rad, each ascending; scene [clip] int64;
+    conditions, those of sources [clip, src] in the order of their cone angles, those of clips [clip], or NaN."""
 
     azimuth: Tensor
     cone: Tensor
