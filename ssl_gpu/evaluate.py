@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Collection, Sequence
 
@@ -25,7 +24,7 @@ from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
-from ssl_gpu.pretrained import load_localizer, packaged, read_weights
+from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 from ssl_gpu.protocol import SETS, SetOptions
 from ssl_gpu.report import result_table, sets_table
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
@@ -97,8 +96,9 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         check_model(cfg)
 
     def localizer_for(spacing: float) -> Localizer:
-        scene = replace(cfg.scene, mic_spacing_m=spacing, spacing_jitter_m=0.0)
-        return load_localizer(weights, replace(cfg, scene=scene), path).to(device).eval()
+        localizer = load_localizer(weights, cfg, path).to(device).eval()
+        tell_spacing(localizer, cfg, spacing)
+        return localizer
 
     options = SetOptions(eval_speech(cfg), device, count, folders[-1] if folders else None)
     for name in names:

@@ -33,10 +33,9 @@ from ssl_gpu.checkpoint import write_json
 from ssl_gpu.config import RunConfig
 from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
-from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer, Target
 from ssl_gpu.model import ModelKind, SSLModel
-from ssl_gpu.pretrained import load_pretrained
+from ssl_gpu.pretrained import load_pretrained, tell_spacing
 
 REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
 SPREAD_SHARE = 0.8           # of a distribution, in its middle
@@ -172,9 +171,8 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number > 0, got {value:g}")
     heard, trained = spacing_m * SPEED_OF_SOUND / speed_of_sound, cfg.scene.aperture
-    if cfg.model.kind is not ModelKind.ORIGINAL:
-        localizer.network.front = DelayMap(cfg.features, cfg.rir.sample_rate, heard)
-    elif abs(heard / trained - 1) > 0.02:
+    tell_spacing(localizer, cfg, heard)
+    if cfg.model.kind is ModelKind.ORIGINAL and abs(heard / trained - 1) > 0.02:
         return [f"model.kind=original was trained for {trained:g} m between the microphones and cannot be told of "
                 f"{spacing_m:g} m: its angles are wrong"]
     if abs(heard / trained - 1) > SPACING_TOLERANCE:

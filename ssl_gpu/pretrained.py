@@ -30,7 +30,9 @@ from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
 from ssl_gpu.config import RunConfig, from_mapping, load_yaml, save_yaml
+from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer
+from ssl_gpu.model import ModelKind
 from ssl_gpu.optim import TrainConfig
 
 PACKAGED = Path(__file__).with_name("pretrained_weights")
@@ -72,6 +74,13 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path) -> Locali
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
     return localizer
+
+
+def tell_spacing(localizer: Localizer, cfg: RunConfig, spacing_m: float) -> None:
+    """Tells a localiser, in place, that its microphones are spacing_m m apart at the simulator's speed of sound: its
+    grid of delays is built anew. The original model has none, it has learned the spacing of its training."""
+    if cfg.model.kind is not ModelKind.ORIGINAL:
+        localizer.network.front = DelayMap(cfg.features, cfg.rir.sample_rate, spacing_m).to(localizer.grid.device)
 
 
 def load_pretrained(path: str | Path | None = None) -> tuple[Localizer, RunConfig, str]:

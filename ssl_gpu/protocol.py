@@ -40,7 +40,7 @@ SAMPLE_RATE = 16000  # Hz
 NUM_SAMPLES = 48000  # 3 s
 BLOCK = 50           # clips drawn at a time, part of every set
 NUM_CLIPS, NUM_ROOMS_E0, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 200, 500, 300
-SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng; no run's seed draws from the same stream and split
+SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST, from which no training draws
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
 CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16

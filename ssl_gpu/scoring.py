@@ -13,7 +13,6 @@ from ssl_gpu.doa import NUM_CLASSES, angle_class, sorted_angles
 from ssl_gpu.metrics import localisation_metrics, order_statistics
 from ssl_gpu.scene import SceneConfig, sample_scenes
 
-TOLERANCES_DEG = (5, 10, 15)
 DETECTION_DEG = 10.0      # within which an estimate counts as that of a talker
 RESAMPLES = 1000          # of the bootstrap
 FLOOR_SAMPLES, NEIGHBOURS = 100_000, 300  # of the Bayes floor: with half of either it moves by less than 0.05 degrees
@@ -41,7 +40,7 @@ def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
     hit = error <= DETECTION_DEG
     result = localisation_metrics(azimuth, truth.azimuth, cone, truth.cone)
     result |= {
-        "acc_at_15": (error <= TOLERANCES_DEG[-1]).double().mean().item(),
+        "acc_at_15": (error <= 15).double().mean().item(),
         "both_at_10": hit.all(-1).double().mean().item(),
         "cone_p90_deg": error.quantile(0.9).item(),
         "detection_at_10": detection(cone, truth.cone),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_gpu.ism import IsmConfig, check_law
+from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
@@ -116,13 +116,16 @@ class Simulator:
         """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device; in scenes of
         your own, on that device, if there are some.
 
-        Raises ValueError when scene.bank is set and fill_bank was not called, and for scenes of another batch.
+        Raises ValueError when scene.bank is set and fill_bank was not called, and for scenes of another batch or with
+        an RT60 that their walls cannot have, where walls are asked for.
         """
         num_src, num_mics = self.scene.num_src, self.scene.mic_count
         if scenes is not None:
             if len(scenes) != batch:
                 raise ValueError(f"scenes must be as many as the batch={batch}, got {len(scenes)}")
             num_mics, num_src = scenes.mic_pos.shape[1], scenes.src_pos.shape[1]
+            if self.rir.uses_walls and not self.ism.clamp_infeasible:
+                check_feasible(self.ism, scenes)                        # which waits for the device
         noise = draw_mixture(self.mixture, batch, num_src, num_mics, num_samples, generator=generator)
         if scenes is not None or self.scene.bank is None:
             if scenes is None:

@@ -224,6 +224,11 @@ def test_scenes_of_your_own_are_heard():
         assert torch.equal(simulate.render(speech(3)[:, :1], drawn).audio, heard.audio)
     with pytest.raises(ValueError, match=r"^dry speech must be \[batch, src=1, sample\], got \[3, 2, 2000\]$"):
         simulate(speech(3), generator=seeded(0), scenes=scenes)
+    dead = replace(scenes, rt60=torch.tensor([0.3, 0.02, 0.3]).double())
+    for method in ("hybrid", "ism"):
+        simulate = Simulator(SCENE, RirConfig(method=method), ism=IsmConfig("eyring"))
+        with pytest.raises(ValueError, match=r"^scene 1: rt60 = 0.02 s is infeasible in a room of \[5.0, "):
+            simulate(speech(3)[:, :1], generator=seeded(0), scenes=dead)
     with pytest.raises(ValueError, match=r"^scenes must be as many as the batch=2, got 3$"):
         simulate(speech(2)[:, :1], generator=seeded(0), scenes=scenes)
 
