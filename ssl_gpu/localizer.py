@@ -15,7 +15,7 @@ from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets,
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
 from ssl_gpu.model import ConformerLocalizer, ModelConfig, ModelKind, SSLModel
-from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
+from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 
 LAW_SAMPLES = 20_000  # scenes behind the angle map and the constants of chance; with 5,000 the map loses 0.02 degrees
 
@@ -77,12 +77,10 @@ class SceneLaw:
 
 def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
     """Monte Carlo of a scene law on the CPU. Raises ValueError where the law has no angles, as with one microphone."""
+    check_places(cfg)
     generator = rng.generator(seed, rng.Split.TRAIN, rng.Stream.ANGLE_MAP, 0)
     scenes = sample_scenes(cfg, LAW_SAMPLES, generator=generator)
     kept = scenes[scenes.valid.nonzero().squeeze(1)]
-    if 100 * len(kept) < 99 * len(scenes):
-        raise ValueError(f"scene: only {len(kept)} of {len(scenes)} scenes could keep scene.src_dist_m="
-                         f"{cfg.src_dist_m} in their rooms, at least 99 % must")
     azimuth, cone = sorted_angles(kept.azimuth), sorted_angles(kept.cone_angle)
     return SceneLaw(build_angle_map(kept.azimuth, kept.cone_angle), chance(azimuth, cone))
 

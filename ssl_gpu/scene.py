@@ -36,7 +36,7 @@ class SceneConfig:
     num_src: talkers per scene.
     num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
     spacing_jitter_m: its spacing is another in every scene, uniform within so much of mic_spacing_m: arrays are not
-        built to the millimetre, and 3 % of the spacing stand for 3 % of the speed of sound, 35 degrees of temperature.
+        built to the millimetre, and 3 % of the spacing stand for 3 % of the speed of sound, 17 degrees of temperature.
     mic_array_m: microphone positions, one [x, y, z] each; their mean is put at the centre of the array.
     array_radius_m: random arrays, another for every scene: num_mics microphones uniform in a ball of this radius, then
         moved so that their mean is its centre.

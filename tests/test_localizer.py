@@ -40,3 +40,8 @@ def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
     audio = torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(1)).expand(-1, 2, -1)
     _, cone = localizer(mirror=True).estimate(audio, law)
     assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
+
+
+def test_a_law_whose_sources_find_no_place_has_no_angles():
+    with pytest.raises(ValueError, match="^scene: only .* widen scene.src_dist_m"):
+        scene_law(SceneConfig(src_dist_m=(1.0, 1.1)), 0)
