@@ -28,6 +28,7 @@ from ssl_gpu.localizer import TargetConfig
 from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.model import ModelConfig, ModelKind, SSLModel
 from ssl_gpu.optim import TrainConfig
+from ssl_gpu.pool import check_pool
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import SimulatorConfig
@@ -61,6 +62,7 @@ class RunConfig:
     eval: EvalConfig
 
     def __post_init__(self):
+        check_pool(self.scene, self.rir)
         rate = self.rir.sample_rate
         original = self.model.kind is ModelKind.ORIGINAL
         shortest = SSLModel.shortest if original else self.features.window

@@ -15,7 +15,7 @@ from ssl_gpu.localizer import Localizer, SceneLaw
 from ssl_gpu.metrics import localisation_metrics
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig
 from ssl_gpu.rir import RirConfig
-from ssl_gpu.scene import SceneConfig
+from ssl_gpu.scene import Pool, SceneConfig
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 from ssl_gpu.speech import Crop, SpeechBank, draw_crops, gather_crops
 
@@ -56,8 +56,8 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: Ism
     bank: the evaluation speech, its tensors on the CPU. Raises ValueError when it has fewer speakers than sources.
     """
     num_samples = round(clip_s * rir.sample_rate)
-    simulator = Simulator(replace(scene, bank=None), replace(rir, early=False), MixtureConfig(), SimulatorConfig(),
-                          ism)
+    simulator = Simulator(replace(scene, bank=None, pool=Pool.LAW), replace(rir, early=False), MixtureConfig(),
+                          SimulatorConfig(), ism)
     generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(bank, cfg.num_clips, scene.num_src, num_samples, Crop.FIRST, generator=generator)
     dry = gather_crops(bank, crops, num_samples)

@@ -11,6 +11,7 @@ import numpy as np
 
 SEED = 20231
 NUM_SCENES = 3000
+NUM_EVAL_SCENES = 200  # the first ones
 ROOM_M = ((3.0, 10.0), (3.0, 6.0), (2.5, 4.0))
 RT60_S = (0.1, 0.7)
 WALL_DIST, RADIUS = 0.5, 0.05  # m, from the walls to sources and microphones; of the array, two microphones along x

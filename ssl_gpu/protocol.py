@@ -1,6 +1,7 @@
 """The evaluation sets by name, the same for everybody: rooms, talkers, noise, down to the last draw.
 
-    e0    the original's protocol: its 200 evaluation rooms, every utterance of the speech once as the first talker
+    e0    the original's protocol: its 200 evaluation rooms with an RIR each per microphone and source, every utterance
+          of the speech once as the first talker
     e0b   its law, 2,000 rooms of which none is in any training; e1 is the same mixtures
     e1p   the same law with the sources at the height of the array
     e1n5  e1 with diffuse noise at 5 dB
@@ -9,7 +10,8 @@
 
 Two talkers of different voices, the first 3 s of an utterance each, at 16 kHz, levels as the utterances have them (e3:
 alike). Everything is drawn on the CPU, in blocks of 50 clips, and rendered on any device: fewer clips of a set are its
-first ones. Nothing here is ever used for training or selection; scenes come from random streams of their own.
+first ones. Nothing here is ever used for training or selection, scenes come from random streams of their own; but
+scene.pool=original trains in e0's rooms, as the original did, and ssl_gpu.evaluate says so (`eval_rooms_trained_in`).
 """
 from __future__ import annotations
 
@@ -30,6 +32,8 @@ from ssl_gpu.clips import Clips
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
+from ssl_gpu.original import NUM_EVAL_SCENES, SEED
+from ssl_gpu.pool import draw_original_images, eval_rooms_in
 from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, original_scenes, sample_scenes
 from ssl_gpu.scenelist import scene_entries
@@ -39,7 +43,7 @@ from ssl_gpu.synthesis import RirBatch
 SAMPLE_RATE = 16000  # Hz
 NUM_SAMPLES = 48000  # 3 s
 BLOCK = 50           # clips drawn at a time, part of every set
-NUM_CLIPS, NUM_ROOMS_E0, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 200, 500, 300
+NUM_CLIPS, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 500, 300
 SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST, from which no training draws
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
@@ -79,6 +83,12 @@ def num_blocks(name: str, options: SetOptions) -> int:
     return math.ceil(options.limit(size) / BLOCK)
 
 
+def eval_rooms_trained_in(name: str, scene: SceneConfig) -> int:
+    """How many rooms of a set are rooms that a run with this configuration trained in: 0, but for e0 where
+    scene.pool=original."""
+    return eval_rooms_in(scene) if name == "e0" else 0
+
+
 # ---- FRA-RIR rooms ----
 
 
@@ -93,7 +103,7 @@ def draw_original(options: SetOptions) -> tuple[SceneBatch, CropBatch, Tensor]:
     candidate = torch.randint(len(first), (len(first), CANDIDATES), generator=generator)
     other = (bank.speaker[candidate] != bank.speaker[first][:, None]).to(torch.uint8)
     second = candidate.gather(1, other.argmax(1, keepdim=True))
-    room = torch.randint(NUM_ROOMS_E0, (len(first),), generator=generator)
+    room = torch.randint(NUM_EVAL_SCENES, (len(first),), generator=generator)
     utterance = torch.cat((first[:, None], second), 1)
     return original_scenes()[room], CropBatch(utterance, torch.zeros_like(utterance)), room
 
@@ -114,16 +124,24 @@ def draw_fresh(options: SetOptions, planar: bool = False) -> tuple[SceneBatch, C
 
 
 def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBatch, numbers: Tensor,
-              mixture: MixtureConfig = MixtureConfig()) -> Iterator[Clips]:
-    """Clips in rooms of FRA-RIR by the reference's law."""
+              mixture: MixtureConfig = MixtureConfig(), pool: SceneBatch | None = None) -> Iterator[Clips]:
+    """Clips in rooms of FRA-RIR by the reference's law.
+
+    pool: original_scenes(), of which the scenes are those of the given numbers: the same RIRs whenever a room comes
+    again, as the original has one file a room. None: other images for every clip.
+    """
     total = options.limit(len(scenes))
     for index, start in enumerate(range(0, total, BLOCK)):
         block, kept = slice(start, start + BLOCK), slice(0, min(BLOCK, total - start))
         rooms = scenes[block]
-        images, noise = (draw(rng.generator(seed, rng.Split.TEST, stream, index)) for draw, stream in (
-            (lambda g: draw_images(REFERENCE, rooms, generator=g), rng.Stream.IMAGES),
-            (lambda g: draw_mixture(mixture, len(rooms), LAW.num_src, 2, NUM_SAMPLES, generator=g),
-             rng.Stream.MIXTURE)))
+        image_stream, noise_stream = (rng.generator(seed, rng.Split.TEST, stream, index)
+                                      for stream in (rng.Stream.IMAGES, rng.Stream.MIXTURE))
+        if pool is None:
+            images, seeds = draw_images(REFERENCE, rooms, generator=image_stream), [[seed, index]] * len(rooms)
+        else:
+            images = draw_original_images(pool, numbers[block].tolist())
+            seeds = [[SEED, number] for number in numbers[block].tolist()]
+        noise = draw_mixture(mixture, len(rooms), LAW.num_src, 2, NUM_SAMPLES, generator=noise_stream)
         rooms, images, noise = rooms[kept], images[kept], noise[kept]
         used = CropBatch(crops.utterance[block][kept], crops.offset[block][kept])
         dry = gather_crops(options.speech, used, NUM_SAMPLES)
@@ -132,9 +150,10 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
         audio = mix(dry.to(options.device), rirs, there, noise.to(options.device)).audio
         measures = measure_rirs(rirs, there)
         snr = noise.diffuse_snr
-        entries = [entry | {"num_images": count, "image_seed": [seed, index], "diffuse_snr_db": level}
-                   for entry, count, level in zip(_entries(options.speech, rooms, used), images.active.sum(-1).tolist(),
-                                                  [x if math.isfinite(x) else None for x in snr.tolist()])]
+        entries = [entry | {"num_images": count, "image_seed": image_seed, "diffuse_snr_db": level}
+                   for entry, count, image_seed, level in zip(
+                       _entries(options.speech, rooms, used), images.active.sum(-1).tolist(), seeds,
+                       [x if math.isfinite(x) else None for x in snr.tolist()])]
         draws = (dry, images.ratio, images.perturbation)
         yield _clips(audio, rooms, numbers[block][kept], dry, measures, snr, entries, draws)
 
@@ -162,7 +181,7 @@ def _clips(audio: Tensor, scenes: SceneBatch, numbers: Tensor, dry: Tensor, meas
 
 
 def _original(options: SetOptions) -> Iterator[Clips]:
-    return fra_clips(options, SEEDS["e0"], *draw_original(options))
+    return fra_clips(options, SEEDS["e0"], *draw_original(options), pool=original_scenes())
 
 
 def _fresh(options: SetOptions) -> Iterator[Clips]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -185,6 +186,12 @@ class ImageBatch:
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same images on another device."""
         return ImageBatch(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
+
+    @classmethod
+    def concatenate(cls, batches: Sequence["ImageBatch"]) -> "ImageBatch":
+        """The images of several batches, with room for as many images and by the same RirConfig, as one."""
+        columns = ([getattr(batch, f.name) for batch in batches] for f in fields(cls))
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def nearest_mic(scenes: SceneBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Callable, Sequence
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ssl_gpu import geometry
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
-from ssl_gpu.checks import check_range, check_whole
-from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
+from ssl_gpu.checks import check_range, check_whole, read_enums
+from ssl_gpu.original import NUM_IMAGES, NUM_SCENES, RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
 # that of redrawing until valid; under the original law all 32 fail with probability 8e-13.
@@ -23,6 +24,14 @@ MIN_SRC_MIC_DIST = 0.05  # m
 
 # Of scenes that are given: what no room needs, and no memory holds.
 MAX_RT60_S, MAX_NUM_IMAGES = 100.0, 1_000_000
+
+
+class Pool(Enum):
+    """Where the rooms of a bank come from: drawn by the law of the scenes; or the rooms that the original trained in,
+    200 of which it was evaluated in, as the set e0 is."""
+
+    LAW = "law"
+    ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,10 @@ class SceneConfig:
         of looking lets it: fully at a polar angle of 90, not at all at 0 (directivity.look_vector); with
         rir.look_vector=exact the look turns like the array.
     bank: None for an endless supply of rooms; a number for a fixed bank of that many, drawn once, as the original had.
+    pool: which rooms the bank holds: law, rooms of this law; original, the first of original_scenes(), with the RIRs
+        that the evaluation set e0 has in its 200 rooms, the first of these: results on e0 are leaked then, and
+        ssl_gpu.evaluate says so. It needs a bank of 1..3000 rooms and all other fields at their defaults, the
+        original's law; of which the run's own evaluation set is, in rooms of its own.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -66,8 +79,10 @@ class SceneConfig:
     src_orientation_deg: tuple[float, float] | None = None
     mic_orientation_deg: tuple[float, float] | None = None
     bank: int | None = None
+    pool: Pool = Pool.LAW
 
     def __post_init__(self):
+        read_enums(self, "scene")
         check_range(self, "scene", "rt60_s", "src_dist_m")
         check_whole(self, "scene", "num_src", "num_mics")
         for name in ("room_min_m", "room_max_m"):
@@ -94,6 +109,8 @@ class SceneConfig:
                 raise ValueError(f"scene.{name} must be finite, got {value}")
         self._check_array()
         self._check_room()
+        if self.pool is Pool.ORIGINAL:
+            self._check_pool()
 
     def _check_array(self):
         if self.mic_array_m is not None and self.array_radius_m is not None:
@@ -135,6 +152,16 @@ class SceneConfig:
             raise ValueError(f"scene.rt60_s: {SPEED_OF_SOUND:g} m/s * {self.rt60_s[0]} s = "
                              f"{SPEED_OF_SOUND * self.rt60_s[0]:.3g} m must exceed the largest source distance, "
                              f"{farthest:.3g} m (scene.src_dist_m, scene.room_max_m)")
+
+    def _check_pool(self):
+        if self.bank is None or self.bank > NUM_SCENES:
+            raise ValueError(f"scene.bank must be in 1..{NUM_SCENES} rooms with scene.pool=original, got "
+                             f"{'null' if self.bank is None else self.bank}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("bank", "pool") and value != field.default:
+                raise ValueError(f"scene.{field.name} must be {field.default} with scene.pool=original, whose rooms "
+                                 f"are of the original's law, got {value}")
 
     @property
     def radius(self) -> float:

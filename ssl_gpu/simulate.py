@@ -43,7 +43,7 @@ from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import draw_mixture, mix
 from ssl_gpu.rir import Method
 from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
-from ssl_gpu.scene import SceneBatch, sample_scenes
+from ssl_gpu.scene import Pool, SceneBatch, sample_scenes
 from ssl_gpu.scenelist import read_entries, read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
@@ -189,6 +189,9 @@ def simulate(args: argparse.Namespace) -> str:
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
     if given is None and cfg.rir.uses_walls:
         check_law(cfg.ism, cfg.scene)
+    if given is None and cfg.scene.pool is not Pool.LAW:
+        raise ValueError(f"scene.pool must be law, others are for training; give other rooms by --scenes FILE, "
+                         f"got {cfg.scene.pool.value}")
     num_scenes = args.num_scenes or len(given)
     if args.plot:
         plots.require_matplotlib()

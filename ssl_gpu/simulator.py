@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
+from ssl_gpu.pool import check_pool, draw_original_images
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
-from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
+from ssl_gpu.scene import Pool, SceneBatch, SceneConfig, check_places, original_scenes, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
 BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or the rooms would depend on the chunk
@@ -63,13 +64,15 @@ class Simulator:
     `render` are the two halves of a call; drawing on a CPU and rendering anywhere gives the same rooms everywhere.
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
     Scenes whose sources found no place (SceneBatch.valid, one of 1e12 under the original law) come out silent.
-    Raises ValueError when more than 1 % of the scenes of the law would, and when rir.method, rir.hybrid_share or
-    rir.ism_share need the walls of rooms whose RT60 can be infeasible.
+    Raises ValueError when more than 1 % of the scenes of the law would, when rir.method, rir.hybrid_share or
+    rir.ism_share need the walls of rooms whose RT60 can be infeasible, and for scene.pool=original with RIRs by another
+    law than the original's.
     """
 
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
                  mixture: MixtureConfig = MixtureConfig(), config: SimulatorConfig = SimulatorConfig(),
                  ism: IsmConfig = IsmConfig()):
+        check_pool(scene, rir)
         if rir.uses_walls:
             check_law(ism, scene)
         check_places(scene)
@@ -90,25 +93,34 @@ class Simulator:
 
     @torch.no_grad()
     def fill_bank(self, *, generator: torch.Generator) -> None:
-        """Draw and render the scene.bank rooms that every later call picks from. They stay on the device.
+        """Draw and render the scene.bank rooms that every later call picks from. They stay on the generator's device.
 
+        With scene.pool=original nothing is drawn from the generator: those rooms and their images are always the same.
         Raises ValueError when scene.bank is None, and when a room has no place for its sources.
         """
         if self.scene.bank is None:
             raise ValueError("Simulator.fill_bank needs scene.bank to be a number of rooms, got None")
-        scenes = sample_scenes(self.scene, self.scene.bank, generator=generator)
+        device, original = generator.device, self.scene.pool is Pool.ORIGINAL
+        if original:
+            scenes = original_scenes()[:self.scene.bank]
+        else:
+            scenes = sample_scenes(self.scene, self.scene.bank, generator=generator)
         if not scenes.valid.all():
             raise ValueError(f"scene: {int((~scenes.valid).sum())} of scene.bank={self.scene.bank} rooms have no place "
                              f"for the sources, widen scene.src_dist_m={self.scene.src_dist_m} or scene.room_min_m")
-        chunk, rooms = self.config.chunk_on(generator.device), []
+        chunk, rooms = self.config.chunk_on(device), []
         for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
-            block = scenes[start:start + BANK_BLOCK]
-            drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
+            block = scenes[start:start + BANK_BLOCK].to(device)
+            if original:
+                images = draw_original_images(scenes, range(start, start + len(block)))
+                drawn = RoomDraw(images, None, None).to(device)
+            else:
+                drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
             rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk])
                       for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
-        self.bank = scenes, RirBatch(torch.cat([r.full for r in rooms]), early,
-                                     torch.cat([r.length for r in rooms]), self.rir.sample_rate)
+        full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
+        self.bank = scenes.to(device), RirBatch(full, early, length, self.rir.sample_rate)
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,

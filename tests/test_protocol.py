@@ -11,8 +11,11 @@ from torch.testing import assert_close
 
 from ssl_gpu import protocol, rng
 from ssl_gpu.clips import DERIVED, Digest, Truth
-from ssl_gpu.protocol import NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, num_blocks, read_measured
-from ssl_gpu.scene import SceneConfig, original_scenes, sample_scenes
+from ssl_gpu.protocol import (NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, eval_rooms_trained_in,
+                              num_blocks, read_measured)
+from ssl_gpu.rir import RirConfig
+from ssl_gpu.scene import Pool, SceneConfig, original_scenes, sample_scenes
+from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import make_bank
 
 CPU = torch.device("cpu")
@@ -53,6 +56,25 @@ def test_original_protocol_uses_its_rooms_and_every_utterance_once_as_the_first_
     [clips] = all_clips("e0", speech, None)
     assert [entry["num_images"] for entry in clips.entries] == original.num_images[room].tolist()
     assert torch.equal(clips.scene, room) and clips.audio.shape == (20, 2, NUM_SAMPLES)
+
+
+def test_rooms_of_the_original_protocol_have_one_rir_each_and_the_pools(speech, monkeypatch):
+    """The leak itself: to the last bit, what e0 is heard through is what scene.pool=original trains in."""
+    simulate = Simulator(SceneConfig(pool="original", bank=200), RirConfig(early=False))
+    simulate.fill_bank(generator=torch.Generator().manual_seed(0))
+    heard, render = [], protocol.render_rir
+    monkeypatch.setattr(protocol, "render_rir", lambda *args: heard.append(render(*args)) or heard[-1])
+    length = torch.full((60,), 2000)
+    many = make_bank(speech.samples[:int(length.sum())], length, torch.arange(60) // 4,
+                     tuple(map(str, range(60))), 16000)
+    clips = all_clips("e0", many, None)
+    full, room = torch.cat([rirs.full for rirs in heard]), torch.cat([part.scene for part in clips])
+    assert len(full) == 60 and torch.equal(full, simulate.bank[1].full[room])
+    assert len(room.unique()) < 60  # some room twice, in which only the speech is other
+    assert [entry["image_seed"] for part in clips for entry in part.entries] == [[20231, n] for n in room.tolist()]
+    fewer = all_clips("e0", many, 7)
+    assert plain(fewer[0].entries) == plain(clips[0].entries)[:7]
+    assert torch.equal(fewer[0].draws[1], clips[0].draws[1][:7])
 
 
 @pytest.mark.parametrize("name", ["e1", "e1p", "e1n5"])
@@ -99,15 +121,26 @@ def test_circumstances_are_those_of_the_clips(speech):
 
 
 def test_no_scene_of_evaluation_occurs_in_training(speech):
-    """Other random streams: not one position of a thousand scenes of any training seed is one of the sets'."""
-    fresh = [draw_fresh(SetOptions(speech, CPU), planar)[0].mic_pos[:, 0] for planar in (False, True)]
-    known = {tuple(row) for part in (*fresh, original_scenes().mic_pos[:, 0]) for row in part.tolist()}
+    """Other random streams: not one position of a thousand scenes of any training seed is one of the sets'. The one
+    exception has to be asked for, scene.pool=original: it trains in e0's rooms, and in no other set's."""
+    def places(scenes):
+        return {tuple(row) for row in scenes.mic_pos[:, 0].tolist()}
+
+    fresh = set().union(*(places(draw_fresh(SetOptions(speech, CPU), planar)[0]) for planar in (False, True)))
+    known = fresh | places(original_scenes())
     assert len(known) > 6000
+    assert SceneConfig().pool is Pool.LAW
+    leaking = Simulator(SceneConfig(pool="original", bank=3), RirConfig(early=False))
+    leaking.fill_bank(generator=torch.Generator().manual_seed(0))
+    trained = places(leaking.bank[0])
+    assert trained == places(original_scenes()[:3]) and not trained & fresh
+    assert [eval_rooms_trained_in(name, leaking.scene) for name in protocol.SETS] == [3, 0, 0, 0, 0, 0, 0]
+    assert not any(eval_rooms_trained_in(name, SceneConfig(bank=3000)) for name in protocol.SETS)
     for seed in (0, 1, *protocol.SEEDS.values()):
         for step in range(5):
             generator = rng.generator(seed, rng.Split.TRAIN, rng.Stream.SCENE, step)
             scenes = sample_scenes(SceneConfig(), 100, generator=generator)
-            assert not {tuple(row) for row in scenes.mic_pos[:, 0].tolist()} & known
+            assert not places(scenes) & known
 
 
 @pytest.fixture

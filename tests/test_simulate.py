@@ -421,6 +421,8 @@ def test_entries_hold_plain_numbers():
                                              "9551616"),
     (["--num-scenes", 1, "rir.rate=3"], "unknown key rir.rate, got 3; the configuration has"),
     (["--num-scenes", 1, "scene.num_src=0"], "scene.num_src must be >= 1, got 0"),
+    (["--num-scenes", 1, "scene.pool=original", "scene.bank=5", "rir.num_images=[1024, 4096]"],
+     "scene.pool must be law, others are for training; give other rooms by --scenes FILE, got original"),
     (["--num-scenes", 1, "--wav", "scene.num_src=5"], "speech must have at least 5 speakers, one per source, got 3"),
     (["--num-scenes", 1, "--wav", "speech.eval=nowhere"], "speech folder must be an existing folder, got 'nowhere'"),
     (["--num-scenes", 99, "scene.room_max_m=[3, 3, 2.5]", "scene.src_dist_m=[1.5, 5]"], "scene "),

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from ssl_gpu.ism import IsmConfig
 from ssl_gpu.mixture import MixtureConfig, mix
+from ssl_gpu.pool import draw_original_images
 from ssl_gpu.rir import Method, RirConfig, draw_images, render_rir
-from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
+from ssl_gpu.scene import SceneConfig, make_scenes, original_scenes, sample_scenes
 from ssl_gpu.simulator import BANK_BLOCK, Simulator, SimulatorConfig
 
 SCENE, RIR = SceneConfig(rt60_s=(0.05, 0.15), rotate=True), RirConfig(num_images=(20, 40))
@@ -137,6 +138,35 @@ def test_bank_is_filled_once_from_its_generator():
     before = first.bank[1].full
     first(speech(), generator=seeded(5))
     assert first.bank[1].full is before
+
+
+def test_pool_of_the_original_is_its_rooms_whatever_the_chunk_and_the_seed():
+    """Scenes to the last bit, images of draw_original_images; nothing is drawn from the generator."""
+    law, rir, bank = SceneConfig(pool="original", bank=BANK_BLOCK + 6), RirConfig(early=False), {}
+    for chunk, seed in ((None, 0), (50, 1)):
+        bank[seed], generator = Simulator(law, rir, MIX, SimulatorConfig(chunk)), seeded(seed)
+        before = generator.get_state()
+        bank[seed].fill_bank(generator=generator)
+        assert torch.equal(generator.get_state(), before)
+    scenes, rirs = bank[0].bank
+    original = original_scenes()
+    for name in (*TENSORS, "num_images"):
+        assert torch.equal(getattr(scenes, name), getattr(original, name)[:BANK_BLOCK + 6])
+    expected = render_rir(rir, original[:3], draw_original_images(original, range(3)))
+    assert torch.equal(rirs.full[:3], expected.full) and torch.equal(rirs.length[:3], expected.length)
+    last = render_rir(rir, original[BANK_BLOCK + 5:BANK_BLOCK + 6], draw_original_images(original, [BANK_BLOCK + 5]))
+    assert torch.equal(rirs.full[-1:], last.full)
+    assert torch.equal(bank[1].bank[1].full, rirs.full)
+    few = Simulator(replace(law, bank=2), rir, MIX)
+    few.fill_bank(generator=seeded(0))
+    assert torch.equal(few.bank[1].full, rirs.full[:2])
+    assert set(few(speech(), generator=seeded(1)).scenes.rt60.tolist()) <= set(original.rt60[:2].tolist())
+
+
+def test_pool_of_the_original_is_rendered_by_its_law_alone():
+    with pytest.raises(ValueError, match="^rir.hybrid_share must be 0.0 with scene.pool=original, whose RIRs are by "
+                                         "the original's law, got 0.5$"):
+        Simulator(SceneConfig(pool="original", bank=2), RirConfig(hybrid_share=0.5))
 
 
 def test_an_unfilled_bank_is_an_error_of_one_line():
