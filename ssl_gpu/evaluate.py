@@ -2,7 +2,9 @@
 
 Without --sets on the evaluation set of its run. With --sets on those of ssl_gpu.protocol, which are the same for every
 model: e0 the original's protocol, e0b and e1 2,000 fresh rooms of its law, e1p with sources at the array's height, e1n5
-with diffuse noise at 5 dB, e2 rooms by pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR.
+with diffuse noise at 5 dB, e2 rooms by pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR. A model
+trained with scene.pool=original has been in e0's rooms: its e0 is marked as leaked, in the table and as leaked_rooms in
+JSON.
 """
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chanc
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
-from ssl_gpu.protocol import SETS, SetOptions
+from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in
 from ssl_gpu.report import result_table, sets_table
+from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 from ssl_gpu.webpage import page
 
@@ -79,7 +82,9 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
     overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones. manifest: a folder for
-    <set>.jsonl. Raises ValueError for an unusable checkpoint, configuration, speech or set.
+    <set>.jsonl. Results have steps, how many the weights were trained, and leaked_rooms, how many rooms of the set they
+    were trained in, by the checkpoint, whatever the overrides; None for the baselines.
+    Raises ValueError for an unusable checkpoint, configuration, speech or set.
     """
     names = [name.strip() for name in sets.split(",")]
     unknown = [name for name in names if name not in SETS]
@@ -105,8 +110,10 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         check_set(name, options)
     found = dict(assess(names, options, None if weights is None else localizer_for,
                         None if manifest is None else Path(manifest)))
-    for assessment in found.values():
+    trained = None if weights is None else from_mapping(SceneConfig, weights.config.get("scene", {}), "scene")
+    for name, assessment in found.items():
         assessment.result["steps"] = None if weights is None else weights.step
+        assessment.result["leaked_rooms"] = None if trained is None else eval_rooms_trained_in(name, trained)
     return found
 
 

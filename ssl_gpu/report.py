@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssl_gpu.original import NUM_EVAL_SCENES
+
 ROWS = (
     ("azimuth, class MAE", "azimuth_class_mae_deg", "deg"),
     ("azimuth, MAE", "azimuth_mae_deg", "deg"),
@@ -50,13 +52,15 @@ SET_COLUMNS = (
 
 
 def sets_table(results: dict[str, dict[str, Any]]) -> str:
-    """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors."""
+    """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors.
+
+    A model that was trained in rooms of a set (leaked_rooms) is LEAKED in its row and in a sentence below."""
     lines = [["set", "", *(name for name, _ in SET_COLUMNS)]]
     for name, result in results.items():
         rows = {"GCC-PHAT, max": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"],
                 "chance": result["chance"]}
         if "cone_mae_deg" in result:
-            rows = {"model": result, **rows}
+            rows = {"model, LEAKED" if result.get("leaked_rooms") else "model": result, **rows}
         for who, row in rows.items():
             lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
         if result["floor"] is not None:
@@ -66,4 +70,7 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
     digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())
-    return f"{table}\nerrors in degrees, of the smaller / the larger angle; sets: {digests}"
+    leaks = "".join(f"\n{name} is LEAKED: the model was trained in {result['leaked_rooms']} of its {NUM_EVAL_SCENES} "
+                    f"rooms (scene.pool=original), this says nothing about other rooms"
+                    for name, result in results.items() if result.get("leaked_rooms"))
+    return f"{table}\nerrors in degrees, of the smaller / the larger angle; sets: {digests}{leaks}"

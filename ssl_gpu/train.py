@@ -31,8 +31,11 @@ from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate
+from ssl_gpu.original import NUM_EVAL_SCENES
+from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.report import result_table
+from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank
 
@@ -85,6 +88,9 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     speech = training_speech(cfg, device)
     eval_set, fixed = prepare_eval(cfg, device, speech.names if cfg.speech.train is not None else ())
     simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
+    if eval_rooms_in(cfg.scene) > 0:
+        print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "
+              f"e0: results on e0 will be leaked", file=sys.stderr)
     if cfg.scene.bank is not None:
         simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
                                                     device=device))
@@ -105,6 +111,11 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
 
 def restore(run: Run, resumed: Checkpoint) -> None:
     """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
+    trained, goes_on = (eval_rooms_in(scene) for scene in
+                        (from_mapping(SceneConfig, resumed.config["scene"], "scene"), run.cfg.scene))
+    if goes_on < trained:  # evaluation finds a leak by the configuration of the checkpoint, which this would hide
+        raise ValueError(f"scene.pool and scene.bank must keep the {trained} rooms of e0 that it was trained in, "
+                         f"got {goes_on} of them")
     run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
     minutes = run.cfg.train.max_minutes
     if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time

@@ -19,7 +19,8 @@ def page(found: dict[str, Assessment], table: str) -> str:
     """The page as text. Raises ValueError without matplotlib."""
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><pre>{html.escape(table)}</pre>"]
     for name, assessment in found.items():
-        parts.append(f"<h2>{html.escape(name)}</h2>")
+        leaked = ", LEAKED" if assessment.result.get("leaked_rooms") else ""
+        parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")
         parts += [f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                   for png in (_by_condition(assessment), _against_truth(assessment)) if png is not None]
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>ssl_gpu: evaluation</title>'

@@ -78,13 +78,47 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
         assert run(checkpoint, "--sets", "e1,e1n5", "--clips", 4, "--json", f"{name}.json", "--manifest", name) == 0
         results.append(json.loads(Path(f"{name}.json").read_text()))
     assert results[0] == results[1] and list(results[0]) == ["e1", "e1n5"]
+    assert results[0]["e1"]["leaked_rooms"] == 0
     assert results[0]["e1"]["steps"] == 7 and results[0]["e1"]["num_clips"] == 4
     assert {"baseline", "chance", "eval_digest", "cone_mae_deg", "acc_at_10", "floor"} <= set(results[0]["e1"])
     lines = Path("a/e1.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[0])["diffuse_snr_db"] is None
     assert json.loads(Path("b/e1n5.jsonl").read_text().splitlines()[3])["diffuse_snr_db"] == 5.0
     table = capsys.readouterr().out
+    assert "LEAKED" not in table
     assert results[0]["e1"]["eval_digest"] in table and "GCC-PHAT, max" in table and "floor" in table
+
+
+@pytest.fixture(scope="module")
+def leaked(tmp_path_factory):
+    """An untrained network whose configuration says that it was trained in 150 of the original's rooms."""
+    cfg = from_mapping(RunConfig, {**TINY, "scene": {"pool": "original", "bank": 150}})
+    path = tmp_path_factory.mktemp("leaked") / "checkpoint.pt"
+    save_checkpoint(path, model=build_localizer(cfg), optimizer=None, ema=None, step=7, config=to_mapping(cfg),
+                    extra={})
+    return path
+
+
+@pytest.mark.parametrize("overrides", [[], ["scene.pool=law"], ["scene.pool=law", "scene.bank=null"]])
+def test_a_model_that_has_been_in_the_rooms_of_a_set_is_marked(overrides, leaked, tmp_path, monkeypatch, capsys):
+    """In the numbers and in words; no override of an evaluation can undo what was trained."""
+    monkeypatch.chdir(tmp_path)
+    assert run(leaked, "--sets", "e0,e1", "--clips", 3, "--json", "a.json", *overrides) == 0
+    result = json.loads(Path("a.json").read_text())
+    assert (result["e0"]["leaked_rooms"], result["e1"]["leaked_rooms"]) == (150, 0)
+    table = capsys.readouterr().out
+    assert [line.split()[:3] for line in table.splitlines() if "model" in line][:2] == [
+        ["e0", "model,", "LEAKED"], ["e1", "model", "3"]]
+    assert table.splitlines()[-1] == ("e0 is LEAKED: the model was trained in 150 of its 200 rooms "
+                                      "(scene.pool=original), this says nothing about other rooms")
+
+
+def test_the_page_says_which_set_is_leaked(leaked, checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    for path, heading in ((leaked, "<h2>e0, LEAKED</h2>"), (checkpoint, "<h2>e0</h2>")):
+        assert run(path, "--sets", "e0", "--clips", 3, "--html", tmp_path / "page.html") == 0
+        text = (tmp_path / "page.html").read_text()
+        assert heading in text and ("e0 is LEAKED" in text) == ("LEAKED" in heading)
 
 
 def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
@@ -93,6 +127,7 @@ def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
     change = [f"speech.{key}={value}" for key, value in TINY["speech"].items()]
     assert run(*change, "train.device=cpu", "--sets", "e1p", "--baselines", "--clips", 3, "--json", "a.json") == 0
     [result] = json.loads(Path("a.json").read_text()).values()
+    assert result["leaked_rooms"] is None
     assert "cone_mae_deg" not in result and result["baseline"]["num_clips"] == 3 and result["steps"] is None
     assert "model" not in capsys.readouterr().out
 

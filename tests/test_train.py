@@ -18,8 +18,10 @@ import yaml
 from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
-from ssl_gpu.config import RunConfig, load_config
+from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
+from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.scene import Pool, SceneConfig, original_scenes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -118,6 +120,38 @@ def test_resume_goes_on_where_it_stopped(tiny):
     for part in ("model", "ema"):
         for key, value in getattr(whole, part).items():
             torch.testing.assert_close(getattr(half, part)[key], value, rtol=0, atol=1e-6)
+
+
+POOL = ("scene.pool=original", "scene.bank=3", "rir.num_images=[1024, 4096]", "eval.num_clips=4")
+
+
+def test_run_in_the_original_rooms_resumes_like_any_other_and_says_that_it_leaks(tiny, capsys):
+    common = (*POOL, "train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth")
+    assert start("train.out=whole", "train.steps=4", *common) == 0
+    assert start("train.out=half", "train.steps=2", *common) == 0
+    assert start("train.out=half", "train.steps=4", *common, "--resume") == 0
+    error = capsys.readouterr().err
+    warning = "warning: scene.pool=original trains in 3 of the 200 rooms of e0: results on e0 will be leaked\n"
+    assert error.count(warning) == 3
+    whole, half = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("whole", "half"))
+    assert half.step == 4 and half.config["scene"]["pool"] == "original" and half.config["scene"]["bank"] == 3
+    for key, value in whole.model.items():
+        torch.testing.assert_close(half.model[key], value, rtol=0, atol=1e-6)
+    cfg = load_config(RunConfig, tiny / "half" / "config.yaml")
+    eval_set, _ = prepare_eval(cfg, torch.device("cpu"))
+    known = set(original_scenes().rt60.tolist())
+    assert not set(eval_set.mixture.scenes.rt60.tolist()) & known  # its own evaluation set is clean
+
+
+@pytest.mark.parametrize("change", [("scene.pool=law",), ("scene.bank=2",), ("scene.pool=law", "scene.bank=null")])
+def test_a_resumption_cannot_hide_the_rooms_that_were_trained_in(change, tiny, capsys):
+    assert start("train.out=run", "train.steps=1", *POOL) == 0
+    assert start("train.out=run", "train.steps=2", *POOL, *change, "--resume") == 2
+    left = 2 if change == ("scene.bank=2",) else 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: the checkpoint in run does not fit its configuration and the overrides: scene.pool and scene.bank must "
+        f"keep the 3 rooms of e0 that it was trained in, got {left} of them")
+    assert start("train.out=run", "train.steps=2", "scene.bank=4", "--resume") == 0
 
 
 def test_resume_finds_the_newest_run(tiny):
@@ -284,6 +318,11 @@ MISTAKES = {
     "no such device": (["train.device=tpu"], "tpu"),
     "nothing to resume": (["--resume"], "--resume"),
     "original with three": (["model.kind=original", "scene.num_src=3"], "scene.num_src"),
+    "pool without a bank": (["scene.pool=original"], "scene.bank must be in 1..3000 rooms"),
+    "pool of another law": (["scene.pool=original", "scene.bank=3", "scene.rt60_s=[0.2, 0.7]"], "scene.rt60_s"),
+    "pool by walls": (["scene.pool=original", "scene.bank=3", "rir.num_images=[1024, 4096]", "rir.hybrid_share=0.5"],
+                      "rir.hybrid_share must be 0.0 with scene.pool=original"),
+    "pool with image counts": (["scene.pool=original", "scene.bank=3"], "rir.num_images must be (1024, 4096)"),
     "occupied folder": (["train.out=alone"], "train.out"),
 }
 
@@ -318,7 +357,15 @@ def test_evaluate_refuses_what_is_no_checkpoint(finished, path, capsys):
 
 @pytest.mark.parametrize("name", ["quickstart", "librispeech", "original"])
 def test_shipped_configs_load(name):
-    assert load_config(RunConfig, CONFIGS / f"{name}.yaml").train.batch_size >= 1
+    cfg = load_config(RunConfig, CONFIGS / f"{name}.yaml")
+    assert cfg.train.batch_size >= 1 and cfg.scene.pool is Pool.LAW  # none trains in e0's rooms unless told to
+
+
+def test_the_original_can_be_trained_in_its_own_rooms():
+    """By one override of its configuration, which is written and read as it is."""
+    cfg = load_config(RunConfig, CONFIGS / "original.yaml", ["scene.pool=original"])
+    assert cfg.scene == SceneConfig(bank=3000, pool=Pool.ORIGINAL)
+    assert from_mapping(RunConfig, to_mapping(cfg)) == cfg and to_mapping(cfg)["scene"]["pool"] == "original"
 
 
 def test_default_model_is_small_and_the_original_is_the_originals():
