@@ -66,14 +66,28 @@ def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocas
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def channels_last(maps: torch.Tensor, enabled: bool | None = None) -> torch.Tensor:
+    """Maps [batch, channel, height, width] with their channels side by side in memory, in which convolutions keep them;
+    by default on a GPU, whose matrix units want it so, and else as they are.
+
+    Weights stay as they are: checkpoints and moments of the optimiser would take over their layout. On one CPU thread,
+    forward and backward: 68 ms as they are, 76 channels last, for the original's convolutions and 2 clips in float32,
+    40 and 34 in bfloat16; for the small model's and 32 clips in bfloat16 104 and 182.
+    """
+    if enabled is None:
+        enabled = maps.device.type == "cuda"
+    return maps.contiguous(memory_format=torch.channels_last) if enabled else maps
+
+
 def compiled(function: Compilable, enabled: bool = True) -> Compilable:
-    """`function` compiled on its first call, for fixed shapes; a module in place, so its state_dict keeps its names."""
+    """`function` compiled on its first call, for fixed shapes: a module in place, so its state_dict keeps its names; a
+    function as one graph, or its first call raises."""
     if not enabled:
         return function
     if isinstance(function, nn.Module):
         function.compile(dynamic=False)
         return function
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def constant(function: Compilable) -> Compilable:

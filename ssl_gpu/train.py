@@ -30,7 +30,7 @@ from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate
+from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, restore_optimizer
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.report import result_table
 from ssl_gpu.simulator import Simulator
@@ -110,7 +110,7 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
         run.share = min(run.share, run.elapsed_s / (60 * minutes))
     run.localizer.load_state_dict(resumed.model)
-    run.optimizer.load_state_dict(resumed.optimizer)
+    restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
         run.averaged.model.load_state_dict(resumed.ema or resumed.model)
         run.averaged.updates = resumed.step

@@ -87,7 +87,7 @@ def test_compiled_module_keeps_the_names_of_its_state(monkeypatch):
     assert runtime.compiled(module, enabled=False) is module and runtime.compiled(abs, enabled=False) is abs
     assert compiled == []
     assert list(runtime.compiled(module).state_dict()) == ["weight", "bias"] and runtime.compiled(abs) is abs
-    assert compiled == [{"dynamic": False}] * 2
+    assert compiled == [{"dynamic": False}, {"dynamic": False, "fullgraph": True}]
 
 
 def test_synchronize_waits_for_a_gpu_only(monkeypatch):
