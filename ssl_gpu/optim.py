@@ -42,6 +42,7 @@ class TrainConfig:
 
     out: the run folder; None for runs/<name of the configuration>-<date>.
     device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
+    overlap: simulate the next batch beside the step of this one; null: on a GPU. The batches are the same.
     seed: of the weights and of every draw.
     steps, max_minutes: the length of the run, at least one of them. max_minutes counts wall-clock time from the start
         of the process to result.json: the schedule fits itself to it.
@@ -60,6 +61,7 @@ class TrainConfig:
     device: str = "auto"
     precision: Precision = Precision.AUTO
     compile: bool = False
+    overlap: bool | None = None
     seed: int = 0
     steps: int | None = None
     max_minutes: float | None = None

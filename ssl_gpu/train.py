@@ -130,6 +130,15 @@ def draw_batch(run: Run, step: int) -> MixtureBatch:
     return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device))
 
 
+def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
+    """The mixtures of step after step. The timer's section "simulate" is their simulation, wherever it runs."""
+    def simulate(step: int) -> MixtureBatch:
+        with timer.section("simulate"):
+            return draw_batch(run, step)
+
+    return runtime.Ahead(simulate, run.device, run.cfg.train.overlap)
+
+
 def elapsed_s(run: Run) -> float:
     """Wall-clock seconds of the run so far: since the process started, and those of the parts before a resumption."""
     return run.elapsed_s + time.time() - runtime.process_start_time()
@@ -211,6 +220,7 @@ def train(run: Run, log: Log) -> int:
     bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
     timer = runtime.StepTimer(run.device)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None)
+    batches = timed_batches(run, timer)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
@@ -218,8 +228,7 @@ def train(run: Run, log: Log) -> int:
     run.localizer.train()
     while share < 1:
         step_began = time.perf_counter()
-        with timer.section("simulate"):
-            mixture = draw_batch(run, step)
+        mixture = batches.take(step)
         with runtime.autocast(run.device, bfloat16):
             logits = network(mixture.audio)
         loss = run.localizer.loss(logits, mixture.scenes)
