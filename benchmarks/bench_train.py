@@ -1,11 +1,14 @@
 """Training steps of the networks of configs/ in endless rooms: how long, and the share of simulation in it.
 
-The shares are measured by ssl_gpu.runtime.StepTimer: by events on a GPU, which does not wait for them.
+The shares are measured by ssl_gpu.runtime.StepTimer: by events on a GPU, which does not wait for them. With overlap the
+next batch is simulated beside the step, on a stream of its own: "simulate" is how long that takes, in which it competes
+with the step, and "wait" how long the step waits for it; without overlap the one is the other.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,26 @@ from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.optim import Averaged, Precision, build_optimizer
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.simulator import Simulator
-from ssl_gpu.train import Run, draw_batch, training_speech
+from ssl_gpu.train import Run, timed_batches, training_speech
 
 # Few voices, for they take time to make; endless rooms for both networks, where original.yaml has a bank of 3,000.
 OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.bank=null", "rir.early=false")
-BATCH_ON_CPU = {"librispeech": None, "original": 2}  # the original's 57 M parameters want a GPU; None: as configured
+# Name of a row -> file in configs/, mixtures per step on a CPU (the original's 57 M parameters want a GPU; None: as
+# configured), overrides.
+NETWORKS = {"librispeech": ("librispeech", None, ()), "original": ("original", 2, ()),
+            "original-fft": ("original", 2, ("model.freeze_stft=true",)),
+            "original-nchw": ("original", 2, ("model.channels_last=false",))}
+CHOICES = {"no": (False,), "yes": (True,), "both": (False, True)}
 BURN_IN = 3  # steps; compilation is in the first
 BFLOAT16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}
 
 
 def prepare(name: str, batch: int | None, device: torch.device, overrides: Sequence[str]) -> Run:
-    """A run of configs/<name>.yaml without an evaluation set, on noise-free synthetic voices."""
+    """A run of one of NETWORKS without an evaluation set, on noise-free synthetic voices."""
+    file, _, more = NETWORKS[name]
     batch_size = [] if batch is None else [f"train.batch_size={batch}"]
-    cfg = load_config(RunConfig, common.ROOT / "configs" / f"{name}.yaml", [*OVERRIDES, *batch_size, *overrides])
+    cfg = load_config(RunConfig, common.ROOT / "configs" / f"{file}.yaml",
+                      [*OVERRIDES, *more, *batch_size, *overrides])
     localizer = build_localizer(cfg).to(device).train()
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     return Run(cfg, Path(), device, training_speech(cfg, device),
@@ -37,46 +47,56 @@ def prepare(name: str, batch: int | None, device: torch.device, overrides: Seque
                build_optimizer(cfg.train, localizer))
 
 
-def time_steps(run: Run, network: torch.nn.Module, timer: runtime.StepTimer, count: int) -> None:
-    """`count` steps, those of ssl_gpu.train.train, with marks for the timer between the parts."""
-    cfg = run.cfg.train
-    for _ in range(count):
-        with timer.section("simulate"):
-            mixture = draw_batch(run, run.step)
-        with timer.section("forward"):
-            with runtime.autocast(run.device, BFLOAT16[cfg.precision]):
-                logits = network(mixture.audio)
-            loss = run.localizer.loss(logits, mixture.scenes)
-        with timer.section("backward"):
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        with timer.section("update"):
-            if cfg.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
-            run.optimizer.step()
-            if run.averaged is not None:
-                run.averaged.update(run.localizer)
-        run.step += 1
-        timer.step()
+class Steps:
+    """Steps of a run, those of ssl_gpu.train.train, with marks for a timer between the parts."""
+
+    def __init__(self, run: Run, network: torch.nn.Module):
+        self.run, self.network = run, network
+        self.timer = runtime.StepTimer(run.device)
+        self.batches = timed_batches(run, self.timer)
+
+    def take(self, count: int) -> None:
+        """`count` steps more."""
+        run, cfg, timer = self.run, self.run.cfg.train, self.timer
+        for _ in range(count):
+            with timer.section("wait"):
+                mixture = self.batches.take(run.step)
+            with timer.section("forward"):
+                with runtime.autocast(run.device, BFLOAT16[cfg.precision]):
+                    logits = self.network(mixture.audio)
+                loss = run.localizer.loss(logits, mixture.scenes)
+            with timer.section("backward"):
+                run.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            with timer.section("update"):
+                if cfg.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
+                run.optimizer.step()
+                if run.averaged is not None:
+                    run.averaged.update(run.localizer)
+            run.step += 1
+            timer.step()
 
 
-def row_of(name: str, batch: int | None, compile: bool, device: torch.device, seconds: float, every: int,
-           overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """One network, eager or compiled: `every` steps from one reading of the timer to the next."""
-    run = prepare(name, batch, device, overrides)
-    network = runtime.compiled(run.localizer, compile)
-    timer = runtime.StepTimer(device)
-    time_steps(run, network, timer, BURN_IN)
-    timer.read()
+def row_of(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
+           every: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """One network, eager or compiled, simulation overlapped or not: `every` steps from one reading of the timer to the
+    next."""
+    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", *overrides])
+    steps = Steps(run, runtime.compiled(run.localizer, compile))
+    runtime.reset_peak_memory(device)
+    steps.take(BURN_IN)
+    steps.timer.read()
     readings, spent = [], 0.0
     while len(readings) < common.LEAST_CALLS or spent < seconds:
-        time_steps(run, network, timer, every)
-        readings.append(timer.read())
+        steps.take(every)
+        readings.append(steps.timer.read())
         spent += every * readings[-1].step_s
     share = {key: sum(r.share[key] for r in readings) / len(readings) for key in readings[0].share}
     cfg, bfloat16 = run.cfg, BFLOAT16[run.cfg.train.precision]
     return common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
-                      cfg.train.batch_size * cfg.speech.clip_s, None, device, compiled=compile, share=share,
+                      cfg.train.batch_size * cfg.speech.clip_s, None, device, compiled=compile, overlap=overlap,
+                      share=share,
                       parameters=sum(p.numel() for p in run.localizer.parameters()),
                       bfloat16=runtime.has_bfloat16(device) if bfloat16 is None else bfloat16)
 
@@ -84,21 +104,27 @@ def row_of(name: str, batch: int | None, compile: bool, device: torch.device, se
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = common.parser("bench_train", __doc__, seconds=10.0)
-    parser.add_argument("--model", nargs="+", choices=BATCH_ON_CPU, metavar="NAME",
-                        help="librispeech, original: the files in configs/ (default: both, on a CPU librispeech only)")
+    parser.add_argument("--model", nargs="+", choices=NETWORKS, metavar="NAME",
+                        help="librispeech, original: the files in configs/ (default: both, on a CPU librispeech only); "
+                             "original-fft: its transform frozen; original-nchw: its maps not channels last")
     parser.add_argument("--batch", type=common.positive, metavar="N",
                         help="mixtures per step (default: the configuration's, and 2 for original on a CPU)")
-    parser.add_argument("--compile", choices=("no", "yes", "both"), default="both", help="torch.compile the network")
+    parser.add_argument("--compile", choices=CHOICES, default="both", help="torch.compile the network")
+    parser.add_argument("--overlap", choices=CHOICES, help="simulate the next batch beside the step (default no on a "
+                                                           "CPU, where there is nothing beside it, both on a GPU)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE",
+                        help="of the configurations, for example train.precision=bfloat16")
     parser.add_argument("--every", type=common.positive, metavar="N",
                         help="steps between two readings of the timer (default 1 on a CPU, 10 on a GPU)")
     args = parser.parse_args(arguments)
     device = common.start(args)
     on_cpu = device.type == "cpu"
     rows = []
-    for name in args.model or (["librispeech"] if on_cpu else list(BATCH_ON_CPU)):
-        batch = args.batch or (BATCH_ON_CPU[name] if on_cpu else None)
-        for compile in {"no": (False,), "yes": (True,), "both": (False, True)}[args.compile]:
-            rows.append(row_of(name, batch, compile, device, args.seconds, args.every or (1 if on_cpu else 10)))
+    for name in args.model or (["librispeech"] if on_cpu else ["librispeech", "original"]):
+        batch = args.batch or (NETWORKS[name][1] if on_cpu else None)
+        for compile, overlap in product(CHOICES[args.compile], CHOICES[args.overlap or ("no" if on_cpu else "both")]):
+            rows.append(row_of(name, batch, compile, overlap, device, args.seconds,
+                               args.every or (1 if on_cpu else 10), args.set))
     common.finish("bench_train", device, rows, arguments, args.json)
     return 0
 

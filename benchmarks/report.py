@@ -57,13 +57,18 @@ def simulation_table(results: dict[str, Any]) -> list[str]:
 
 
 def train_table(results: dict[str, Any]) -> list[str]:
-    """Of bench_train."""
-    rows = [[f"{row['name']}, {row['parameters'] / 1e6:.2f} M{', compiled' if row['compiled'] else ''}", row["batch"],
-             "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3), number(row["scenes_per_s"]),
-             " / ".join(f"{100 * row['share'][key]:.0f}" for key in ("simulate", "forward", "backward", "update")),
-             mebibytes(row["peak_bytes"])] for row in results["rows"]]
+    """Of bench_train; with a column of its own for the wait where some rows simulate beside the step."""
+    parts, overlapped = ("simulate", "forward", "backward", "update"), any(r.get("overlap") for r in results["rows"])
+    rows = []
+    for row in results["rows"]:
+        name = f"{row['name']}, {row['parameters'] / 1e6:.2f} M"
+        name += ", compiled" * row["compiled"] + ", overlapped" * row.get("overlap", False)
+        wait = [f"{100 * row['share']['wait']:.0f}"] if overlapped else []
+        shares = " / ".join(f"{100 * row['share'][part]:.0f}" for part in parts)
+        rows.append([name, row["batch"], "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3),
+                     number(row["scenes_per_s"]), shares, *wait, mebibytes(row["peak_bytes"])])
     return table(["network", "batch", "precision", "ms per step (p10 to p90)", "examples/s",
-                  "simulate / forward / backward / update, %", "peak MiB"], rows)
+                  f"{' / '.join(parts)}, %", *["waiting for the simulation, %"] * overlapped, "peak MiB"], rows)
 
 
 def peers_table(results: dict[str, Any]) -> list[str]:

@@ -108,7 +108,8 @@ class Localizer(nn.Module):
         if model.kind is ModelKind.ORIGINAL:
             if scene.num_src != 2:
                 raise ValueError(f"scene.num_src must be 2 for model.kind=original, got {scene.num_src}")
-            self.network = SSLModel(model.dropout, model.dropout, model.dropout, num_classes=len(grid))
+            self.network = SSLModel(model.dropout, model.dropout, model.dropout, num_classes=len(grid),
+                                    freeze_stft=model.freeze_stft, channels_last=model.channels_last)
         else:
             self.network = ConformerLocalizer(model, features, sample_rate, scene.aperture, scene.num_src, len(grid))
 

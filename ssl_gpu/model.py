@@ -19,29 +19,52 @@ WINDOW = 512  # samples, 32 ms at 16 kHz
 HOP = 160  # samples, 10 ms at 16 kHz
 NUM_BINS = WINDOW // 2 + 1
 STEP_FRAMES = 64  # frames in one time step of the original's tokens, and bins in one of its bands
+HANN_ERROR = 1e-6  # of weights of at most 1 that still count as the Hann transform's; float32 has 6e-8
 SILENCE = 1e-16  # |X0 X1|: two spectra of 1e-8, made by samples of 7e-10; the last of 24 bits is 1.2e-7
+
+
+def hann_transform() -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of the 512-point periodic Hann transform, [freq=257, 1, sample=512] float64."""
+    sample = torch.arange(WINDOW, dtype=torch.float64)
+    phase = 2 * math.pi / WINDOW * (torch.outer(sample[:NUM_BINS], sample) % WINDOW)
+    window = torch.hann_window(WINDOW, dtype=torch.float64)
+    return (phase.cos() * window)[:, None], (-phase.sin() * window)[:, None]
 
 
 class STFT(nn.Module):
     """Short-time spectra by two strided convolutions, so that their window and frequencies can be trained.
 
     Starts as a 512-point periodic Hann transform every 160 samples, the signal reflected at both ends to centre frame t
-    on sample 160 t: torch.stft with center=True.
+    on sample 160 t: torch.stft with center=True. With `frozen` set its weights do not train, and while they are those
+    of that transform it is computed by FFT, without them. Trained ones that load_state_dict brings into a frozen
+    transform are convolved with as ever. To change the weights otherwise is to be told of: call `choose_path` then.
     """
 
-    def __init__(self):
+    def __init__(self, frozen: bool = False):
         super().__init__()
         self.conv_real = nn.Conv1d(1, NUM_BINS, WINDOW, HOP, bias=False)
         self.conv_imag = nn.Conv1d(1, NUM_BINS, WINDOW, HOP, bias=False)
-        sample = torch.arange(WINDOW, dtype=torch.float64)
-        phase = 2 * math.pi / WINDOW * (torch.outer(sample[:NUM_BINS], sample) % WINDOW)
-        window = torch.hann_window(WINDOW, dtype=torch.float64)
         with torch.no_grad():
-            self.conv_real.weight.copy_((phase.cos() * window)[:, None])
-            self.conv_imag.weight.copy_((-phase.sin() * window)[:, None])
+            for conv, weight in zip((self.conv_real, self.conv_imag), hann_transform()):
+                conv.weight.copy_(weight)
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.frozen = self.by_fft = frozen
+        self.requires_grad_(not frozen)
+        self.register_load_state_dict_post_hook(STFT.choose_path)
+
+    def choose_path(self, *_) -> None:
+        """Decides, outside of forward since it waits for the device, whether an FFT can stand in for the weights."""
+        convs = (self.conv_real, self.conv_imag)
+        self.by_fft = self.frozen and all(float((conv.weight - weight.to(conv.weight)).abs().max()) <= HANN_ERROR
+                                          for conv, weight in zip(convs, hann_transform()))
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """audio [batch, mic, sample >= 257] -> real and imaginary part, each [batch, mic, frame, freq=257]."""
+        if self.by_fft:
+            spectrum = torch.stft(audio.flatten(0, 1), WINDOW, HOP, window=self.window, pad_mode="reflect",
+                                  return_complex=True)
+            spectrum = rearrange(spectrum, "(b m) f t -> b m t f", m=audio.shape[1])
+            return spectrum.real, spectrum.imag
         signal = F.pad(audio.flatten(0, 1)[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")
         parts = self.conv_real(signal), self.conv_imag(signal)
         real, imag = (rearrange(part, "(b m) f t -> b m t f", m=audio.shape[1]) for part in parts)
@@ -93,8 +116,11 @@ class SSLModel(nn.Module):
     training they also count in the batch norm statistics).
 
     The three dropouts arrive in every block; the original's were lost on the way, hence the default 0. freeze_stft
-    keeps the transform at its Hann window. Raises ValueError for a wrong dropout; forward for anything but two
-    microphones, for fewer than 10,080 samples (one time step) and for more than 1,310,559 (512 tokens).
+    keeps the transform as it is, by FFT while it is the Hann transform. channels_last: layout of the convolutions' maps
+    in memory; None leaves it to runtime.channels_last.
+
+    Raises ValueError for a wrong dropout; forward for anything but two microphones, for fewer than 10,080 samples (one
+    time step) and for more than 1,310,559 (512 tokens).
     """
 
     shortest = (STEP_FRAMES - 1) * HOP  # samples
@@ -106,9 +132,11 @@ class SSLModel(nn.Module):
         conv_dropout: float = 0.0,
         num_classes: int = 36,
         freeze_stft: bool = False,
+        channels_last: bool | None = None,
     ):
         super().__init__()
-        self.stft = STFT().requires_grad_(not freeze_stft)
+        self.channels_last = channels_last
+        self.stft = STFT(freeze_stft)
         self.inter_conv = nn.Sequential(*_conv_norm_gelu(2, 4, 3, 1, 1), *_conv_norm_gelu(4, 8, 3, 1, 1))
         self.patch_embed = nn.Sequential(
             *_conv_norm_gelu(8, 32, 4, 4, 0), *_conv_norm_gelu(32, 128, 4, 4, 0), *_conv_norm_gelu(128, 512, 4, 4, 0)
@@ -126,7 +154,8 @@ class SSLModel(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         self._check(audio)
-        x = self.patch_embed(self.inter_conv(self.features(audio)))  # [batch, 512, time, band]
+        x = runtime.channels_last(self.features(audio), self.channels_last)
+        x = self.patch_embed(self.inter_conv(x))  # [batch, 512, time, band]
         x = rearrange(x, "b c t f -> b (t f) c")
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         x = self.norm(self.backbone(x + self.pos_embed[:, : x.shape[1]]))
@@ -170,6 +199,9 @@ class ModelConfig:
     """Which network, and the sizes of the small one.
 
     kind: conformer or original. dropout: in every Conformer block, of either kind.
+    freeze_stft: of the original, keep its transform at the Hann window instead of training it, by one FFT.
+    channels_last: how the maps of the convolutions lie in memory; null: channels last on a GPU, not on a CPU. It
+        changes roundings alone.
     channels: maps of the convolutions over frame and delay.
     dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
 
@@ -178,6 +210,8 @@ class ModelConfig:
 
     kind: ModelKind = ModelKind.CONFORMER
     dropout: float = 0.0
+    freeze_stft: bool = False
+    channels_last: bool | None = None
     channels: int = 24
     dim: int = 128
     depth: int = 3
@@ -188,6 +222,9 @@ class ModelConfig:
         read_enums(self, "model")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must satisfy 0 <= p < 1, got {self.dropout}")
+        if self.freeze_stft and self.kind is not ModelKind.ORIGINAL:
+            raise ValueError(f"model.freeze_stft must be false unless model.kind is original, got true with "
+                             f"{self.kind.value}")
         for name in ("channels", "dim", "depth", "heads", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be >= 1, got {getattr(self, name)}")
@@ -212,7 +249,7 @@ class ConformerLocalizer(nn.Module):
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
                  num_tracks: int, num_angles: int):
         super().__init__()
-        self.num_tracks = num_tracks
+        self.num_tracks, self.channels_last = num_tracks, cfg.channels_last
         self.front = DelayMap(features, sample_rate, mic_spacing)
         width = cfg.channels
         self.conv = nn.Sequential(
@@ -232,7 +269,7 @@ class ConformerLocalizer(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         maps, levels = self.front(audio)
-        x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
+        x = rearrange(self.conv(runtime.channels_last(maps, self.channels_last)), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]
         weight = self.pool_weight(x).softmax(1)                          # over frames

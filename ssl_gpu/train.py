@@ -30,7 +30,7 @@ from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate
+from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import build_localizer
@@ -121,7 +121,7 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
         run.share = min(run.share, run.elapsed_s / (60 * minutes))
     run.localizer.load_state_dict(resumed.model)
-    run.optimizer.load_state_dict(resumed.optimizer)
+    restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
         run.averaged.model.load_state_dict(resumed.ema or resumed.model)
         run.averaged.updates = resumed.step
@@ -139,6 +139,15 @@ def draw_batch(run: Run, step: int) -> MixtureBatch:
                        generator=generator(rng.Stream.SPEECH, bank.samples.device))
     dry = gather_crops(bank, crops, num_samples)
     return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device))
+
+
+def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
+    """The mixtures of step after step. The timer's section "simulate" is their simulation, wherever it runs."""
+    def simulate(step: int) -> MixtureBatch:
+        with timer.section("simulate"):
+            return draw_batch(run, step)
+
+    return runtime.Ahead(simulate, run.device, run.cfg.train.overlap)
 
 
 def elapsed_s(run: Run) -> float:
@@ -222,6 +231,7 @@ def train(run: Run, log: Log) -> int:
     bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
     timer = runtime.StepTimer(run.device)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None)
+    batches = timed_batches(run, timer)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
@@ -229,8 +239,7 @@ def train(run: Run, log: Log) -> int:
     run.localizer.train()
     while share < 1:
         step_began = time.perf_counter()
-        with timer.section("simulate"):
-            mixture = draw_batch(run, step)
+        mixture = batches.take(step)
         with runtime.autocast(run.device, bfloat16):
             logits = network(mixture.audio)
         loss = run.localizer.loss(logits, mixture.scenes)

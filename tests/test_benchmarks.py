@@ -75,12 +75,16 @@ def test_oracle_notices_a_wrong_convolution():
 
 
 def test_training_benchmark_shares_a_step_out(tmp_path):
-    results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no")
-    check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled"})
-    share = results["rows"][0]["share"]
-    assert set(share) == {"simulate", "forward", "backward", "update"}
-    assert all(part > 0 for part in share.values()) and 0.8 < sum(share.values()) <= 1
-    assert "librispeech" in report.markdown(results)
+    results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no", "--overlap", "both",
+                  "--set", "train.precision=float32", "speech.clip_s=1.0")
+    check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled", "overlap"})
+    assert [row["overlap"] for row in results["rows"]] == [False, True]
+    for row in results["rows"]:
+        share = row["share"]
+        assert set(share) == {"simulate", "wait", "forward", "backward", "update"} and not row["bfloat16"]
+        assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
+        assert 0.8 < sum(share.values()) - share["simulate"] <= 1
+    assert "librispeech, 1.60 M, overlapped | 2 | float32" in report.markdown(results)
 
 
 def test_peers_compares_what_it_finds(tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
 from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.rooms import draw_rooms, render_rooms
 from ssl_gpu.scene import SceneConfig, sample_scenes
+from ssl_gpu.simulator import Simulator, SimulatorConfig
 
 EYRING = IsmConfig(Absorption.EYRING)
+NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
 FEW = RirConfig(num_images=(64, 128))
 SCENES = sample_scenes(SceneConfig(rt60_s=(0.2, 0.4)), 4, generator=torch.Generator().manual_seed(0))
 ROOMS = {
@@ -43,8 +45,7 @@ def compare_rooms(cfg, backend):
 
 def compare_mixtures(rirs, backend):
     generator = torch.Generator().manual_seed(2)
-    cfg = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
-    drawn = draw_mixture(cfg, 4, 2, 2, 8000, generator=generator)
+    drawn = draw_mixture(NOISY, 4, 2, 2, 8000, generator=generator)
     dry = torch.randn(4, 2, 8000, generator=generator)
     expected, found = mix(dry, rirs, SCENES, drawn), whole(mix, backend)(dry, rirs, SCENES, drawn)
     assert_close(found.audio, expected.audio, rtol=0, atol=1e-6 * float(expected.audio.abs().max()))
@@ -57,6 +58,41 @@ def test_rooms_render_as_one_graph(name):
 
 def test_mixtures_are_one_graph():
     compare_mixtures(compare_rooms(FEW, "eager"), "eager")
+
+
+def simulate(rir, scene, compile):
+    """Five mixtures in chunks of two; rooms of a bank where scene.bank says so."""
+    simulator = Simulator(scene, rir, NOISY, SimulatorConfig(2, compile), EYRING)
+    generator = torch.Generator().manual_seed(3)
+    if scene.bank is not None:
+        simulator.fill_bank(generator=generator)
+    return simulator(torch.randn(5, 2, 4000, generator=generator), generator=generator)
+
+
+@pytest.mark.parametrize("bank", [None, 3])
+def test_compiled_simulator_gives_the_same_mixtures(bank, monkeypatch):
+    calls, compile = [], torch.compile
+
+    def by_eager(function, **options):
+        calls.append((function, options))
+        return compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", by_eager)
+    torch.compiler.reset()
+    law, rir = SceneConfig(rt60_s=(0.2, 0.4), bank=bank), replace(FEW, hybrid_share=0.5)
+    expected, found = (simulate(rir, law, compile) for compile in (False, True))
+    assert calls == [(part, {"dynamic": False, "fullgraph": True}) for part in (render_rooms, mix)]
+    for kind in ("audio", "early"):
+        peak = float(getattr(expected, kind).abs().max())
+        assert_close(getattr(found, kind), getattr(expected, kind), rtol=0, atol=1e-6 * peak)
+    assert torch.equal(found.scenes.src_pos, expected.scenes.src_pos)
+
+
+@pytest.mark.parametrize("rir", [RirConfig(method=Method.ISM), replace(FEW, ism_share=0.25)])
+def test_exact_rooms_are_not_compiled(rir):
+    with pytest.raises(ValueError, match=r"^simulator.compile must be false where rooms are exact, which wait for the "
+                                         r"device, got true with rir.method=\w+ and rir.ism_share=[0-9.]+$"):
+        Simulator(SceneConfig(rt60_s=(0.2, 0.4)), rir, config=SimulatorConfig(compile=True), ism=EYRING)
 
 
 def test_a_second_graph_is_noticed():

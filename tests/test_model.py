@@ -1,5 +1,7 @@
 """The original network: its print, its keys, its forward step by step, and its limits."""
+import copy
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_gpu.model import STFT, SSLModel, phase_difference
+from ssl_gpu.features import FeatureConfig
+from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel, phase_difference
 
 PRINTED = (Path(__file__).parent / "golden" / "original_model.txt").read_text().rstrip("\n")
 SHORTEST, LONGEST = 10_080, 1_310_559  # samples: 64 frames for one time step; 510 tokens and 2 CLS tokens
@@ -131,6 +134,71 @@ def test_stft_starts_as_a_centred_hann_transform():
     # Sums of 512 products of size 1 in float32.
     assert_close(real, spectrum.real.float(), rtol=0, atol=1e-4)
     assert_close(imag, spectrum.imag.float(), rtol=0, atol=1e-4)
+
+
+def test_frozen_transform_is_that_of_the_convolutions_by_fft():
+    frozen, trained, audio = STFT(frozen=True), STFT(), noise(2, 2, 5_000)
+    audio.requires_grad_()
+    assert frozen.by_fft and not trained.by_fft and list(frozen.state_dict()) == list(trained.state_dict())
+    found, expected = frozen(audio), trained(audio)
+    # Sums of 512 products of size 1 in float32.
+    assert_close(found, expected, rtol=0, atol=1e-4)
+    weight = noise(*expected[0].shape, seed=1)
+    gradients = [torch.autograd.grad((real * weight + imag).sum(), audio)[0] for real, imag in (found, expected)]
+    assert_close(gradients[0], gradients[1], rtol=0, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+def test_frozen_network_has_the_logits_of_the_trained_one(model):
+    frozen = SSLModel(freeze_stft=True).eval()
+    frozen.load_state_dict(model.state_dict())
+    assert frozen.stft.by_fft
+    with torch.no_grad():
+        assert_close(frozen(noise(1, 2, SHORTEST)), model(noise(1, 2, SHORTEST)), rtol=1e-3, atol=2e-5)
+
+
+def test_trained_weights_in_a_frozen_transform_are_convolved_with():
+    """An FFT knows nothing of them. Copies follow, and Hann weights that come back are seen too."""
+    trained, frozen, audio = STFT(), STFT(frozen=True), noise(1, 2, 2_000)
+    hann = {name: weight.clone() for name, weight in trained.state_dict().items()}
+    with torch.no_grad():
+        trained.conv_imag.weight[100, 0, 200] += 0.01
+    frozen.load_state_dict(trained.state_dict())
+    for stft in (frozen, copy.deepcopy(frozen)):
+        assert not stft.by_fft
+        assert_close(stft(audio), trained(audio), rtol=0, atol=0)
+    frozen.load_state_dict(hann)
+    assert frozen.by_fft
+    trained.load_state_dict(hann)
+    assert not trained.by_fft
+
+
+def test_layout_of_the_maps_changes_roundings_alone():
+    """Outputs and gradients of both networks, their convolutions channels last or not."""
+    features = FeatureConfig(num_bands=4, num_delays=17)
+    small = ModelConfig(channels=8, dim=16, depth=1, heads=2)
+    for build in (lambda last: SSLModel(channels_last=last),
+                  lambda last: ConformerLocalizer(replace(small, channels_last=last), features, 16_000, 0.1, 2, 9)):
+        results, seen = [], []
+        for last in (False, True):
+            torch.manual_seed(0)
+            network = build(last)
+            convs = network.patch_embed if isinstance(network, SSLModel) else network.conv
+            convs[3].register_forward_hook(lambda conv, _, out: seen.append(out.is_contiguous()))
+            logits = network(noise(2, 2, SHORTEST))
+            sum(part.sin().sum() for part in logits).backward()
+            gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+            results.append((logits, torch.cat(gradients)))
+        assert seen == [True, False]
+        (logits, gradients), (others, of_others) = results
+        assert_close(others, logits, rtol=1e-3, atol=1e-5)
+        assert (of_others - gradients).norm() < 1e-4 * gradients.norm()
+
+
+def test_freezing_is_of_the_original_alone():
+    assert ModelConfig(kind="original", freeze_stft=True).freeze_stft
+    with pytest.raises(ValueError, match="^model.freeze_stft must be false unless model.kind is original, got true "
+                                         "with conformer$"):
+        ModelConfig(freeze_stft=True)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 32_768.0])

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_gpu.optim import Averaged, Optimizer, Schedule, TrainConfig, build_optimizer, learning_rate
+from ssl_gpu.optim import (Averaged, Optimizer, Schedule, TrainConfig, build_optimizer, learning_rate,
+                           restore_optimizer)
 
 
 def cosine(**changes):
@@ -56,6 +57,44 @@ def test_adam_puts_the_l2_term_into_the_gradient_of_everything():
 
     assert moved(Optimizer.ADAM) == pytest.approx((0.49, 0.49), abs=1e-6)
     assert moved(Optimizer.ADAMW) == pytest.approx((0.5 - 0.01 * 0.05 * 0.5, 0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", Optimizer)
+def test_fused_steps_are_those_of_the_plain_optimiser(kind):
+    """Twenty steps of both: to a few roundings of the weights, and with the same moments to go on from."""
+    fused, plain = (nn.Linear(30, 20) for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    cfg = cosine(optimizer=kind, weight_decay=0.3, lr=0.01)
+    ours, other = build_optimizer(cfg, fused), build_optimizer(cfg, plain)
+    for group in other.param_groups:
+        group |= {"fused": False, "foreach": False}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        for first, second in zip(fused.parameters(), plain.parameters()):
+            first.grad = torch.randn(first.shape, generator=generator)
+            second.grad = first.grad.clone()
+        ours.step(), other.step()
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
+    for first, second in zip(ours.state.values(), other.state.values(), strict=True):
+        torch.testing.assert_close(first["exp_avg_sq"], second["exp_avg_sq"], rtol=1e-5, atol=1e-8)
+
+
+def test_state_of_a_plain_optimiser_goes_on_fused():
+    """As checkpoints of before have it: the moments and the count of steps are theirs, the way of computing is ours."""
+    model, cfg = nn.Linear(3, 2), cosine()
+    old = torch.optim.AdamW(build_optimizer(cfg, model).param_groups, 1.0, betas=(0.9, 0.98), fused=False)
+    for group in old.param_groups:
+        group["fused"] = None
+    model(torch.ones(1, 3)).sum().backward()
+    old.step()
+    ours = build_optimizer(cfg, model)
+    restore_optimizer(ours, old.state_dict())
+    assert all(group["fused"] for group in ours.param_groups)
+    assert [float(state["step"]) for state in ours.state.values()] == [1, 1]
+    torch.testing.assert_close(ours.state[model.weight]["exp_avg"], old.state[model.weight]["exp_avg"])
+    ours.step()
+    with pytest.raises(ValueError):
+        restore_optimizer(ours, build_optimizer(cosine(optimizer=Optimizer.ADAM), model).state_dict())
 
 
 def test_frozen_parameters_are_left_out():

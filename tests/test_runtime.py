@@ -1,8 +1,10 @@
 """Devices, precision, memory and time. The GPU paths run on stand-ins, so that they are tested without a GPU too."""
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_compiled_module_keeps_the_names_of_its_state(monkeypatch):
     assert runtime.compiled(module, enabled=False) is module and runtime.compiled(abs, enabled=False) is abs
     assert compiled == []
     assert list(runtime.compiled(module).state_dict()) == ["weight", "bias"] and runtime.compiled(abs) is abs
-    assert compiled == [{"dynamic": False}] * 2
+    assert compiled == [{"dynamic": False}, {"dynamic": False, "fullgraph": True}]
 
 
 def test_synchronize_waits_for_a_gpu_only(monkeypatch):
@@ -239,6 +241,7 @@ def test_gpu_is_waited_for_once_per_reading(monkeypatch):
     assert (times.steps, times.step_s) == (4, 4.0) and times.share == {"simulate": 0.5, "speech": 0.25}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_time_is_that_of_its_kernels():
     device = runtime.pick_device("cuda")
@@ -265,6 +268,76 @@ def test_versions_are_plain_text():
     assert found["python"] == ".".join(str(part) for part in sys.version_info[:3])
     assert set(found) == {"ssl_gpu", "python", "torch", "numpy", "cuda"}
     assert {type(value) for value in found.values()} == {str}
+
+
+def made(log):
+    """A make(step) that says when it is called; its result is a dataclass with a tensor."""
+    def make(step):
+        log.append(f"make {step}")
+        return Made(step, torch.full((2,), float(step)))
+
+    return make
+
+
+@dataclass
+class Made:
+    step: int
+    values: torch.Tensor
+
+
+@pytest.mark.parametrize("overlap, order", [
+    (None, ["make 3", "use 3", "make 4", "use 4", "make 5", "use 5"]),
+    (True, ["make 3", "make 4", "use 3", "make 5", "use 4", "make 6", "use 5"])])
+def test_results_are_those_of_their_steps_and_one_ahead_if_asked(overlap, order):
+    log = []
+    ahead = runtime.Ahead(made(log), CPU, overlap)
+    for step in (3, 4, 5):
+        assert ahead.take(step).values.tolist() == [step, step]
+        log.append(f"use {step}")
+    assert log == order
+    assert ahead.take(3).step == 3  # out of turn: made anew
+
+
+def test_gpu_works_ahead_on_a_stream_of_its_own(monkeypatch):
+    """Queued between the right waits, and its memory kept for the stream that reads it."""
+    log, current = [], ["main"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+        def record_stream(self, stream):
+            log.append(f"kept for {stream.name}")
+
+    def make(step):
+        log.append(f"{step} on {current[0]}")
+        return {"scenes": [Made(step, torch.zeros(2).as_subclass(OnGpu))], "rate": 16000, "on_cpu": torch.zeros(1)}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    ahead = runtime.Ahead(make, torch.device("cuda", 0))
+    ahead.take(0)
+    assert log == ["side waits for main", "0 on side", "main waits for side", "kept for main", "side waits for main",
+                   "1 on side"]
+    del log[:]
+    assert ahead.take(1)["scenes"][0].step == 1
+    assert log == ["main waits for side", "kept for main", "side waits for main", "2 on side"]
+    del log[:]
+    runtime.Ahead(make, torch.device("cuda", 0), overlap=False).take(7)
+    assert log == ["7 on main"]
 
 
 class Machine:

@@ -154,6 +154,18 @@ def test_a_resumption_cannot_hide_the_rooms_that_were_trained_in(change, tiny, c
     assert start("train.out=run", "train.steps=2", "scene.bank=4", "--resume") == 0
 
 
+def test_batches_made_ahead_are_the_same_and_resume(tiny):
+    """One step ahead, as on a GPU: the weights of a run without, also where it stops and goes on."""
+    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1")
+    assert start("train.out=plain", "train.steps=4", *common, "train.overlap=false") == 0
+    assert start("train.out=ahead", "train.steps=2", *common, "train.overlap=true") == 0
+    assert start("train.out=ahead", "train.steps=4", *common, "--resume") == 0
+    plain, ahead = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("plain", "ahead"))
+    assert (plain.config["train"]["overlap"], ahead.config["train"]["overlap"]) == (False, True)
+    for key, value in plain.model.items():
+        torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
+
+
 def test_resume_finds_the_newest_run(tiny):
     assert start("train.steps=2") == 0
     (run,) = (tiny / "runs").iterdir()

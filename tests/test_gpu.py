@@ -1,0 +1,131 @@
+"""On a GPU: the numbers of the CPU, of the plain path, and of no overlap. `python -m benchmarks.all` runs these."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
+
+from benchmarks import bench_train  # noqa: E402
+from ssl_gpu import runtime  # noqa: E402
+from ssl_gpu.conformer import Attention  # noqa: E402
+from ssl_gpu.ism import IsmConfig  # noqa: E402
+from ssl_gpu.mixture import MixtureConfig  # noqa: E402
+from ssl_gpu.model import STFT, SSLModel  # noqa: E402
+from ssl_gpu.optim import TrainConfig, build_optimizer  # noqa: E402
+from ssl_gpu.rir import RirConfig  # noqa: E402
+from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+GPU = torch.device("cuda", 0)
+NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
+RIRS = {"fra": RirConfig(), "hybrid": RirConfig(method="hybrid"), "mixed": RirConfig(hybrid_share=0.5),
+        "exact": RirConfig(method="ism")}
+
+
+def seeded(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def relative(actual, expected):
+    """L2 error over L2."""
+    return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+@pytest.mark.parametrize("name", RIRS)
+def test_rooms_drawn_on_the_cpu_sound_the_same(name):
+    """Slots are found in float64, so no arrival moves; what is left are roundings and the order of additions."""
+    simulator = Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
+    dry = torch.randn(6, 2, 16000, generator=seeded(0))
+    draw = simulator.draw(6, 16000, generator=seeded(1))
+    expected, found = simulator.render(dry, draw), simulator.render(dry.to(GPU), draw.to(GPU))
+    assert relative(found.audio, expected.audio) < 1e-5 and relative(found.early, expected.early) < 1e-5
+
+
+def test_draws_follow_the_generator_of_the_gpu():
+    simulator, dry = Simulator(rir=RirConfig(early=False)), torch.randn(6, 2, 16000, generator=seeded(0)).to(GPU)
+    first, again, other = (simulator(dry, generator=seeded(seed, GPU)) for seed in (1, 1, 2))
+    assert torch.equal(first.scenes.src_pos, again.scenes.src_pos) and relative(again.audio, first.audio) < 1e-5
+    assert relative(other.audio, first.audio) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("name", ["fra", "mixed"])
+def test_compiled_simulator_gives_the_same_mixtures(name):
+    torch.compiler.reset()
+    plain, compiled = (Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"),
+                                 config=SimulatorConfig(4, compile)) for compile in (False, True))
+    dry, draw = torch.randn(8, 2, 16000, device=GPU), plain.draw(8, 16000, generator=seeded(1, GPU))
+    expected, found = plain.render(dry, draw), compiled.render(dry, draw)
+    assert relative(found.audio, expected.audio) < 1e-4 and relative(found.early, expected.early) < 1e-4
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_batches_made_ahead_are_those_made_in_turn(drop):
+    """Beside a busy stream; also where each is dropped while the GPU still reads it, which would let the next one
+    write into its memory were it not kept for both streams."""
+    runs = [bench_train.prepare("librispeech", 64, GPU, [f"train.overlap={on}"]) for on in ("false", "true")]
+    plain, ahead = (bench_train.Steps(run, run.localizer).batches for run in runs)
+    expected = [plain.take(step).audio.square().sum() for step in range(8)]
+    work, sums, kept = torch.randn(4096, 4096, device=GPU), [], []
+    for step in range(8):
+        mixture = ahead.take(step)
+        for _ in range(20):
+            work = (work @ work).clamp(-1, 1)
+        sums.append(mixture.audio.square().sum())  # queued behind the work
+        if not drop:
+            kept.append(mixture)
+        del mixture
+    assert_close(torch.stack(sums), torch.stack(expected), rtol=1e-5, atol=0)
+
+
+def test_layout_and_frozen_transform_change_roundings_alone():
+    torch.manual_seed(0)
+    plain = SSLModel(channels_last=False).to(GPU)
+    audio = torch.randn(4, 2, 16000, device=GPU)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert_close(STFT(frozen=True).to(GPU)(audio), STFT().to(GPU)(audio), rtol=0, atol=1e-4)
+        results = []
+        for changes in ({"channels_last": False}, {}, {"freeze_stft": True}):
+            other = SSLModel(**changes).to(GPU)
+            other.load_state_dict(plain.state_dict())
+            logits = torch.stack(other(audio))
+            logits.sin().sum().backward()
+            results.append((logits.detach(), torch.cat([p.grad.flatten() for p in other.backbone.parameters()])))
+        assert other.stft.by_fft
+    for logits, gradient in results[1:]:
+        assert relative(logits, results[0][0]) < 1e-3 and relative(gradient, results[0][1]) < 1e-2
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_attention_with_its_bias_is_that_of_the_cpu(dtype, most):
+    """The output and the gradient of the table, which reaches it through the bias alone."""
+    torch.manual_seed(0)
+    here, x = Attention(64, heads=4, dim_head=32), torch.randn(3, 50, 64)
+    there = Attention(64, heads=4, dim_head=32).to(GPU)
+    there.load_state_dict(here.state_dict())
+    expected = here(x)
+    with runtime.autocast(GPU, dtype is torch.bfloat16):
+        found = there(x.to(GPU))
+    assert found.dtype == dtype and relative(found.detach(), expected.detach()) < most
+    expected.sin().sum().backward()
+    found.float().sin().sum().backward()
+    assert relative(there.rel_pos_emb.weight.grad, here.rel_pos_emb.weight.grad) < 2 * most
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_fused_update_is_that_of_the_cpu(kind):
+    cfg = TrainConfig(steps=1, optimizer=kind, weight_decay=0.3, lr=0.01)
+    layers = [torch.nn.Linear(30, 20) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].to(GPU)
+    optimizers = [build_optimizer(cfg, layer) for layer in layers]
+    for step in range(10):
+        for layer, optimizer in zip(layers, optimizers):
+            for index, parameter in enumerate(layer.parameters()):
+                gradient = torch.randn(parameter.shape, generator=seeded(10 * step + index))
+                parameter.grad = gradient.to(parameter.device)
+            optimizer.step()
+    assert_close(layers[1].cpu().state_dict(), layers[0].state_dict(), rtol=1e-5, atol=1e-6)
