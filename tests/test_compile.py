@@ -43,7 +43,8 @@ def compare_rooms(cfg, backend):
 
 def compare_mixtures(rirs, backend):
     generator = torch.Generator().manual_seed(2)
-    cfg = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
+    cfg = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0),
+                        mic_gain_db=1.0, mic_phase_deg=5.0)
     drawn = draw_mixture(cfg, 4, 2, 2, 8000, generator=generator)
     dry = torch.randn(4, 2, 8000, generator=generator)
     expected, found = mix(dry, rirs, SCENES, drawn), whole(mix, backend)(dry, rirs, SCENES, drawn)
