@@ -12,17 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.baselines import Pooling, gcc_phat
+from ssl_gpu.baselines import Pooling, srp_phat_by
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
 from ssl_gpu.metrics import chance
 from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, import_pyroomacoustics,
-                              num_blocks, read_measured)
+                              num_blocks)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
 
-BASELINES = {"gcc_phat_max": Pooling.MAX, "gcc_phat_mean": Pooling.MEAN}
+BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def spacing_told(name: str, options: SetOptions) -> float:
     """Spacing in m that stands, at 340 m/s, for the travel time between the microphones of a set."""
     if name != "e3":
         return LAW.aperture
-    place = read_measured(options.folder)[1][0]
+    place = options.measured[1][0]
     return place["mic_spacing_m"] * SPEED_OF_SOUND / place["speed_of_sound"]
 
 
@@ -64,15 +64,14 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
             manifest: Path | None) -> Assessment:
     spacing = spacing_told(name, options)
     localizer = None if localizer_for is None else localizer_for(spacing)
-    digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES)}
+    digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES.values())}
     for clips in tqdm(clips_of(name, options), name, num_blocks(name, options), unit="block"):
         digest.add(clips)
         audio = clips.audio.to(options.device)
         if localizer is not None:
             heard["model"].append(localizer.estimate(audio, law))
-        for key, pooling in BASELINES.items():
-            cone = _gcc(audio, clips, spacing, pooling)
-            heard[key].append((law.angle_map.cone_to_azimuth(cone), cone))
+        for pooling, cone in _gcc(audio, clips, spacing).items():
+            heard[BASELINES[pooling]].append((law.angle_map.cone_to_azimuth(cone), cone))
         parts.append(without_audio(clips))
     truth = Truth.of(parts)
     estimates = {key: tuple(torch.cat(column).cpu() for column in zip(*columns))
@@ -93,12 +92,12 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None)
 
 
-def _gcc(audio: Tensor, clips: Clips, spacing: float, pooling: Pooling) -> Tensor:
-    """Cone angles by GCC-PHAT, told the travel time between the microphones."""
+def _gcc(audio: Tensor, clips: Clips, spacing: float) -> dict[Pooling, Tensor]:
+    """Cone angles by GCC-PHAT, told the travel time between the microphones, pooled in either way."""
     mic_pos = clips.mic_pos.to(audio.device)
     actual = float(torch.linalg.vector_norm(clips.mic_pos[0, 1] - clips.mic_pos[0, 0]))
-    return gcc_phat(audio, mic_pos, SAMPLE_RATE, clips.cone.shape[1], pooling=pooling,
-                    speed_of_sound=SPEED_OF_SOUND * actual / spacing)
+    return srp_phat_by(audio, mic_pos, SAMPLE_RATE, clips.cone.shape[1], poolings=tuple(BASELINES),
+                       speed_of_sound=SPEED_OF_SOUND * actual / spacing)
 
 
 def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | None:
@@ -126,4 +125,4 @@ def check_set(name: str, options: SetOptions) -> None:
     if name == "e2":
         import_pyroomacoustics()
     if name == "e3":
-        read_measured(options.folder)
+        options.measured  # which reads it

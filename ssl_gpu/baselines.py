@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -35,7 +36,11 @@ class Pooling(enum.Enum):
 
 def gcc_phat(audio: Tensor, mic_pos: Tensor, sample_rate: int, num_src: int, *, pooling: Pooling = Pooling.MAX,
              speed_of_sound: float = SPEED_OF_SOUND, chunk: int = 32) -> Tensor:
-    """srp_phat for exactly two microphones, under the name that it has for them; ValueError for any other number."""
+    """srp_phat for exactly two microphones, under the name that it has for them; ValueError for any other number.
+
+    The power of M microphones steered to an angle is, but for a factor and a constant, the sum of the M (M - 1) / 2
+    pairs' GCC-PHAT at the angle's delays (DiBiase 2000). Two have one pair: SRP-PHAT is GCC-PHAT.
+    """
     if mic_pos.shape[1] != 2:
         raise ValueError(f"gcc_phat needs exactly 2 microphones (srp_phat takes more), got {mic_pos.shape[1]}")
     return srp_phat(audio, mic_pos, sample_rate, num_src, pooling=pooling, speed_of_sound=speed_of_sound, chunk=chunk)
@@ -50,16 +55,25 @@ def srp_phat(audio: Tensor, mic_pos: Tensor, sample_rate: int, num_src: int, *, 
     strongest is repeated. A silent clip gives 0. `chunk` clips are worked on at a time (about 5 MB each for 3 s).
     Raises ValueError for fewer than two microphones, microphones off a line, or a sample rate below the band.
     """
+    return srp_phat_by(audio, mic_pos, sample_rate, num_src, poolings=(pooling,), speed_of_sound=speed_of_sound,
+                       chunk=chunk)[pooling]
+
+
+def srp_phat_by(audio: Tensor, mic_pos: Tensor, sample_rate: int, num_src: int, *,
+                poolings: Sequence[Pooling] = tuple(Pooling), speed_of_sound: float = SPEED_OF_SOUND,
+                chunk: int = 32) -> dict[Pooling, Tensor]:
+    """srp_phat by several poolings of the same frames, which take nearly all of the time."""
     if mic_pos.ndim != 3 or audio.ndim != 3 or audio.shape[:2] != mic_pos.shape[:2]:
         raise ValueError("audio must be [batch, mic, sample] and mic_pos [batch, mic, 3] of the same batch and mic, "
                          f"got {tuple(audio.shape)} and {tuple(mic_pos.shape)}")
     place = positions_on_line(mic_pos)
     grid = angle_grid(GRID_STEP_DEG).to(audio.device)
-    angles = []
+    angles: dict[Pooling, list[Tensor]] = {pooling: [] for pooling in poolings}
     for part, part_place in zip(audio.split(chunk), place.split(chunk)):
-        response = srp_map(part, part_place, grid, sample_rate, pooling=pooling, speed_of_sound=speed_of_sound)
-        angles.append(pick_peaks(response, grid, num_src))
-    return torch.cat(angles)
+        frames = srp_frames(part, part_place, grid, sample_rate, speed_of_sound=speed_of_sound)
+        for pooling, found in angles.items():
+            found.append(pick_peaks(pool(frames, pooling), grid, num_src))
+    return {pooling: torch.cat(found) for pooling, found in angles.items()}
 
 
 def positions_on_line(mic_pos: Tensor) -> Tensor:
@@ -84,6 +98,17 @@ def srp_map(audio: Tensor, place: Tensor, grid: Tensor, sample_rate: int, *, poo
 
     audio [batch, mic, sample], place [batch, mic] m along the axis, grid [angle] rad.
     """
+    return pool(srp_frames(audio, place, grid, sample_rate, speed_of_sound=speed_of_sound), pooling)
+
+
+def pool(frames: Tensor, pooling: Pooling) -> Tensor:
+    """A response of every frame [batch, angle, frame] -> one of the clip [batch, angle]."""
+    return frames.amax(-1) if pooling is Pooling.MAX else frames.mean(-1)
+
+
+def srp_frames(audio: Tensor, place: Tensor, grid: Tensor, sample_rate: int, *,
+               speed_of_sound: float = SPEED_OF_SOUND) -> Tensor:
+    """srp_map before its pooling: [batch, angle, frame]."""
     spectrum, frequency = _band_spectrum(audio, sample_rate)  # [batch, mic, freq, frame], [freq] Hz
     lead = place.to(audio) / speed_of_sound  # [batch, mic] s, ahead of the first microphone at cone angle 0
     floor = POWER_FLOOR * spectrum.abs().amax((1, 2, 3)).square() + torch.finfo(audio.dtype).tiny  # [batch]
@@ -96,8 +121,7 @@ def srp_map(audio: Tensor, place: Tensor, grid: Tensor, sample_rate: int, *, poo
         delay = (lead[:, second] - lead[:, first])[:, None] * torch.cos(grid)  # [batch, angle] s
         phase = 2 * math.pi * delay[..., None] * frequency  # [batch, angle, freq]
         response = response + torch.cos(phase) @ phat.real + torch.sin(phase) @ phat.imag  # [batch, angle, frame]
-    response = response / (len(pairs) * len(frequency))
-    return response.amax(-1) if pooling is Pooling.MAX else response.mean(-1)
+    return response / (len(pairs) * len(frequency))
 
 
 def _band_spectrum(audio: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:

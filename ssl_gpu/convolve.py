@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_gpu.microphones import REACH, Microphones
 from ssl_gpu.runtime import constant
 
 
@@ -35,13 +36,15 @@ def _check_shapes(signal: Tensor, rir: Tensor) -> None:
                          f"src, got {list(signal.shape)} and {list(rir.shape)}")
 
 
-def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None, keep_src: bool = False) -> Tensor:
+def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None, keep_src: bool = False,
+                     microphones: Microphones | None = None) -> Tensor:
     """Every source through its RIR to every microphone, and the sources added up.
 
     signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, num_samples], or with keep_src each source
     alone, [batch, mic, src, num_samples]. num_samples None means the whole linear convolution, sample + tap - 1. The
     spectrum of a source is shared by the microphones and the sources are added before the inverse transform:
-    src (1 + mic) + mic transforms instead of 3 mic src.
+    src (1 + mic) + mic transforms instead of 3 mic src. microphones filter that spectrum, at no further transform: a
+    linear convolution too, cut to the samples above (their responses begin before 0, which is cut off).
     Raises ValueError for shapes that do not belong together, and for num_samples above sample + tap - 1.
     """
     _check_shapes(signal, rir)
@@ -49,8 +52,10 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     if num_samples is not None and not 1 <= num_samples <= total:
         raise ValueError(f"num_samples must be in 1..{total} = sample + tap - 1, got {num_samples}")
     # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front.
-    n_fft = fast_length(total)
+    n_fft = fast_length(total if microphones is None else total + 2 * REACH)
     sources, responses = torch.fft.rfft(signal, n_fft)[:, None], torch.fft.rfft(rir, n_fft)
+    if microphones is not None:
+        responses.mul_(microphones.response(n_fft)[:, :, None])
     if keep_src:
         return torch.fft.irfft(sources * responses, n_fft)[..., :num_samples or total]
     spectrum = sources[:, :, 0] * responses[:, :, 0]

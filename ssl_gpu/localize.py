@@ -42,9 +42,8 @@ SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
 BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
-# Relative; beyond it a line advises to train. Told of its spacing, a model of 10 cm, 928 steps old, had a cone MAE of
-# 3.6 / 4.5 degrees at 8 cm, 3.1 / 4.1 at 9, 2.8 / 3.6 at 10, 4.0 / 4.0 at 11 and 3.5 / 5.1 at 15, each on 192 clips of
-# its own simulator; not told, 7.9 / 8.1 at 9 and 14.2 / 12.9 at 8.
+# Relative; beyond it a line advises to train. What a model loses at other spacings than its own, told and not told of
+# them, is measured by python -m benchmarks.localize_windows WEIGHTS.
 SPACING_TOLERANCE = 0.1
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
@@ -204,8 +203,8 @@ def estimate(localizer: Localizer, recording: Recording, starts: Sequence[int], 
              shortest: int) -> Estimates:
     """The angles in every window of `length` samples, filled up with zeros to the `shortest` that the network takes.
 
-    Not to a clip of the training: on 200 windows of 2 s in a real room (a model of 3 s, 1302 steps old) that made the
-    mean error 4.0 instead of 3.3 +- 0.3 degrees, on windows of 1 s 7.0 instead of 5.4 +- 0.8, paired.
+    Not to a clip of the training, which costs accuracy; how much, and what short windows cost by themselves, is
+    measured by python -m benchmarks.localize_windows WEIGHTS.
     The localiser must be in eval mode and on the CPU.
     Raises FloatingPointError when the network gives a NaN or an infinity.
     """

@@ -1,4 +1,4 @@
-"""Dry speech and RIRs to what the microphones hear: convolve, set the levels, add noise."""
+"""Dry speech and RIRs to what the microphones hear: convolve, set the levels, add noise; microphones may differ."""
 from __future__ import annotations
 
 import math
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.convolve import convolve_sources
+from ssl_gpu.microphones import Microphones, draw_microphones
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import RirBatch
 
@@ -27,6 +28,11 @@ class MixtureConfig:
         array; None for no such noise.
     noise_probability: each of the two noises is added to this share of the examples, independently.
     An SNR compares the mean power of the reverberant mixture over clip and microphones with that of one noise.
+    mic_gain_db: half the width of the uniform law of each microphone's gain about 0 dB.
+    mic_phase_deg: no two microphones' phases differ by more, at any frequency; each one's is a smooth curve over
+        frequency (ssl_gpu.microphones), that is 0 at 0 Hz.
+    Gain and phase shape all that reaches the microphone, speech and diffuse noise, but not its own sensor noise; SNRs
+    are of what they make of it.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -35,6 +41,8 @@ class MixtureConfig:
     sensor_snr_db: tuple[float, float] | None = None
     diffuse_snr_db: tuple[float, float] | None = None
     noise_probability: float = 1.0
+    mic_gain_db: float = 0.0
+    mic_phase_deg: float = 0.0
 
     def __post_init__(self):
         for name in ("level_difference_db", "sensor_snr_db", "diffuse_snr_db"):
@@ -43,18 +51,24 @@ class MixtureConfig:
                 raise ValueError(f"mixture.{name} must satisfy -inf < low <= high < inf, got {value}")
         if not 0 <= self.noise_probability <= 1:
             raise ValueError(f"mixture.noise_probability must be in [0, 1], got {self.noise_probability}")
+        if not 0 <= self.mic_gain_db < math.inf:
+            raise ValueError(f"mixture.mic_gain_db must satisfy 0 <= mic_gain_db < inf, got {self.mic_gain_db}")
+        if not 0 <= self.mic_phase_deg <= 180:
+            raise ValueError(f"mixture.mic_phase_deg must be in [0, 180], got {self.mic_phase_deg}")
 
 
 @dataclass(frozen=True, eq=False)
 class MixtureDraw:
     """The random part of mixing. gain [batch, src] (factor, not dB); sensor, diffuse [batch, mic, sample] white noise
-    of unit power or None; sensor_snr, diffuse_snr [batch] dB, infinite where the example stays free of that noise."""
+    of unit power or None; sensor_snr, diffuse_snr [batch] dB, infinite where the example stays free of that noise;
+    microphones, None where all are alike."""
 
     gain: Tensor
     sensor: Tensor | None
     diffuse: Tensor | None
     sensor_snr: Tensor
     diffuse_snr: Tensor
+    microphones: Microphones | None = None
 
     def __getitem__(self, index: slice) -> "MixtureDraw":
         return MixtureDraw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
@@ -67,7 +81,8 @@ class MixtureDraw:
 @dataclass(frozen=True, eq=False)
 class MixtureBatch:
     """audio [batch, mic, sample] float32; early [batch, mic, src, sample], each talker through the early part of its
-    RIR alone (a dereverberation or separation target), None unless the RIRs have it; the scenes; sample_rate Hz."""
+    RIR alone (a dereverberation or separation target) by the same microphones, None unless the RIRs have it; the
+    scenes; sample_rate Hz."""
 
     audio: Tensor
     early: Tensor | None
@@ -77,7 +92,7 @@ class MixtureBatch:
 
 def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, num_samples: int, *,
                  generator: torch.Generator) -> MixtureDraw:
-    """Draw the levels and noises of `batch` mixtures, on the generator's device."""
+    """Draw the levels and noises of `batch` mixtures and their microphones, on the generator's device."""
     device = generator.device
 
     def uniform(shape, low: float, high: float) -> Tensor:
@@ -95,16 +110,21 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
         noisy = torch.rand((batch,), generator=generator, device=device) < cfg.noise_probability
         snrs.append(torch.where(noisy, snr, torch.inf))
         noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, device=device))
-    return MixtureDraw(10 ** (gain_db / 20), *noises, *snrs)
+    microphones = None
+    if cfg.mic_gain_db or cfg.mic_phase_deg:  # without them nothing is drawn, and what is drawn next is what it was
+        microphones = draw_microphones(cfg.mic_gain_db, cfg.mic_phase_deg, batch, num_mics, generator=generator)
+    return MixtureDraw(10 ** (gain_db / 20), *noises, *snrs, microphones)
 
 
-def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int) -> Tensor:
+def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int,
+                  microphones: Microphones | None = None) -> Tensor:
     """White noise [batch, mic, sample], independent at every microphone -> spherically isotropic noise, likewise.
 
     Microphones i and j get the coherence sin(2 pi f d_ij / c) / (2 pi f d_ij / c): at every frequency the spectra are
     mixed by the Cholesky factor of the coherence matrix (Habets, Cohen and Gannot, JASA 124(5), 2008). The factor is
     written out for all scenes and frequencies at once; with few microphones that is a handful of products.
-    mic_pos [batch, mic, 3] m, sample_rate Hz.
+    mic_pos [batch, mic, 3] m, sample_rate Hz. microphones: what hears it; their filter goes round the clip's ends as
+    the noise itself does.
     """
     num_samples, num_mics = white.shape[-1], white.shape[1]
     dist = torch.linalg.vector_norm(mic_pos[:, :, None] - mic_pos[:, None], dim=-1)
@@ -117,6 +137,8 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int) -> Tensor:
             factor[row][column] = (rest + DIFFUSE_LOADING).sqrt() if row == column else rest / factor[column][column]
     spectrum = torch.fft.rfft(white)
     mixed = torch.stack([sum(factor[row][k] * spectrum[:, k] for k in range(row + 1)) for row in range(num_mics)], 1)
+    if microphones is not None:
+        mixed = mixed * microphones.response(num_samples)
     return torch.fft.irfft(mixed, num_samples)
 
 
@@ -136,11 +158,14 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> M
                          f"got {list(dry.shape)} and {list(rirs.full.shape)}")
     num_samples = dry.shape[-1]
     dry = dry * draw.gain[..., None]
-    speech = audio = convolve_sources(dry, rirs.full, num_samples)
-    early = None if rirs.early is None else convolve_sources(dry, rirs.early, num_samples, keep_src=True)
+    mics = draw.microphones
+    speech = audio = convolve_sources(dry, rirs.full, num_samples, microphones=mics)
+    early = None
+    if rirs.early is not None:
+        early = convolve_sources(dry, rirs.early, num_samples, keep_src=True, microphones=mics)
     if draw.sensor is not None:
         audio = audio + _scaled(draw.sensor, speech, draw.sensor_snr)
     if draw.diffuse is not None:
-        noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate)
+        noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate, mics)
         audio = audio + _scaled(noise, speech, draw.diffuse_snr)
     return MixtureBatch(audio, early, scenes, rirs.sample_rate)

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +65,11 @@ class SetOptions:
     def limit(self, number: int) -> int:
         """Clips of a set that has `number`."""
         return number if self.count is None else min(number, self.count)
+
+    @cached_property
+    def measured(self) -> tuple[Tensor, list[dict[str, Any]]]:
+        """read_measured of the folder, read once."""
+        return read_measured(self.folder)
 
 
 def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
@@ -262,7 +268,7 @@ def _their_rirs(pyroomacoustics: ModuleType, scenes: SceneBatch, index: int) -> 
 
 def _real_rooms(options: SetOptions) -> Iterator[Clips]:
     """e3: two utterances of equal power through any two RIRs of one configuration, as they are."""
-    rirs, places = read_measured(options.folder)
+    rirs, places = options.measured
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SCENE, 0)
     pairs = _draw_pairs(places, generator)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)

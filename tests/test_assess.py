@@ -8,12 +8,13 @@ import yaml
 from test_protocol import folder, speech  # noqa: F401  fixtures
 
 from ssl_gpu import assess as assessing
+from ssl_gpu import protocol
 from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.pretrained import build_localizer
-from ssl_gpu.protocol import SetOptions
+from ssl_gpu.protocol import SetOptions, read_measured
 
 TINY = {"model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},
         "train": {"device": "cpu", "steps": 1},
@@ -65,6 +66,15 @@ def test_the_truth_scores_as_the_floor_and_nothing_else_does(speech, folder, mon
         else:
             assert result["floor"] is None and result["azimuth_mae_deg"] == pytest.approx([0, 0], abs=1e-3)
     assert found["e1"].result["eval_digest"] != found["e1p"].result["eval_digest"]
+
+
+def test_measured_rooms_are_read_once(speech, folder, monkeypatch):  # noqa: F811
+    read = []
+    monkeypatch.setattr(protocol, "read_measured", lambda path: read.append(path) or read_measured(path))
+    options = SetOptions(speech, torch.device("cpu"), 2, str(folder))
+    assessing.check_set("e3", options)
+    assert dict(assess(["e3"], options, None))["e3"].result["num_clips"] == 2
+    assert read == [str(folder)]
 
 
 def run(*arguments):

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.baselines import Pooling, gcc_phat, pick_peaks, positions_on_line, srp_map, srp_phat
+from ssl_gpu.baselines import (Pooling, gcc_phat, pick_peaks, positions_on_line, srp_frames, srp_map, srp_phat,
+                               srp_phat_by)
 from ssl_gpu.doa import angle_grid
 from ssl_gpu.geometry import linear_array, rotate_z
 
@@ -109,6 +110,33 @@ def test_more_microphones_on_a_rotated_tilted_line():
     by_pair = [srp_map(audio[:, [i, j]], torch.tensor([[0.0, 0.1 * (j - i)]] * 2), angle_grid(1.0), SAMPLE_RATE,
                        pooling=Pooling.MEAN) for i in range(4) for j in range(i + 1, 4)]
     assert_close(response, torch.stack(by_pair).mean(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_mics", [2, 3, 4])
+def test_map_is_the_power_of_the_steered_array(num_mics):
+    """SRP-PHAT as it is defined, by delay and sum of whitened microphones: their power, M + 2 sum over pairs. Of two
+    microphones that sum is their GCC-PHAT."""
+    audio = anechoic([1.0, 2.0], 1, num_mics=num_mics, num_sample=4000)
+    audio = audio + 0.1 * torch.randn(audio.shape, generator=torch.Generator().manual_seed(1))
+    place = torch.arange(num_mics) * 0.1
+    found = srp_frames(audio[None], place[None], angle_grid(1.0), SAMPLE_RATE)[0]
+    window, bins = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024), np.arange(13, 481)  # 203 to 7,500 Hz
+    lead = 0.1 * np.arange(num_mics)[:, None] * np.cos(np.deg2rad(np.arange(181))) / SPEED_OF_SOUND  # [mic, angle]
+    steering = np.exp(-2j * np.pi * (bins * SAMPLE_RATE / 1024)[:, None, None] * lead)  # [freq, mic, angle]
+    for frame in range(found.shape[-1]):
+        spectrum = np.fft.rfft(window * audio.double().numpy()[:, 256 * frame:256 * frame + 1024])[:, bins]
+        beam = np.einsum("mf,fma->fa", spectrum / np.abs(spectrum), steering)
+        power = (np.abs(beam) ** 2).mean(0)
+        np.testing.assert_allclose(found[:, frame], (power - num_mics) / (num_mics * (num_mics - 1)), atol=1e-4)
+
+
+def test_poolings_of_the_same_frames_are_those_of_each_alone():
+    audio = torch.stack([anechoic([1.0, 2.0], seed) for seed in range(3)])
+    both = srp_phat_by(audio, pair(3), SAMPLE_RATE, 2, chunk=2)
+    assert list(both) == list(Pooling)
+    for pooling, cone in both.items():
+        assert torch.equal(cone, srp_phat(audio, pair(3), SAMPLE_RATE, 2, pooling=pooling))
+    assert not torch.equal(*both.values())
 
 
 def test_each_clip_has_its_own_array():

@@ -8,7 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
 
-from benchmarks import bench_convolve, bench_rir, bench_simulate, bench_train, common, peers, report  # noqa: E402
+from benchmarks import (bench_convolve, bench_rir, bench_simulate, bench_train, common, localize_windows,  # noqa: E402
+                        peers, report)
+from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
+from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
+from ssl_gpu.pretrained import build_localizer  # noqa: E402
 
 CONDITIONS = {"benchmark", "command", "date", "machine", "versions", "commit", "workload", "rows"}
 TIMES = {"name", "median_s", "p10_s", "p90_s"}
@@ -85,6 +89,61 @@ def test_training_benchmark_shares_a_step_out(tmp_path):
         assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
         assert 0.8 < sum(share.values()) - share["simulate"] <= 1
     assert "librispeech, 1.60 M, overlapped | 2 | float32" in report.markdown(results)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Of an untrained network."""
+    cfg = from_mapping(RunConfig, {
+        "model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},
+        "train": {"device": "cpu", "steps": 1}, "scene": {"spacing_jitter_m": 0.003}, "rir": {"num_images": [64, 128]},
+        "speech": {"clip_s": 1.0, "voices_speakers": 4, "voices_utterances": 2, "voices_duration_s": 1.0}})
+    save_checkpoint(tmp_path / "checkpoint.pt", model=build_localizer(cfg), optimizer=None, ema=None, step=7,
+                    config=to_mapping(cfg), extra={})
+    return str(tmp_path / "checkpoint.pt")
+
+
+def test_localize_windows_measures_the_rows_that_it_names(weights, tmp_path, monkeypatch, capsys):
+    """What stands in a room is what the row says; the front end is told the same, and that of the training."""
+    measurement = localize_windows.Measurement(weights, [], 3)
+    told, heard = [], []
+    monkeypatch.setattr(localize_windows, "tell_spacing", lambda localizer, cfg, spacing: told.append(spacing))
+    original = localize_windows.build_eval_set
+
+    def build(*arguments):
+        found = original(*arguments)
+        mic_pos = found.mixture.scenes.mic_pos
+        heard.extend(torch.linalg.vector_norm(mic_pos[:, 1] - mic_pos[:, 0], dim=-1).tolist())
+        return found
+
+    monkeypatch.setattr(localize_windows, "build_eval_set", build)
+    lengths = []
+    monkeypatch.setattr(measurement, "errors", lambda audio, cone: lengths.append(audio.shape[-1]))
+    rows = measurement.by_spacing()
+    spacings = [0.1 * (1 + percent / 100) for percent in localize_windows.OFF_PERCENT]
+    assert [row["off_percent"] for row in rows] == list(localize_windows.OFF_PERCENT)
+    assert heard == pytest.approx([spacing for spacing in spacings for _ in range(3)])
+    assert told == pytest.approx([x for spacing in spacings for x in (spacing, 0.1)] + [0.1])
+    lengths.clear()
+    measurement.by_window([0.25, 1.0, 1.5])
+    assert lengths == [4000, 16000, 16000, 16000, 24000, 24000]
+
+
+def test_localize_windows_writes_its_tables(weights, tmp_path, capsys):
+    path = tmp_path / "found.json"
+    assert localize_windows.main([weights, "--clips", "3", "--windows", "0.25", "1", "--json", str(path)]) == 0
+    found, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert found["steps"] == 7 and found["clips"] == 3
+    home = next(row for row in found["spacing"] if row["off_percent"] == 0)
+    assert home["told"] == home["not_told"] == found["window"][1]["as_it_is"] == found["window"][1]["filled"]
+    assert found["spacing"][0]["told"] != found["spacing"][0]["not_told"]
+    assert found["window"][0]["as_it_is"] != found["window"][0]["filled"]
+    for row in found["spacing"]:
+        assert f"{row['told']['mae_deg'][0]:.2f} / {row['told']['mae_deg'][1]:.2f} +- " in text
+    assert localize_windows.main([weights, "--clips", "3", "--windows", "0.01"]) == 2
+    assert capsys.readouterr().err == "error: --windows must be >= 0.032 s, what the network takes, got 0.01\n"
+    assert localize_windows.main([str(tmp_path / "none"), "--clips", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_peers_compares_what_it_finds(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 
 EYRING = IsmConfig(Absorption.EYRING)
-NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
+NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0),
+                      mic_gain_db=1.0, mic_phase_deg=5.0)
 FEW = RirConfig(num_images=(64, 128))
 SCENES = sample_scenes(SceneConfig(rt60_s=(0.2, 0.4)), 4, generator=torch.Generator().manual_seed(0))
 ROOMS = {

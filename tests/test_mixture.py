@@ -8,12 +8,15 @@ from oracle import coherence, ks_uniform, mixture
 from torch.testing import assert_close
 
 from ssl_gpu.geometry import linear_array
+from ssl_gpu.microphones import Microphones
 from ssl_gpu.mixture import MixtureConfig, MixtureDraw, diffuse_noise, draw_mixture, mix
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
 BATCH, MICS, SRCS, SAMPLES, TAPS = 3, 2, 2, 900, 300
 NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(10.0, 20.0), diffuse_snr_db=(0.0, 10.0))
+
+MISMATCHED = replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)
 
 
 def seeded(seed):
@@ -209,36 +212,121 @@ def test_diffuse_noise_uses_the_array_of_each_scene():
     assert not torch.allclose(both[:1], diffuse_noise(white[:1], far[None], 16000), atol=1e-2)
 
 
+# ---- microphones ----
+
+
+def test_alike_microphones_draw_nothing_and_change_nothing():
+    """The default: what the generator gives next is what it would give if there were no such keys."""
+    generator, by_hand = seeded(5), seeded(5)
+    drawn = draw_mixture(MixtureConfig(sensor_snr_db=(0.0, 0.0)), BATCH, SRCS, MICS, SAMPLES, generator=generator)
+    for shape in ((BATCH, SRCS), (BATCH,), (BATCH,)):
+        torch.rand(shape, generator=by_hand)
+    assert torch.equal(drawn.sensor, torch.randn(BATCH, MICS, SAMPLES, generator=by_hand))
+    assert drawn.microphones is None
+    assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=by_hand))
+
+
+def test_microphones_are_drawn_last_so_that_levels_and_noises_stay():
+    alike, different = draw(NOISY), draw(MISMATCHED)
+    for field in fields(MixtureDraw):
+        if field.name != "microphones":
+            assert torch.equal(getattr(alike, field.name), getattr(different, field.name))
+
+
+def heard(signal, response):
+    """signal [..., sample] by a microphone of response(n_fft) [freq] in float64, much longer transforms: an oracle."""
+    n_fft = 8 * SAMPLES
+    spectrum = np.fft.rfft(signal.double().numpy(), n_fft)
+    return np.fft.irfft(spectrum * response(n_fft), n_fft)[..., :signal.shape[-1]]
+
+
+def test_speech_early_part_and_no_sensor_noise_pass_the_microphones():
+    """Against clips longer than the RIRs' ends, so that nothing wraps round or is cut off too soon."""
+    dry, rirs, scenes = setup()
+    dry[..., -2 * TAPS:] = 0
+    drawn = draw(replace(MISMATCHED, diffuse_snr_db=None))
+    plain, different = (mix(dry, rirs, scenes, replace(drawn, sensor=None, microphones=mics))
+                        for mics in (None, drawn.microphones))
+    noisy = mix(dry, rirs, scenes, drawn)
+    for row in range(BATCH):
+        for mic in range(MICS):
+            one = Microphones(*(part[row:row + 1, mic:mic + 1].double() for part in
+                                (drawn.microphones.gain, drawn.microphones.phase)))
+            for name in ("audio", "early"):
+                expected = heard(getattr(plain, name)[row, mic], lambda n: one.response(n)[0, 0].numpy())
+                found = getattr(different, name)[row, mic].double().numpy()
+                np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    noise = noisy.audio - different.audio
+    scale = (noise * drawn.sensor).sum((1, 2)) / drawn.sensor.square().sum((1, 2))
+    assert_close(noise, scale[:, None, None] * drawn.sensor, rtol=0, atol=1e-4)
+
+
+def test_diffuse_noise_passes_the_microphones():
+    white = torch.randn(1, 2, 2 ** 12, generator=seeded(0))
+    mics = draw(MISMATCHED, batch=1).microphones
+    plain, different = (diffuse_noise(white, linear_array(2, 0.1)[None], 16000, m).double() for m in (None, mics))
+    ratio = torch.fft.rfft(different) / torch.fft.rfft(plain)
+    assert_close(ratio, mics.response(2 ** 12).to(ratio.dtype), rtol=0, atol=1e-3)
+    assert float((ratio[0, 0] - ratio[0, 1]).abs().max()) > 0.1
+
+
+def test_diffuse_noise_of_a_mixture_is_what_its_own_microphones_hear():
+    dry, rirs, scenes = setup()
+    drawn = draw(replace(MISMATCHED, sensor_snr_db=None))
+    noise = mix(dry, rirs, scenes, drawn).audio - mix(dry, rirs, scenes, replace(drawn, diffuse=None)).audio
+    expected = diffuse_noise(drawn.diffuse, scenes.mic_pos, 16000, drawn.microphones)
+    scale = (noise * expected).sum((1, 2)) / expected.square().sum((1, 2))
+    assert_close(noise, scale[:, None, None] * expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sensor_snr_db", "diffuse_snr_db"])
+def test_snr_is_as_asked_of_what_the_microphones_make_of_speech_and_noise(kind):
+    dry, rirs, scenes = setup()
+    drawn = draw(MixtureConfig(**{kind: (3.0, 3.0)}, mic_gain_db=12.0, mic_phase_deg=90.0))
+    clean, noisy = (mix(dry, rirs, scenes, each).audio.double() for each in (
+        replace(drawn, sensor=None, diffuse=None), drawn))
+    noise = noisy - clean
+    ratio = db(clean.square().mean((1, 2)) / noise.square().mean((1, 2)))
+    assert_close(ratio, torch.full((BATCH,), 3.0, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
 # ---- the rest ----
 
 
 def test_same_generator_same_draw():
-    first, again, other = draw(NOISY, seed=1), draw(NOISY, seed=1), draw(NOISY, seed=2)
-    for field in fields(MixtureDraw):
-        assert torch.equal(getattr(first, field.name), getattr(again, field.name))
-        assert not torch.equal(getattr(first, field.name), getattr(other, field.name))
-    part = first[1:3].to("cpu")
-    assert torch.equal(part.diffuse, first.diffuse[1:3]) and torch.equal(part.gain, first.gain[1:3])
+    first, again, other = ({f.name: getattr(drawn, f.name) for f in fields(MixtureDraw)} for drawn in (
+        draw(MISMATCHED, seed=seed) for seed in (1, 1, 2)))
+    for each in (first, again, other):
+        mics = each.pop("microphones")
+        each |= {"mic_gain": mics.gain, "mic_phase": mics.phase}
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and not torch.equal(value, other[name])
+    part = draw(MISMATCHED, seed=1)[1:3].to("cpu")
+    for found, name in ((part.diffuse, "diffuse"), (part.gain, "gain"), (part.microphones.gain, "mic_gain"),
+                        (part.microphones.phase, "mic_phase")):
+        assert torch.equal(found, first[name][1:3])
     assert draw(MixtureConfig())[:1].to("cpu").sensor is None
     state = torch.get_rng_state()
-    draw(NOISY)
+    draw(MISMATCHED)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_rows_do_not_hear_each_other():
     dry, rirs, scenes = setup()
-    drawn = draw(NOISY)
+    drawn = draw(MISMATCHED)
     whole, part = mix(dry, rirs, scenes, drawn), mix(dry[1:2], rirs[1:2], scenes[1:2], drawn[1:2])
     assert_close(part.audio, whole.audio[1:2], rtol=0, atol=1e-4)
     assert_close(part.early, whole.early[1:2], rtol=0, atol=1e-4)
 
 
-CHANGES = dict(level_difference_db=(-6.0, 5.0), sensor_snr_db=None, diffuse_snr_db=(0.0, 11.0), noise_probability=0.0)
+CHANGES = dict(level_difference_db=(-6.0, 5.0), sensor_snr_db=None, diffuse_snr_db=(0.0, 11.0), noise_probability=0.0,
+               mic_gain_db=1.0, mic_phase_deg=5.0)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(MixtureConfig)])
 def test_every_field_changes_the_mixture(name):
-    assert not torch.equal(mixed(NOISY).audio, mixed(replace(NOISY, **{name: CHANGES[name]})).audio)
+    for base in (NOISY, MISMATCHED):
+        assert not torch.equal(mixed(base).audio, mixed(replace(base, **{name: CHANGES[name]})).audio)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -252,6 +340,11 @@ def test_every_field_changes_the_mixture(name):
     (dict(noise_probability=1.1), "mixture.noise_probability must be in [0, 1], got 1.1"),
     (dict(noise_probability=-0.1), "mixture.noise_probability must be in [0, 1], got -0.1"),
     (dict(noise_probability=math.nan), "mixture.noise_probability must be in [0, 1], got nan"),
+    (dict(mic_gain_db=-1.0), "mixture.mic_gain_db must satisfy 0 <= mic_gain_db < inf, got -1.0"),
+    (dict(mic_gain_db=math.inf), "mixture.mic_gain_db must satisfy 0 <= mic_gain_db < inf, got inf"),
+    (dict(mic_phase_deg=-0.1), "mixture.mic_phase_deg must be in [0, 180], got -0.1"),
+    (dict(mic_phase_deg=181.0), "mixture.mic_phase_deg must be in [0, 180], got 181.0"),
+    (dict(mic_phase_deg=math.nan), "mixture.mic_phase_deg must be in [0, 180], got nan"),
 ])
 def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(ValueError) as error:

@@ -136,6 +136,17 @@ def test_mixtures_are_speech_through_the_rirs(made):
         assert np.abs(audio).max() > 0.02
 
 
+def test_microphones_that_differ_are_those_of_their_list_again(folder):
+    """They follow from configuration, seed and number, as levels and noises do; scenes and RIRs do not know them."""
+    mics = ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=5")
+    assert start("--num-scenes", 2, "--out", "a", "--wav", *mics) == 0
+    assert start("--scenes", "a/scenes.json", "--out", "b", "--wav", *mics) == 0
+    assert start("--scenes", "a/scenes.json", "--out", "alike", "--wav") == 0
+    a, b, alike = (contents(name) for name in ("a", "b", "alike"))
+    assert a == b
+    assert {name for name in a if a[name] != alike[name]} == {"mix_0.wav", "mix_1.wav", "config.yaml"}
+
+
 def test_wav_header_holds_no_time_of_day(made):
     header = (made / "mix_0.wav").read_bytes()[:64]
     assert b"PEAK" not in header and header.startswith(b"RIFF")

@@ -270,6 +270,14 @@ def test_a_law_that_finds_no_places_is_refused_at_once():
         Simulator(SceneConfig(src_dist_m=(1.0, 1.1)))
 
 
+def test_microphones_that_differ_do_not_depend_on_the_chunk():
+    mixing = replace(MIX, mic_gain_db=3.0, mic_phase_deg=20.0)
+    whole, parts = (simulator(mixing=mixing, chunk=chunk)(speech(), generator=seeded(0)) for chunk in (5, 2))
+    for name in ("audio", "early"):
+        found, expected = getattr(parts, name), getattr(whole, name)
+        assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_speech_on_another_device_than_its_draw_is_refused():
     drawn = simulator().draw(2, 2000, generator=seeded(0))
     with pytest.raises(ValueError, match="^dry speech must be on the draw's cpu, got meta$"):
@@ -279,7 +287,7 @@ def test_speech_on_another_device_than_its_draw_is_refused():
 def test_every_section_reaches_the_mixture():
     plain = simulator()(speech(), generator=seeded(0))
     for change in (dict(scene=replace(SCENE, rotate=False)), dict(rir=replace(RIR, perturbation=(-1.0, 1.0))),
-                   dict(mixing=MixtureConfig())):
+                   dict(mixing=MixtureConfig()), dict(mixing=replace(MIX, mic_phase_deg=5.0))):
         assert not torch.equal(simulator(**change)(speech(), generator=seeded(0)).audio, plain.audio)
     walls = replace(SCENE, rt60_s=(0.3, 0.4))
     plain = simulator(walls)(speech(), generator=seeded(0))
