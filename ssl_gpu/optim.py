@@ -49,6 +49,8 @@ class TrainConfig:
     batch_size: mixtures per step.
     optimizer, lr, weight_decay, clip_norm (None: no clipping): the usual.
     warmup: the share of the run over which the rate rises linearly to lr.
+    noise_warmup: the share of the run over which the part of noisy examples rises linearly from 0 to
+        mixture.noise_probability.
     schedule, lr_end (share of lr that the cosine ends at), lr_every, lr_gamma: see Schedule.
     ema: decay of the averaged weights, which are then the ones evaluated; None for none.
     evaluations: how often to evaluate, evenly over the run, the last one at its end.
@@ -70,6 +72,7 @@ class TrainConfig:
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
+    noise_warmup: float = 0.0
     clip_norm: float | None = 1.0
     schedule: Schedule = Schedule.COSINE
     lr_end: float = 0.02
@@ -97,7 +100,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must satisfy 0 <= decay < 1, got {self.ema}")
-        for name in ("warmup", "lr_end", "lr_gamma"):
+        for name in ("warmup", "noise_warmup", "lr_end", "lr_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
 
@@ -124,6 +127,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     # Among the saved options, and where the counts of steps are kept depends on it: so before loading.
     groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def noise_share(cfg: TrainConfig, progress: float) -> float:
+    """Factor of mixture.noise_probability, in [0, 1]; progress in [0, 1] is the share of the run that is over."""
+    return min(1.0, progress / cfg.noise_warmup) if cfg.noise_warmup > 0 else 1.0
 
 
 def learning_rate(cfg: TrainConfig, step: int, progress: float) -> float:

@@ -6,7 +6,7 @@
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,16 +90,19 @@ class Simulator:
         self.bank: tuple[SceneBatch, RirBatch] | None = None
 
     @torch.no_grad()
-    def __call__(self, dry: Tensor, *, generator: torch.Generator, scenes: SceneBatch | None = None) -> MixtureBatch:
+    def __call__(self, dry: Tensor, *, generator: torch.Generator, scenes: SceneBatch | None = None,
+                 noise_share: float = 1.0) -> MixtureBatch:
         """dry [batch, src, sample] float32 -> MixtureBatch, a new room for every example, on the generator's device.
 
-        scenes: rooms, arrays and talkers of your own (scene.make_scenes) instead of new ones.
+        scenes: rooms, arrays and talkers of your own (scene.make_scenes) instead of new ones. noise_share: factor of
+        mixture.noise_probability, for a training that begins without noise.
         Raises ValueError when dry is not [batch, src, sample], as many as there are scenes and sources.
         """
         num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
         if dry.ndim != 3 or dry.shape[1] != num_src or 0 in dry.shape:
             raise ValueError(f"dry speech must be [batch, src={num_src}, sample], got {list(dry.shape)}")
-        return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator, scenes=scenes))
+        return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator, scenes=scenes,
+                                          noise_share=noise_share))
 
     @torch.no_grad()
     def fill_bank(self, *, generator: torch.Generator) -> None:
@@ -134,9 +137,9 @@ class Simulator:
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
-             scenes: SceneBatch | None = None) -> Draw:
+             scenes: SceneBatch | None = None, noise_share: float = 1.0) -> Draw:
         """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device; in scenes of
-        your own, on that device, if there are some.
+        your own, on that device, if there are some. noise_share changes which examples are noisy, and nothing else.
 
         Raises ValueError when scene.bank is set and fill_bank was not called, and for scenes of another batch or with
         an RT60 that their walls cannot have, where walls are asked for.
@@ -148,7 +151,8 @@ class Simulator:
             num_mics, num_src = scenes.mic_pos.shape[1], scenes.src_pos.shape[1]
             if self.rir.uses_walls and not self.ism.clamp_infeasible:
                 check_feasible(self.ism, scenes)                        # which waits for the device
-        noise = draw_mixture(self.mixture, batch, num_src, num_mics, num_samples, generator=generator)
+        mixture = replace(self.mixture, noise_probability=noise_share * self.mixture.noise_probability)
+        noise = draw_mixture(mixture, batch, num_src, num_mics, num_samples, generator=generator)
         if scenes is not None or self.scene.bank is None:
             if scenes is None:
                 scenes = sample_scenes(self.scene, batch, generator=generator)

@@ -30,7 +30,7 @@ from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, restore_optimizer
+from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import build_localizer
@@ -138,7 +138,10 @@ def draw_batch(run: Run, step: int) -> MixtureBatch:
     crops = draw_crops(bank, cfg.train.batch_size, cfg.scene.num_src, num_samples, cfg.speech.crop,
                        generator=generator(rng.Stream.SPEECH, bank.samples.device))
     dry = gather_crops(bank, crops, num_samples)
-    return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device))
+    # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes.
+    share = run.share if cfg.train.steps is None or cfg.train.max_minutes is not None else step / cfg.train.steps
+    return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device),
+                         noise_share=noise_share(cfg.train, share))
 
 
 def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:

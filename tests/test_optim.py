@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_gpu.optim import (Averaged, Optimizer, Schedule, TrainConfig, build_optimizer, learning_rate,
+from ssl_gpu.optim import (Averaged, Optimizer, Schedule, TrainConfig, build_optimizer, learning_rate, noise_share,
                            restore_optimizer)
 
 
@@ -28,6 +28,13 @@ def test_no_warmup_starts_at_the_full_rate():
 
 def test_rate_does_not_rise_again_after_the_end():
     assert learning_rate(cosine(), 500, 1.7) == pytest.approx(0.1)
+
+
+def test_noise_rises_over_its_warmup():
+    assert [noise_share(cosine(noise_warmup=0.4), progress) for progress in (0.0, 0.1, 0.4, 1.0)] == [0, 0.25, 1, 1]
+    assert noise_share(cosine(), 0.0) == 1.0
+    with pytest.raises(ValueError, match=r"^train.noise_warmup must be in \[0, 1\], got 1.5$"):
+        cosine(noise_warmup=1.5)
 
 
 def test_step_schedule_is_the_originals():

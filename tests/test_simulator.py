@@ -278,6 +278,24 @@ def test_microphones_that_differ_do_not_depend_on_the_chunk():
         assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_noise_share_decides_which_examples_are_noisy_and_nothing_else():
+    """None of them by 0, and by 0.4 some of those that are by 1; their rooms and noises are the same."""
+    full, some, none = (simulator().draw(40, 500, generator=seeded(4), noise_share=share) for share in (1.0, 0.4, 0.0))
+    for name in ("sensor_snr", "diffuse_snr"):
+        noisy = {key: torch.isfinite(getattr(draw.mixture, name))
+                 for key, draw in (("full", full), ("some", some), ("none", none))}
+        assert noisy["full"].all() and 5 < noisy["some"].sum() < 30 and not noisy["none"].any()
+        kept = noisy["some"]
+        assert torch.equal(getattr(full.mixture, name)[kept], getattr(some.mixture, name)[kept])
+    assert torch.equal(full.scenes.src_pos, none.scenes.src_pos)
+    assert torch.equal(full.rooms.images.ratio, none.rooms.images.ratio)
+    clean = simulator(mixing=replace(MIX, sensor_snr_db=None, diffuse_snr_db=None))
+    audio = simulator()(speech(), generator=seeded(5), noise_share=0.0).audio
+    gain = simulator().draw(5, 2000, generator=seeded(5), noise_share=0.0)
+    expected = clean.render(speech(), replace(gain, mixture=replace(gain.mixture, sensor=None, diffuse=None))).audio
+    assert_close(audio, expected, rtol=0, atol=1e-7)
+
+
 def test_speech_on_another_device_than_its_draw_is_refused():
     drawn = simulator().draw(2, 2000, generator=seeded(0))
     with pytest.raises(ValueError, match="^dry speech must be on the draw's cpu, got meta$"):

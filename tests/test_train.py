@@ -166,6 +166,20 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
         torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
 
 
+def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny, monkeypatch):
+    shares, draw = [], train_cli.Simulator.draw
+    monkeypatch.setattr(train_cli.Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (
+        shares.append(noise_share), draw(self, *args, noise_share=noise_share, **kwargs))[1])
+    for name, overlap in (("plain", "false"), ("ahead", "true")):
+        shares.clear()
+        assert start(f"train.out={name}", "train.steps=4", f"train.overlap={overlap}", "train.noise_warmup=0.5",
+                     "mixture.diffuse_snr_db=[0, 10]") == 0
+        assert shares[1:5] == [0.0, 0.5, 1.0, 1.0]                      # the first draw is of the evaluation set
+    plain, ahead = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("plain", "ahead"))
+    for key, value in plain.model.items():
+        torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
+
+
 def test_resume_finds_the_newest_run(tiny):
     assert start("train.steps=2") == 0
     (run,) = (tiny / "runs").iterdir()
