@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render
 
 
 @torch.no_grad()
-def rows_of(batch: int, device: torch.device, args) -> list[dict[str, Any]]:
-    """The rows of one batch size."""
+def rows_of(batch: int, compile: bool, device: torch.device, args) -> list[dict[str, Any]]:
+    """The rows of one batch size, eager or compiled."""
     scene, both, generator = SceneConfig(), RirConfig(), common.generator(device)
     full = replace(both, early=False)
-    render = runtime.compiled(render_rir, args.compile)
+    if compile:
+        torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
+    render = runtime.compiled(render_rir, compile)
     scenes = sample_scenes(scene, batch, generator=generator)
     images = draw_images(full, scenes, generator=generator)
 
@@ -44,10 +47,11 @@ def rows_of(batch: int, device: torch.device, args) -> list[dict[str, Any]]:
     def row(name, function, audio_s, cfg):
         timing = common.measure(function, device, args.seconds)
         return common.row(name, batch, timing, audio_s, None if cfg is None else lambda: error(cfg), device,
-                          compiled=args.compile)
+                          compiled=compile and cfg is not None)
 
     audio_s = float(scenes.rt60.sum())
-    return [row("draw scenes and images", draw, None, None),
+    drawing = [] if compile else [row("draw scenes and images", draw, None, None)]
+    return [*drawing,
             row("render", lambda: render_chunks(full, scenes, images, render), audio_s, full),
             row("render, early part too", lambda: render_chunks(both, scenes, images, render), audio_s, both),
             row("draw and render", lambda: render_chunks(full, *draw(), render), audio_s, full)]
@@ -57,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = common.parser("bench_rir", __doc__)
     common.add_batch(parser, "16 and 64 on a CPU, 64, 512 and 2048 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="render through torch.compile")
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
-    rows = [row for batch in batches for row in rows_of(batch, device, args)]
+    rows = [row for batch, compile in product(batches, common.CHOICES[args.compile])
+            for row in rows_of(batch, compile, device, args)]
     common.finish("bench_rir", device, rows, arguments, args.json)
     return 0
 

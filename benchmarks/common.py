@@ -32,6 +32,7 @@ WORKLOAD = ("2x2: 2 microphones 10 cm apart, 2 sources, rooms of 3 x 3 x 2.5 to 
             "1024 to 4096 images, 16 kHz, 3 s of noise per source")
 BURN_IN = 3  # calls before the clock starts: kernels are chosen, memory is had, tables are made
 LEAST_CALLS = 5
+CHOICES = {"no": (False,), "yes": (True,), "both": (False, True)}
 UNFAITHFUL_TAPS = 6  # at its end an RIR differs from the reference's by design, see ssl_gpu.rir.render_rir
 
 
@@ -52,7 +53,9 @@ class Timing:
 
 
 def measure(function: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
-    """Time `function` for about `seconds` s after a burn-in, waiting for the device at the end of every call."""
+    """Time `function` for about `seconds` s after a burn-in, waiting for the device at the end of every call; on a
+    GPU, peak_memory is then that of these calls, and of what was held before."""
+    runtime.reset_peak_memory(device)
     for _ in range(BURN_IN):
         function()
     runtime.synchronize(device)
@@ -71,7 +74,8 @@ def row(name: str, batch: int, timing: Timing, audio_s: float | None, error: Cal
     hear it) per call.
 
     error: gives the relative L2 against the float64 oracle; `finish` calls it when everything is measured, to keep the
-    oracle's memory out of it. peak_bytes is that of the process so far, so rows must be made from small to large.
+    oracle's memory out of it. peak_bytes is, on a CPU, that of the process so far, so rows must be made from small to
+    large.
     """
     return {"name": name, "batch": batch, "calls": timing.calls, "median_s": timing.median_s, "p10_s": timing.p10_s,
             "p90_s": timing.p90_s, "scenes_per_s": batch / timing.median_s,
@@ -145,8 +149,9 @@ def parser(name: str, description: str, seconds: float | None = 3.0) -> argparse
 
 
 def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
-    """--batch and --check, of benchmarks of the simulation."""
+    """--batch, --compile and --check, of benchmarks of the simulation."""
     arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
+    arguments.add_argument("--compile", choices=CHOICES, default="no", help="render through torch.compile (default no)")
     arguments.add_argument("--check", type=int, default=2, metavar="N",
                            help="compare so many scenes with the float64 oracle (default 2)")
 
@@ -178,7 +183,8 @@ def finish(benchmark: str, device: torch.device, rows: list[dict[str, Any]], arg
     for line in rows:
         if callable(line.get("error")):
             line["error"] = line["error"]()
-    machine = {"device": runtime.device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    name = runtime.device_name(device)
+    machine = {"device": name, "slug": slug(name), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     results = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",
                "date": date.today().isoformat(), "machine": machine, "versions": runtime.versions(),
                "commit": commit(), "workload": WORKLOAD, **more, "rows": rows}
@@ -189,6 +195,11 @@ def finish(benchmark: str, device: torch.device, rows: list[dict[str, Any]], arg
         except OSError as error:
             sys.exit(f"error: cannot write {path}: {error.strerror}")
     return results
+
+
+def slug(name: str) -> str:
+    """The name of a device as part of a file's: NVIDIA H200 is nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:

@@ -1,4 +1,5 @@
 """Every benchmark from end to end in this process, as small as it gets: what it promises to write, and the tables."""
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
 
+from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (bench_convolve, bench_rir, bench_simulate, bench_train, common, localize_windows,  # noqa: E402
                         peers, report)
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
@@ -44,7 +46,7 @@ def run(benchmark, tmp_path, *arguments):
 def check(results, keys):
     """What every file of results must say."""
     assert CONDITIONS <= set(results)
-    assert set(results["machine"]) == {"device", "cores", "threads"} and results["machine"]["threads"] == 1
+    assert set(results["machine"]) == {"device", "slug", "cores", "threads"} and results["machine"]["threads"] == 1
     assert {"torch", "python", "ssl_gpu"} <= set(results["versions"])
     assert results["rows"]
     for row in results["rows"]:
@@ -144,6 +146,89 @@ def test_localize_windows_writes_its_tables(weights, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --windows must be >= 0.032 s, what the network takes, got 0.01\n"
     assert localize_windows.main([str(tmp_path / "none"), "--clips", "3"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_simulation_benchmark_with_more_microphones_and_sources(tmp_path):
+    results = run(bench_simulate, tmp_path, "--batch", "2", "--seconds", "0", "--check", "0", "--arrays", "1x3", "3x1",
+                  "--array-batch", "1")
+    assert [(row["name"], row["batch"]) for row in results["rows"][-2:]] == [
+        ("endless rooms, 1x3", 1), ("endless rooms, 3x1", 1)]
+    with pytest.raises(SystemExit):
+        bench_simulate.main(["--arrays", "2"])
+
+
+def test_compiled_rows_are_marked(tmp_path, monkeypatch):
+    """By what the compiler is asked for; it takes a minute, so it is not waited for."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    for benchmark, rows in ((bench_rir, 7), (bench_simulate, 6)):
+        results = run(benchmark, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0", "--compile", "both")
+        assert [row["compiled"] for row in results["rows"]].count(True) == 3 and len(results["rows"]) == rows
+        assert asked and all(options["fullgraph"] for options in asked)
+        del asked[:]
+
+
+def mixtures(batch, us_per_scene, name="endless rooms", compiled=False, peak=2e9):
+    return {"name": name, "batch": batch, "median_s": 1e-6 * us_per_scene * batch, "compiled": compiled,
+            "scenes_per_s": 1e6 / us_per_scene, "peak_bytes": peak}
+
+
+def training_row(examples_per_s, wait, overlap):
+    return {"name": "original", "batch": 1024, "bfloat16": True, "compiled": True, "overlap": overlap,
+            "scenes_per_s": examples_per_s, "share": {"simulate": 0.3, "wait": wait}}
+
+
+def test_targets_are_met_or_missed_by_what_was_measured():
+    good = {"simulate": {"rows": [mixtures(256, 5.0), mixtures(512, 5.2), mixtures(1024, 5.5, peak=7.9e9),
+                                  mixtures(4096, 5.9), mixtures(512, 10.0, "endless rooms, 2x4"),
+                                  mixtures(512, 24.0, "endless rooms, 4x4"), mixtures(64, 99.0, "bank of rooms")]},
+            "train": {"rows": [training_row(9_000, 0.3, False), training_row(11_000, 0.05, True)]}}
+    found = benchmark_all.verdicts(good)
+    assert len(found) == 7 and all(verdict.met for verdict in found)
+    assert found[0].measured == "192,308 scenes/s, batch 512" and found[1].measured == "7.90 GB"
+    assert found[5].measured == "11,000 examples/s, original, batch 1024, compiled, overlapped"
+    bad = {"simulate": {"rows": [mixtures(256, 7.0), mixtures(512, 7.1), mixtures(1024, 7.0, peak=8.1e9),
+                                 mixtures(4096, 8.5), mixtures(512, 20.0, "endless rooms, 2x4"),
+                                 mixtures(512, 40.0, "endless rooms, 4x4")]},
+           "train": {"rows": [training_row(9_000, 0.11, True), {**training_row(99_000, 0.0, True), "bfloat16": False}]}}
+    found = benchmark_all.verdicts(bad)
+    assert not any(verdict.met for verdict in found) and all(verdict.measured for verdict in found)
+    found = benchmark_all.verdicts({})
+    assert len(found) == 7 and not any(verdict.met or verdict.measured for verdict in found)
+    assert "| not measured | - |" in benchmark_all.summary("a GPU", {"rir": (False, 1.0)}, found)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_part_is_a_command_that_its_benchmark_understands(on_gpu, quick):
+    for part in benchmark_all.parts_of(on_gpu, quick)[1:]:
+        module = importlib.import_module(part.arguments[1])
+        with pytest.raises(SystemExit, match="error: device must be auto"):  # past the reading of arguments
+            module.main([*part.arguments[2:], "--device", "gpu"])
+
+
+def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd):
+    short = ("--batch", "1", "--seconds", "0", "--check", "0")
+    parts = [benchmark_all.Part("broken", ("-c", "import sys; sys.exit(3)")),
+             benchmark_all.Part("silent", ("-c", "")), benchmark_all.Part("tests", ("-c", ""), benchmark=False),
+             benchmark_all.Part("rir", ("-m", "benchmarks.bench_rir", *short))]
+    monkeypatch.setattr(benchmark_all, "parts_of", lambda on_gpu, quick: parts)
+    assert benchmark_all.main(["--device", "cpu", "--threads", "1", "--out", str(tmp_path / "new")]) == 1
+    assert "failed: broken, silent\n" in capfd.readouterr().err
+    results, summary = sorted((tmp_path / "new").iterdir())
+    content = json.loads(results.read_text())
+    check(content, SIMULATION)
+    assert results.name == f"{content['date']}-{content['machine']['slug']}-rir.json"
+    text = summary.read_text()
+    assert "| broken | FAILED |" in text and "| silent | FAILED |" in text and "| rir | well |" in text
+    assert benchmark_all.main(["--device", "cpu", "--only", "tests", "--out", str(tmp_path / "new")]) == 0
+    assert results.exists() and "| rir |" not in summary.read_text()
+    with pytest.raises(SystemExit, match="^error: --out must be a folder, cannot make .*: File exists$"):
+        benchmark_all.main(["--device", "cpu", "--out", str(results)])
+
+
+def test_slug_of_a_device():
+    assert common.slug("NVIDIA H200") == "nvidia-h200" and common.slug(" AMD (R) EPYC ") == "amd-r-epyc"
 
 
 def test_peers_compares_what_it_finds(tmp_path, monkeypatch):

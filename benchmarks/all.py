@@ -1,0 +1,228 @@
+"""Everything that is to be known of a machine, in one call: the GPU's tests, every benchmark, and the targets.
+
+    python -m benchmarks.all --device cuda --out benchmarks/results
+    python -m benchmarks.all --device cpu --out DIR --quick      the smallest sizes, to see that it works
+
+Each part runs in a process of its own, so that one that fails takes nothing along, and writes
+<date>-<device>-<part>.json; <date>-<device>-summary.md says how each ended and which targets are met. Exit status 1
+where a part failed; a target that is missed is a result. --only runs some parts, where time is lent by the minute; the
+summary is of all of the day's files for this device in the folder.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from ssl_gpu import runtime
+from ssl_gpu.checkpoint import write_text
+
+SCENES_PER_S, LEAST_BATCH = 150_000, 512
+MEMORY_GB, MEMORY_BATCH = 8.0, 1024
+EXAMPLES_PER_S, SIMULATION_SHARE = 10_000, 0.10
+FLAT, FLAT_BATCHES = 0.20, (256, 4096)  # time per scene: largest over smallest less 1, between these batches
+LINEAR = 0.20                           # time per RIR of 2x4 and 4x4 over that of 2x2, less 1
+ARRAYS = ("2x4", "4x4")                 # 2x2 is what all else is measured with
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process: `arguments` behind python, and whether it takes the options that every benchmark has."""
+
+    name: str
+    arguments: tuple[str, ...]
+    benchmark: bool = True
+
+
+def parts_of(on_gpu: bool, quick: bool) -> list[Part]:
+    """What is run, in this order."""
+    def benchmark(name: str, *arguments: str, module: str | None = None) -> Part:
+        return Part(name, ("-m", f"benchmarks.{module or f'bench_{name}'}", *arguments))
+
+    tests = Part("tests", ("-m", "pytest", "-m", "gpu", "tests"), benchmark=False)
+    if quick:
+        short = ("--seconds", "0", "--check", "1")
+        return [tests,
+                benchmark("rir", "--batch", "2", "--compile", "no", *short),
+                benchmark("convolve", "--batch", "1", *short),
+                benchmark("simulate", "--batch", "2", "4", "--arrays", *ARRAYS, "--array-batch", "4", "--compile", "no",
+                          *short),
+                benchmark("train", "--model", "librispeech", "--batch", "2", "--compile", "no", "--overlap", "both",
+                          "--seconds", "0"),
+                benchmark("peers", "--scenes", "2", "--batch", "2", "--patience", "0", module="peers")]
+    if not on_gpu:
+        return [tests, benchmark("rir"), benchmark("convolve"), benchmark("simulate", "--arrays", *ARRAYS),
+                benchmark("train", "--model", "librispeech", "original"),
+                benchmark("peers", "--scenes", "256", module="peers")]
+    return [tests,
+            benchmark("rir", "--batch", "64", "512", "2048", "--compile", "both"),
+            benchmark("convolve", "--batch", "64", "512"),
+            benchmark("simulate", "--batch", "64", "256", "512", "1024", "2048", "4096", "--arrays", *ARRAYS,
+                      "--array-batch", "512", "--compile", "both"),
+            benchmark("train", "--model", "librispeech", "original", "original-fft", "original-nchw", "--compile",
+                      "both", "--overlap", "both", "--seconds", "5", "--set", "train.precision=bfloat16"),
+            benchmark("peers", "--scenes", "4096", "--batch", "1024", module="peers")]
+
+
+def run(part: Part, out: Path, stem: str, device: str, threads: int | None) -> tuple[bool, float]:
+    """One part, its output passed on: whether it succeeded, and its seconds. Without a file it has not."""
+    command, path = [sys.executable, *part.arguments], out / f"{stem}-{part.name}.json"
+    if part.benchmark:
+        path.unlink(missing_ok=True)  # an earlier one of today would pass for this one
+        command += ["--device", device, "--json", str(path), *(["--threads", str(threads)] if threads else [])]
+    print(f"\n== {part.name}: python {' '.join(part.arguments)}", flush=True)
+    begin = time.perf_counter()
+    status = subprocess.run(command, cwd=common.ROOT).returncode
+    return status == 0 and (path.is_file() or not part.benchmark), time.perf_counter() - begin
+
+
+# ---- targets ----
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target, what was measured (None: nothing that tells), and whether that meets it."""
+
+    target: str
+    measured: str | None
+    met: bool
+
+
+def verdicts(results: dict[str, dict[str, Any]]) -> list[Verdict]:
+    """What the files of results, by the name of their part, say of the targets."""
+    mixtures = [row for row in results.get("simulate", {}).get("rows", []) if row["name"].startswith("endless rooms")]
+    plain = [row for row in mixtures if row["name"] == "endless rooms"]
+    trained = [row for row in results.get("train", {}).get("rows", [])
+               if row["name"].startswith("original") and row["bfloat16"]]
+    return [speed(plain), memory(plain), *flat(plain), *linear(mixtures), *training(trained)]
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of most scenes per second."""
+    return max(rows, key=lambda row: row["scenes_per_s"], default=None)
+
+
+def speed(rows: list[dict[str, Any]]) -> Verdict:
+    """Mixtures per second in large batches."""
+    target, row = (f">= {SCENES_PER_S:,} scenes/s in batches of {LEAST_BATCH} or more",
+                   best([row for row in rows if row["batch"] >= LEAST_BATCH]))
+    if row is None:
+        return Verdict(target, None, False)
+    return Verdict(target, f"{row['scenes_per_s']:,.0f} scenes/s, batch {row['batch']}{compiled(row)}",
+                   row["scenes_per_s"] >= SCENES_PER_S)
+
+
+def memory(rows: list[dict[str, Any]]) -> Verdict:
+    """Of a GPU: what torch's tensors held at most, dry speech included."""
+    target = f"simulator <= {MEMORY_GB:g} GB at batch {MEMORY_BATCH:,}"
+    peaks = [row["peak_bytes"] / 1e9 for row in rows if row["batch"] == MEMORY_BATCH and row["peak_bytes"] is not None]
+    return Verdict(target, f"{max(peaks):.2f} GB", max(peaks) <= MEMORY_GB) if peaks else Verdict(target, None, False)
+
+
+def flat(rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Time per scene over the batch size, eager and compiled."""
+    found = []
+    for kind in sorted({bool(row["compiled"]) for row in rows}) or [False]:
+        low, high = FLAT_BATCHES
+        same = [row for row in rows if bool(row["compiled"]) == kind and low <= row["batch"] <= high]
+        target = f"time per scene flat to {100 * FLAT:.0f} % for batches of {low} to {high:,}"
+        if len({row["batch"] for row in same} & set(FLAT_BATCHES)) < 2:
+            found.append(Verdict(target, None, False))
+            continue
+        times = {row["batch"]: 1e6 * row["median_s"] / row["batch"] for row in same}
+        text = ", ".join(f"{batch}: {time:.3g} us" for batch, time in sorted(times.items()))
+        found.append(Verdict(target, text + compiled(same[0]), max(times.values()) <= (1 + FLAT) * min(times.values())))
+    return found
+
+
+def linear(rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Time per microphone and source of larger scenes, over that of 2x2 in the same batch."""
+    found = []
+    for name in ARRAYS:
+        target = f"{name} microphones x sources at most {100 * LINEAR:.0f} % above 2x2, per pair"
+        wide = [row for row in rows if row["name"] == f"endless rooms, {name}"]
+        base = [row for row in rows if row["name"] == "endless rooms" and wide and row["batch"] == wide[0]["batch"]
+                and row["compiled"] == wide[0]["compiled"]]
+        if not base:
+            found.append(Verdict(target, None, False))
+            continue
+        mics, srcs = map(int, name.split("x"))
+        ratio = wide[0]["median_s"] / base[0]["median_s"] / (mics * srcs / 4)
+        found.append(Verdict(target, f"{ratio:.2f} times, batch {base[0]['batch']}", ratio <= 1 + LINEAR))
+    return found
+
+
+def training(rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Steps of the original's network in bfloat16: the quickest row, and how long it waits for its simulation."""
+    targets = (f">= {EXAMPLES_PER_S:,} examples/s training the original in bfloat16",
+               f"of which at most {100 * SIMULATION_SHARE:.0f} % are simulation")
+    row = best(rows)
+    if row is None:
+        return [Verdict(target, None, False) for target in targets]
+    where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}"
+    share = row["share"]
+    return [Verdict(targets[0], f"{row['scenes_per_s']:,.0f} examples/s, {where}",
+                    row["scenes_per_s"] >= EXAMPLES_PER_S),
+            Verdict(targets[1], f"{100 * share['wait']:.1f} % waiting for it ({100 * share['simulate']:.1f} % of the "
+                                f"step's time on its stream)", share["wait"] <= SIMULATION_SHARE)]
+
+
+def compiled(row: dict[str, Any]) -> str:
+    """What is said of a compiled row."""
+    return ", compiled" if row["compiled"] else ""
+
+
+def summary(name: str, outcomes: dict[str, tuple[bool, float]], found: list[Verdict]) -> str:
+    """How every part ended, and the targets, as Markdown."""
+    lines = [f"# {name}, {date.today().isoformat()}, commit {common.commit()}", "", "| part | ended | s |",
+             "| --- | --- | ---: |"]
+    lines += [f"| {part} | {'well' if well else 'FAILED'} | {seconds:.0f} |"
+              for part, (well, seconds) in outcomes.items()]
+    lines += ["", "| target | measured | met |", "| --- | --- | --- |"]
+    lines += [f"| {v.target} | {v.measured or 'not measured'} | {'yes' if v.met else 'no' if v.measured else '-'} |"
+              for v in found]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--threads", type=common.positive, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes; its numbers mean nothing")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=[p.name for p in parts_of(True, False)],
+                        help="some parts: tests, rir, convolve, simulate, train, peers")
+    args = parser.parse_args(arguments)
+    device = common.start(args)
+    out = args.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --out must be a folder, cannot make {args.out}: {error.strerror}")
+    stem = f"{date.today().isoformat()}-{common.slug(runtime.device_name(device))}"
+    outcomes = {part.name: run(part, out, stem, args.device, args.threads)
+                for part in parts_of(device.type == "cuda", args.quick)
+                if args.only is None or part.name in args.only}
+    results = {path.stem.removeprefix(f"{stem}-"): json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted(out.glob(f"{stem}-*.json"))}
+    text = summary(runtime.device_name(device), outcomes, verdicts(results))
+    write_text(out / f"{stem}-summary.md", text)
+    print(f"\n{text}")
+    failed = [name for name, (well, _) in outcomes.items() if not well]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
