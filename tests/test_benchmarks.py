@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
 
 from benchmarks import all as benchmark_all  # noqa: E402
-from benchmarks import (bench_convolve, bench_rir, bench_simulate, bench_train, common, localize_windows,  # noqa: E402
-                        peers, report)
+from benchmarks import (ablations, bench_convolve, bench_rir, bench_simulate, bench_train, common,  # noqa: E402
+                        floors, localize_windows, peers, report)
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
@@ -313,3 +313,38 @@ def test_published_results_render():
 def test_unknown_device_is_one_line(capsys):
     with pytest.raises(SystemExit, match="error: device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
         bench_rir.main(["--device", "gpu"])
+
+
+def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "COUNTS", {"e1": 3})
+    monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=16",
+                                             "model.depth=1", "model.channels=4", "features.num_bands=4"))
+    path, speech = tmp_path / "found.jsonl", ["speech.voices_speakers=4", "speech.voices_utterances=1"]
+    asked = [*speech, "--out", str(path), "--steps", "1", "--variants", "base", "azimuth", "--seeds", "0", "1"]
+    assert ablations.main(asked) == 0
+    rows = ablations.read(path)
+    assert [(row["variant"], row["seed"]) for row in rows] == [("base", 0), ("azimuth", 0), ("base", 1), ("azimuth", 1)]
+    assert list(rows[0]["scores"]) == list(ablations.READINGS) and list(rows[1]["scores"]) == [""]
+    assert rows[0]["scores"][""] != rows[0]["scores"]["argmax"] and "target.angle=azimuth" in rows[1]["overrides"]
+    assert rows[0]["scores"][""] != rows[2]["scores"][""]
+    before = path.read_text()
+    assert ablations.main(asked) == 0 and path.read_text() == before    # nothing is done twice
+    capsys.readouterr()
+    assert ablations.main(["--table", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    means = [sum(row["scores"][""]["e1"]["cone_mae_deg"]) / 2 for row in (rows[1], rows[3])]
+    assert lines[-1].startswith(f"| azimuth | 2 | {sum(means) / 2:.2f} ({min(means):.2f} to {max(means):.2f}) | ")
+    assert len(lines) == 2 + len(ablations.READINGS) + 1
+
+
+def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_path, capsys):
+    """Knowing the distances, too, helps; and of every draw there is a pair."""
+    monkeypatch.setattr(floors, "NUM_CLIPS", 300)
+    path = tmp_path / "floors.json"
+    assert floors.main(["--draws", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["azimuth_class_mae_deg"]
+    assert [len(values) for values in found.values()] == [2, 2]
+    for exact, both in zip(found["exact_cone"], found["exact_cone_and_distance"]):
+        assert 4 < sum(both) / 2 < sum(exact) / 2 < 9
+    assert found["exact_cone"][0] != found["exact_cone"][1]
+    assert "exact_cone_and_distance: mean " in capsys.readouterr().out
