@@ -1,12 +1,13 @@
-"""Each lever of the main recipe for itself: the same short training without it, judged on the sets of ssl_gpu.protocol.
+"""Each lever of the main recipe for itself: the same short training without it.
 
-    python -m benchmarks.ablations --out FILE.jsonl speech.train=DIR speech.eval=DIR e3.dir=DIR
+    python -m benchmarks.ablations speech.train=DIR speech.eval=DIR --out FILE.jsonl
     python -m benchmarks.ablations --table FILE.jsonl
 
-A run is configs/librispeech.yaml with noise in fewer clips but from the start (BASE), since in the recipe it comes when
-so short a run is over, and with the overrides of a variant, for --steps steps of 32 mixtures. One line of FILE per run,
-written when it is done; runs that are in FILE already are not done again. So several processes can share the work: each
-takes the variants that it is given.
+A run is configs/librispeech.yaml with the overrides of a variant, for --steps steps of 32 mixtures. It is judged on
+clips of the kinds e1, e1n5 and e2 that are not those of ssl_gpu.protocol's sets: their scenes come from the stream of
+validation, and speech.eval should hold other talkers than those that a recipe is evaluated with in the end.
+One line of FILE per run, written when it is done; runs that are in FILE already are not done again. So several
+processes can share the work: each takes the variants that it is given.
 """
 from __future__ import annotations
 
@@ -17,51 +18,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import common
-from ssl_gpu import runtime
-from ssl_gpu.assess import spacing_told
-from ssl_gpu.clips import Truth, without_audio
+from ssl_gpu import rng, runtime
+from ssl_gpu.clips import Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
-from ssl_gpu.evaluate import eval_speech
+from ssl_gpu.evaluate import NO_RUN, eval_speech
 from ssl_gpu.localizer import SceneLaw, scene_law
-from ssl_gpu.pretrained import load_localizer, read_weights, tell_spacing
+from ssl_gpu.pretrained import load_localizer, read_weights
 from ssl_gpu.protocol import LAW, SetOptions, clips_of
 from ssl_gpu.scoring import score_angles
 from ssl_gpu.train import main as train
 
 CONFIG = common.ROOT / "configs" / "librispeech.yaml"
-COUNTS = {"e1": 1000, "e1n5": 1000, "e2": 200, "e3": 300}  # clips: their first ones
+COUNTS = {"e1": 1000, "e1n5": 1000, "e2": 200}  # clips
 KEPT = ("cone_mae_deg", "cone_median_deg", "acc_at_5", "acc_at_10", "azimuth_class_mae_deg")
 COLUMNS = (("e1", "cone_mae_deg", "cone MAE"), ("e1", "azimuth_class_mae_deg", "azimuth class MAE"),
            ("e1n5", "cone_mae_deg", "cone MAE"), ("e1n5", "acc_at_10", "within 10 degrees, %"),
-           ("e2", "cone_mae_deg", "cone MAE"), ("e3", "cone_mae_deg", "cone MAE"))
+           ("e2", "cone_mae_deg", "cone MAE"))
 QUIET = ("eval.num_clips=64", "train.evaluations=1", "train.log_every=50")
-BASE = ("mixture.noise_probability=0.3", "mixture.diffuse_snr_db=[-5, 30]", "train.noise_warmup=0")
-NOISY = ("mixture.noise_probability=0.7", "mixture.diffuse_snr_db=[-5, 20]")
+CLEAN = ("mixture.diffuse_snr_db=null", "mixture.sensor_snr_db=null")
 
 # What is changed in training, and in the reading of a trained network, which needs no training of its own.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "base": (),
-    "fra alone": ("rir.hybrid_share=0",),
+    "recipe": (),
+    "noise from the start": ("train.noise_warmup=0",),
+    "noise from the start, 0.3": ("train.noise_warmup=0", "mixture.noise_probability=0.3"),
+    "no noise": CLEAN,
+    "FRA-RIR alone": ("rir.hybrid_share=0",),
     "hybrid alone": ("rir.hybrid_share=1",),
-    "no noise": ("mixture.diffuse_snr_db=null", "mixture.sensor_snr_db=null"),
-    "noise 0.7": NOISY,
-    "noise 0 to 0.7": (*NOISY, "train.noise_warmup=0.8"),
-    "noise 0.7, 16 bands": (*NOISY, "features.num_bands=16"),
-    "unlike microphones": ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=5"),
-    "no spacing jitter": ("scene.spacing_jitter_m=0",),
-    "levels -6 to 6 dB": ("mixture.level_difference_db=[-6, 6]",),
     "azimuth": ("target.angle=azimuth",),
     "hard labels": ("target.labels=hard",),
     "earth mover's distance": ("target.emd_weight=1.0",),
+    "no spacing jitter": ("scene.spacing_jitter_m=0",),
+    "unlike microphones": ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=10"),
+    "levels -6 to 6 dB": ("mixture.level_difference_db=[-6, 6]",),
+    "16 bands": ("features.num_bands=16",),
     "no averaging": ("train.ema=null",),
+    "300 rooms": ("scene.bank=300",),
 }
-READINGS: dict[str, tuple[str, ...]] = {  # of the base
+READINGS: dict[str, tuple[str, ...]] = {  # of the recipe
     "": (), "not mirrored": ("target.mirror=false",), "expectation": ("target.decoding=expectation",),
     "argmax": ("target.decoding=argmax",)}
 
@@ -70,19 +71,18 @@ class Sets:
     """The clips of every set, made once, and kept."""
 
     def __init__(self, overrides: Sequence[str]):
-        folder = next((text.partition("=")[2] for text in overrides if text.startswith("e3.dir=")), None)
-        cfg = from_mapping(RunConfig, apply_overrides({"train": {"steps": 1}}, [
-            text for text in overrides if text.startswith("speech.")]))
-        self.options = SetOptions(eval_speech(cfg), torch.device("cpu"), None, folder)
+        cfg = from_mapping(RunConfig, apply_overrides(NO_RUN, overrides))
+        self.speech = eval_speech(cfg)
         self.law: SceneLaw = scene_law(LAW, 0)
-        self.audio, self.truth = {}, {}
+        self.audio, self.truth, self.digest = {}, {}, {}
         for name, count in COUNTS.items():
-            if name == "e3" and folder is None:
-                continue
-            options = SetOptions(self.options.speech, self.options.device, count, folder)
-            clips = list(clips_of(name, options))
-            self.audio[name] = [part.audio for part in clips]
-            self.truth[name] = Truth.of([without_audio(part) for part in clips])
+            digest, parts, self.audio[name] = Digest(), [], []
+            options = SetOptions(self.speech, torch.device("cpu"), count, split=rng.Split.VALIDATION)
+            for clips in clips_of(name, options):
+                digest.add(clips)
+                self.audio[name].append(clips.audio)
+                parts.append(without_audio(clips))
+            self.truth[name], self.digest[name] = Truth.of(parts), str(digest)
 
     @torch.no_grad()
     def score(self, run: Path, reading: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -92,10 +92,9 @@ class Sets:
         localizer = load_localizer(weights, cfg, run).eval()
         found = {}
         for name, parts in self.audio.items():
-            tell_spacing(localizer, cfg, spacing_told(name, self.options))
             pairs = [localizer.estimate(audio, self.law) for audio in parts]
             scores = score_angles(*(torch.cat(column) for column in zip(*pairs)), self.truth[name])
-            found[name] = {key: scores[key] for key in KEPT}
+            found[name] = {key: scores[key] for key in KEPT} | {"interval_95": scores["interval_95"]["cone_mae_deg"]}
         return found
 
 
@@ -104,25 +103,26 @@ def one(name: str, seed: int, steps: int, overrides: Sequence[str], sets: Sets) 
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        speech = [text for text in overrides if text.startswith("speech.")]
-        arguments = [str(CONFIG), *QUIET, *speech, *BASE, *VARIANTS[name], f"train.steps={steps}",
-                     f"train.seed={seed}", f"train.out={run}"]
+        arguments = [str(CONFIG), *QUIET, *overrides, *VARIANTS[name], f"train.steps={steps}", f"train.seed={seed}",
+                     f"train.out={run}"]
         if train(arguments):
             raise RuntimeError(f"training of {name!r} failed")
         minutes = (time.time() - begin) / 60
         readings = {"": ()} if VARIANTS[name] else READINGS
         scores = {reading: sets.score(run, how) for reading, how in readings.items()}
-    return {"variant": name, "seed": seed, "steps": steps, "overrides": [*BASE, *VARIANTS[name]], "minutes": minutes,
-            "scores": scores, "versions": runtime.versions()}
+    return {"variant": name, "seed": seed, "steps": steps, "overrides": list(VARIANTS[name]), "minutes": minutes,
+            "date": date.today().isoformat(), "commit": common.commit(), "versions": runtime.versions(),
+            "device": runtime.device_name(torch.device("cpu")), "eval_digest": sets.digest, "scores": scores}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: the errors COLUMNS, mean of both talkers; over seeds their mean and range."""
     lines = ["| variant | seeds | " + " | ".join(f"{name}: {what}" for name, _, what in COLUMNS) + " |",
              "|---" * (2 + len(COLUMNS)) + "|"]
-    keys = dict.fromkeys((row["variant"], reading) for row in rows for reading in row["scores"])
-    for variant, reading in keys:
-        same = [row["scores"][reading] for row in rows if row["variant"] == variant and reading in row["scores"]]
+    keys = dict.fromkeys((row["variant"], row["steps"], reading) for row in rows for reading in row["scores"])
+    for variant, steps, reading in keys:
+        same = [row["scores"][reading] for row in rows
+                if (row["variant"], row["steps"]) == (variant, steps) and reading in row["scores"]]
         cells = [_cell([score[name][key] for score in same if key in score.get(name, {})]) for name, key, _ in COLUMNS]
         lines.append(f"| {', '.join(filter(None, (variant, reading)))} | {len(same)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -147,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="speech.train=DIR speech.eval=DIR e3.dir=DIR")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of every run: speech.train=DIR "
+                        "speech.eval=DIR, and speech.* alone for the clips that it is judged on")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per run")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of such a file")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -160,10 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.out is None:
         parser.error("--out or --table must be given")
-    sets = Sets(args.overrides)
+    sets = Sets([text for text in args.overrides if text.startswith("speech.")])
     for seed in args.seeds:
         for name in args.variants:
-            if any((row["variant"], row["seed"], row["steps"]) == (name, seed, args.steps) for row in read(args.out)):
+            wanted = (name, seed, args.steps, list(VARIANTS[name]))
+            if wanted in [tuple(row[key] for key in ("variant", "seed", "steps", "overrides"))
+                          for row in read(args.out)]:
                 continue
             row = one(name, seed, args.steps, args.overrides, sets)
             with args.out.open("a", encoding="utf-8") as file:

@@ -1,22 +1,25 @@
-"""The tables of the README from the files of results.
+"""The tables of README and docs from the files of results.
 
-    python -m benchmarks.report                       print them
-    python -m benchmarks.report --write README.md     put them between the markers of the file
-    python -m benchmarks.report --check README.md     exit status 1 if others are there
+    python -m benchmarks.report                                       print those of the benchmarks
+    python -m benchmarks.report --write README.md docs/accuracy.md    put each between its markers in the files
+    python -m benchmarks.report --check README.md docs/accuracy.md    exit status 1 if others are there
+
+Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks, and the names in benchmarks.accuracy_tables.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_gpu.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 ERROR = ("error: relative L2 against float64; of RIRs less their last 6 taps, where the reference cuts off its signal "
          "at 8 times the rate; mixtures hear those.")
 TITLES = {"bench_rir": "Room impulse responses", "bench_convolve": "Convolution", "bench_simulate": "Mixtures",
@@ -136,40 +139,52 @@ def report(folder: Path) -> str:
     return "\n\n".join([*map(titled_table, found), *unique])
 
 
-def insert(text: str, tables: str) -> str:
-    """`text` with `tables` between its markers. Raises ValueError where it has not one pair of them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after:
-        raise ValueError(f"the file must hold one pair of markers, {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+def blocks(folder: Path) -> dict[str, Callable[[], str]]:
+    """What goes between the markers of each name."""
+    from benchmarks.accuracy_tables import BLOCKS  # here, as benchmarks.ablations takes its tables from this module
+
+    return {"benchmarks": lambda: report(folder), **BLOCKS}
+
+
+def insert(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """`text` with the tables between their markers. Raises ValueError where it has none, or others."""
+    if not BLOCK.search(text):
+        raise ValueError("the file must hold a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->")
+
+    def filled(match: re.Match) -> str:
+        if match["name"] not in tables:
+            raise ValueError(f"markers must be of {', '.join(tables)}, got {match['name']}")
+        return f"{match[1]}{tables[match['name']]()}\n{match[3]}"
+
+    return BLOCK.sub(filled, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", metavar="DIR", type=Path, default=RESULTS, help="default benchmarks/results")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--write", metavar="FILE", type=Path, help="put the tables between the markers of this file")
-    where.add_argument("--check", metavar="FILE", type=Path, help="fail if this file has other tables")
+    where.add_argument("--write", metavar="FILE", type=Path, nargs="+", help="put the tables between their markers")
+    where.add_argument("--check", metavar="FILE", type=Path, nargs="+", help="fail if one of these has other tables")
     args = parser.parse_args(arguments)
-    target = args.write or args.check
+    stale = []
     try:
-        tables = report(args.results)
-        if target is None:
-            print(tables)
-            return 0
-        text = target.read_text(encoding="utf-8")
-        wanted = insert(text, tables)
-        if args.write:
-            write_text(target, wanted)
+        if not args.write and not args.check:
+            print(report(args.results))
+        for target in args.write or args.check or []:
+            text = target.read_text(encoding="utf-8")
+            wanted = insert(text, blocks(args.results))
+            if args.write:
+                write_text(target, wanted)
+            elif text != wanted:
+                stale.append(target)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.check and text != wanted:
+    for target in stale:
         print(f"{target} does not show the results: python -m benchmarks.report --write {target}", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ SAMPLE_RATE = 16000  # Hz
 NUM_SAMPLES = 48000  # 3 s
 BLOCK = 50           # clips drawn at a time, part of every set
 NUM_CLIPS, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 500, 300
-SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST, from which no training draws
+SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST or VALIDATION, never in TRAIN
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
 CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16
@@ -55,12 +55,14 @@ MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
 @dataclass(frozen=True, eq=False)
 class SetOptions:
     """What a set is made with: speech, its tensors on the CPU; device to render on; count: of clips, None for all;
-    folder: of measured RIRs, for e3."""
+    folder: of measured RIRs, for e3; split: TEST; or VALIDATION for sets of the same kinds e1, e1p, e1n5 and e2 that
+    share no scene with these, to choose by."""
 
     speech: SpeechBank
     device: torch.device
     count: int | None = None
     folder: str | None = None
+    split: rng.Split = rng.Split.TEST
 
     def limit(self, number: int) -> int:
         """Clips of a set that has `number`."""
@@ -77,6 +79,8 @@ def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
     for what a set needs and has not got."""
     if name not in SETS:
         raise ValueError(f"sets must be of {', '.join(SETS)}, got {name!r}")
+    if options.split is not rng.Split.TEST and name not in FRESH:
+        raise ValueError(f"only {', '.join(FRESH)} have a split of their own beside {rng.Split.TEST.name}, got {name}")
     if options.speech.sample_rate != SAMPLE_RATE:
         raise ValueError(f"the evaluation sets are made of speech at {SAMPLE_RATE} Hz, got "
                          f"{options.speech.sample_rate} Hz (rir.sample_rate)")
@@ -117,14 +121,14 @@ def draw_original(options: SetOptions) -> tuple[SceneBatch, CropBatch, Tensor]:
 def draw_fresh(options: SetOptions, planar: bool = False) -> tuple[SceneBatch, CropBatch, Tensor]:
     """e0b, e1, e1n5 and e2; planar: e1p. Scenes and crops of every clip, each in a room of its own."""
     seed = SEEDS["e1p" if planar else "e1"]
-    generator = rng.generator(seed, rng.Split.TEST, rng.Stream.SCENE, 0)
+    generator = rng.generator(seed, options.split, rng.Stream.SCENE, 0)
     scenes = sample_scenes(LAW, 2 * NUM_CLIPS, generator=generator)
     if planar:
         height = scenes.array_centre[:, None, 2:].expand(-1, scenes.src_pos.shape[1], -1)
         scenes = replace(scenes, src_pos=torch.cat((scenes.src_pos[..., :2], height), -1))
     keep = scenes.valid & (scenes.distance >= LAW.src_dist_m[0]).all(-1)  # a source above the array may fall onto it
     scenes = scenes[keep.nonzero().squeeze(-1)[:NUM_CLIPS]]
-    generator = rng.generator(seed, rng.Split.TEST, rng.Stream.SPEECH, 0)
+    generator = rng.generator(seed, options.split, rng.Stream.SPEECH, 0)
     crops = draw_crops(options.speech, NUM_CLIPS, LAW.num_src, NUM_SAMPLES, Crop.FIRST, generator=generator)
     return scenes, crops, torch.arange(NUM_CLIPS)
 
@@ -140,7 +144,7 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
     for index, start in enumerate(range(0, total, BLOCK)):
         block, kept = slice(start, start + BLOCK), slice(0, min(BLOCK, total - start))
         rooms = scenes[block]
-        image_stream, noise_stream = (rng.generator(seed, rng.Split.TEST, stream, index)
+        image_stream, noise_stream = (rng.generator(seed, options.split, stream, index)
                                       for stream in (rng.Stream.IMAGES, rng.Stream.MIXTURE))
         if pool is None:
             images, seeds = draw_images(REFERENCE, rooms, generator=image_stream), [[seed, index]] * len(rooms)
@@ -359,4 +363,5 @@ SETS: dict[str, Callable[[SetOptions], Iterator[Clips]]] = {
     "e0": _original, "e0b": _fresh, "e1": _fresh, "e1p": _planar, "e1n5": _noisy, "e2": _other_simulator,
     "e3": _real_rooms}
 SAME_CLIPS = {"e0b": "e1"}
+FRESH = ("e0b", "e1", "e1p", "e1n5", "e2")  # scenes drawn from the law, any number of them
 PLANAR = {"e1p", "e3"}  # sources at the height of the array, so that azimuth and cone angle are one

@@ -293,19 +293,22 @@ def test_report_takes_the_newest_of_each_kind(tmp_path):
 def test_report_writes_and_checks_the_tables(tmp_path, capsys):
     run(bench_rir, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0")
     readme, where = tmp_path / "README.md", ["--results", str(tmp_path)]
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n")
     assert report.main([*where, "--check", str(readme)]) == 1
     assert report.main([*where, "--write", str(readme)]) == 0
     assert report.main([*where, "--check", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| draw and render | 1 |" in text
-    readme.write_text("no markers\n")
-    assert report.main([*where, "--write", str(readme)]) == 2
-    assert readme.read_text() == "no markers\n" and "one pair of markers" in capsys.readouterr().err
+    for wrong, problem in (("no markers\n", "a pair of markers"),
+                           ("<!-- other:begin -->\n<!-- other:end -->\n", "got other")):
+        readme.write_text(wrong)
+        assert report.main([*where, "--write", str(readme)]) == 2
+        assert readme.read_text() == wrong and problem in capsys.readouterr().err
 
 
-def test_published_results_render():
+def test_published_tables_are_those_of_the_results():
+    assert report.main(["--check", *(str(common.ROOT / name) for name in ("README.md", "docs/accuracy.md"))]) == 0
     tables = report.report(report.RESULTS)
     assert all(results["commit"] in tables for results in report.newest(report.RESULTS))
 
@@ -320,10 +323,11 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=16",
                                              "model.depth=1", "model.channels=4", "features.num_bands=4"))
     path, speech = tmp_path / "found.jsonl", ["speech.voices_speakers=4", "speech.voices_utterances=1"]
-    asked = [*speech, "--out", str(path), "--steps", "1", "--variants", "base", "azimuth", "--seeds", "0", "1"]
+    asked = [*speech, "--out", str(path), "--steps", "1", "--variants", "recipe", "azimuth", "--seeds", "0", "1"]
     assert ablations.main(asked) == 0
     rows = ablations.read(path)
-    assert [(row["variant"], row["seed"]) for row in rows] == [("base", 0), ("azimuth", 0), ("base", 1), ("azimuth", 1)]
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in ("recipe", "azimuth")]
     assert list(rows[0]["scores"]) == list(ablations.READINGS) and list(rows[1]["scores"]) == [""]
     assert rows[0]["scores"][""] != rows[0]["scores"]["argmax"] and "target.angle=azimuth" in rows[1]["overrides"]
     assert rows[0]["scores"][""] != rows[2]["scores"][""]

@@ -1,0 +1,76 @@
+"""The tables of README and docs/accuracy.md from the results that the package and docs/results hold."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablations import read
+from benchmarks.ablations import table as ablation_table
+from ssl_gpu.pretrained import EVALUATION, PACKAGED
+
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+SHORT = {"e1": "e1: FRA-RIR's rooms", "e1n5": "e1n5: these with diffuse noise at 5 dB",
+         "e2": "e2: image-source rooms by pyroomacoustics",
+         "e3": "e3: a real room, microphones 9.4 cm apart (trained for 10, told 9.4)"}
+
+
+def pair(values: list[float], digits: int = 2) -> str:
+    """Of the smaller and the larger angle."""
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def percent(row: Mapping[str, Any], *degrees: int) -> str:
+    """Shares within so many degrees."""
+    return ", ".join(f"{100 * row[f'acc_at_{limit}']:.1f}" for limit in degrees) + " %"
+
+
+def evaluation(results: Mapping[str, Any]) -> str:
+    """Every set, the model above GCC-PHAT, and the digests."""
+    lines = ["| set | clips | cone MAE | 95 % | median | within 5, 10, 15 degrees | both within 10 | azimuth class MAE "
+             "| floor |", "|---" * 9 + "|"]
+    for name, result in results.items():
+        floor = "" if result["floor"] is None else pair(result["floor"]["exact_cone_and_distance"], 1)
+        for label, row, last in ((f"**{name}**", result, floor), ("GCC-PHAT", result["baseline"], "")):
+            interval = " / ".join(f"{low:.1f} to {high:.1f}" for low, high in row["interval_95"]["cone_mae_deg"])
+            lines.append(f"| {label} | {result['num_clips'] if row is result else ''} | {pair(row['cone_mae_deg'])} "
+                         f"| {interval} | {row['cone_median_deg']:.2f} | {percent(row, 5, 10, 15)} "
+                         f"| {100 * row['both_at_10']:.1f} % | {pair(row['azimuth_class_mae_deg'])} | {last} |")
+    digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())
+    return "\n".join(lines) + f"\n\nDigests: {digests}."
+
+
+def short(results: Mapping[str, Any]) -> str:
+    """The sets of SHORT, for the README."""
+    lines = ["| | clips | cone MAE | median | within 5, 10 degrees | GCC-PHAT: cone MAE | within 10 |",
+             "|---" * 7 + "|"]
+    for name, label in SHORT.items():
+        row, baseline = results[name], results[name]["baseline"]
+        lines.append(f"| {label} | {row['num_clips']:,} | {pair(row['cone_mae_deg'])} | {row['cone_median_deg']:.2f} "
+                     f"| {percent(row, 5, 10)} | {pair(baseline['cone_mae_deg'])} | {percent(baseline, 10)} |")
+    return "\n".join(lines)
+
+
+def leak(folder: Path) -> str:
+    """Of the runs in docs/results/leak-<run>.json: the class error in azimuth on e0, whose rooms leaked, and on e0b."""
+    lines = ["| trained in | e0: azimuth class MAE | e0b: azimuth class MAE | of e0's 200 rooms in training |",
+             "|---" * 4 + "|"]
+    for path in sorted(folder.glob("leak-*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        e0, e0b = results["e0"], results["e0b"]
+        lines.append(f"| {path.stem.removeprefix('leak-')} | {pair(e0['azimuth_class_mae_deg'])} "
+                     f"| {pair(e0b['azimuth_class_mae_deg'])} | {e0['leaked_rooms']} |")
+    floors = " and ".join(f"{pair(results[name]['floor']['exact_cone_and_distance'], 1)} on {name}"
+                          for name in ("e0", "e0b"))
+    return "\n".join(lines) + f"\n\nFloors: {floors}."
+
+
+def packaged() -> dict[str, Any]:
+    """What ssl_gpu.evaluate said of the weights in the package."""
+    return json.loads((PACKAGED / EVALUATION).read_text(encoding="utf-8"))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
+    "ablations": lambda: ablation_table(read(DOCS / "ablations.jsonl")), "leak": lambda: leak(DOCS)}
