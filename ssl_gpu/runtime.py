@@ -303,22 +303,26 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class ThreadTuner:
-    """How many CPU threads a training step should use, found by trying: call `step` after every step.
+    """How to use the CPU's cores in a training step, found by trying: call `step` after every step.
 
-    As many threads as cores is best on an idle machine and the worst choice on a busy one: a step has a thousand
+    All cores on every operation is good on an idle machine and the worst choice on a busy one: a step has a thousand
     parallel regions, each of which then waits for a thread that something else has pushed off its core. On two cores
-    under load, two threads trained on 5 examples/s where one trained on 35. All, half and one of the threads are timed
-    for PROBE_STEPS steps each, at the start and every EVERY_S seconds; the quickest serves until the next trial.
+    under load, two threads trained on 5 examples/s where one trained on 35. `lanes` says how many parts of the batch
+    are to go through the step side by side (ssl_gpu.lanes), each on as many threads as torch is set to. All ways to
+    deal the cores out, and half and one of the threads, are timed for PROBE_STEPS steps each, at the start and every
+    EVERY_S seconds; the quickest serves until the next trial.
     It changes rounding, so a run that must repeat to the bit does without it (enabled=False).
     """
 
     PROBE_STEPS = 3
     EVERY_S = 60.0
 
-    def __init__(self, device: torch.device, enabled: bool = True):
+    def __init__(self, device: torch.device, enabled: bool = True, most_lanes: int = 1):
         most = torch.get_num_threads()
-        self.choices = sorted({most, (most + 1) // 2, 1}, reverse=True)
+        dealt = [(most // lanes, lanes) for lanes in range(1, min(most, most_lanes) + 1) if most % lanes == 0]
+        self.choices = list(dict.fromkeys([*dealt, ((most + 1) // 2, 1), (1, 1)]))  # threads, lanes
         self.enabled = enabled and device.type == "cpu" and most > 1
+        self.lanes = 1
         self.restart()
         self._probe()
 
@@ -345,14 +349,18 @@ class ThreadTuner:
         self._waiting, self._means, self._spent = list(self.choices), {}, []
         self._next_probe = math.inf
         if self.enabled:
-            torch.set_num_threads(self._waiting[0])
+            self._use(self._waiting[0])
 
     def _finish_choice(self) -> None:
         self._means[self._waiting.pop(0)] = sum(self._spent) / len(self._spent)
         self._spent = []
         if not self._waiting:
             self._next_probe = time.perf_counter() + self.EVERY_S
-        torch.set_num_threads(self._waiting[0] if self._waiting else min(self._means, key=self._means.get))
+        self._use(self._waiting[0] if self._waiting else min(self._means, key=self._means.get))
+
+    def _use(self, choice: tuple[int, int]) -> None:
+        threads, self.lanes = choice
+        torch.set_num_threads(threads)
 
 
 def _read(path: str) -> str:

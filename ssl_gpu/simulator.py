@@ -6,7 +6,7 @@
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Draw:
     rooms: RoomDraw | None
     bank_row: Tensor | None
     mixture: MixtureDraw
+
+    def __getitem__(self, index: slice) -> "Draw":
+        """The same draw of some of the mixtures."""
+        return Draw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw on another device."""

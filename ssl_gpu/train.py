@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 if __name__ == "__main__":
     # Before torch loads OpenMP: threads that wait at the end of a parallel region sleep instead of spinning. On two
@@ -28,6 +29,7 @@ from ssl_gpu.checkpoint import Checkpoint, CheckpointError, load_checkpoint, sav
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
@@ -36,7 +38,7 @@ from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.report import result_table
 from ssl_gpu.scene import SceneConfig
-from ssl_gpu.simulator import Simulator
+from ssl_gpu.simulator import Draw, Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank
 
 
@@ -127,8 +129,9 @@ def restore(run: Run, resumed: Checkpoint) -> None:
         run.averaged.updates = resumed.step
 
 
-def draw_batch(run: Run, step: int) -> MixtureBatch:
-    """The mixtures of one step: other talkers, crops, rooms, images and noise than at any other step."""
+def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
+    """Dry speech [batch, src, sample] and all that is random of the mixtures of one step: other talkers, crops, rooms,
+    images and noise than at any other step."""
     cfg, bank = run.cfg, run.speech
     num_samples = round(cfg.speech.clip_s * cfg.rir.sample_rate)
 
@@ -140,8 +143,13 @@ def draw_batch(run: Run, step: int) -> MixtureBatch:
     dry = gather_crops(bank, crops, num_samples)
     # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes.
     share = run.share if cfg.train.steps is None or cfg.train.max_minutes is not None else step / cfg.train.steps
-    return run.simulator(dry, generator=generator(rng.Stream.SCENE, run.device),
-                         noise_share=noise_share(cfg.train, share))
+    return dry, run.simulator.draw(*dry.shape[::2], generator=generator(rng.Stream.SCENE, run.device),
+                                   noise_share=noise_share(cfg.train, share))
+
+
+def draw_batch(run: Run, step: int) -> MixtureBatch:
+    """The mixtures of one step."""
+    return run.simulator.render(*draw_examples(run, step))
 
 
 def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
@@ -151,6 +159,22 @@ def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
             return draw_batch(run, step)
 
     return runtime.Ahead(simulate, run.device, run.cfg.train.overlap)
+
+
+def in_lanes(run: Run, lanes: Lanes, timer: runtime.StepTimer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
+    and network in `count` parts side by side, the first of which is timed."""
+    with timer.section("simulate"):
+        dry, draw = draw_examples(run, run.step)
+
+    def maker(index: int, part: slice) -> Callable[[], MixtureBatch]:
+        def make() -> MixtureBatch:
+            with timer.section("simulate") if index == 0 else contextlib.nullcontext():
+                return run.simulator.render(dry[part], draw[part])
+        return make
+
+    parts, valid = slices(len(dry), count), draw.scenes.valid
+    return lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts]), valid
 
 
 def elapsed_s(run: Run) -> float:
@@ -233,7 +257,9 @@ def train(run: Run, log: Log) -> int:
     network = runtime.compiled(run.localizer, cfg.compile)
     bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
     timer = runtime.StepTimer(run.device)
-    tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None)
+    lanes = Lanes(network, run.localizer.loss, bfloat16)
+    tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
+                                most_lanes=cfg.batch_size if separable(network) else 1)
     batches = timed_batches(run, timer)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     share = progress(run, step, began)
@@ -242,20 +268,23 @@ def train(run: Run, log: Log) -> int:
     run.localizer.train()
     while share < 1:
         step_began = time.perf_counter()
-        mixture = batches.take(step)
-        with runtime.autocast(run.device, bfloat16):
-            logits = network(mixture.audio)
-        loss = run.localizer.loss(logits, mixture.scenes)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, share)
         run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if tuner.lanes > 1:
+            loss, valid = in_lanes(run, lanes, timer, tuner.lanes)
+        else:
+            mixture = batches.take(step)
+            with runtime.autocast(run.device, bfloat16):
+                logits = network(mixture.audio)
+            loss, valid = run.localizer.loss(logits, mixture.scenes), mixture.scenes.valid
+            loss.backward()
         if cfg.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
         run.optimizer.step()
         if run.averaged is not None:
             run.averaged.update(run.localizer)
-        invalid += (~mixture.scenes.valid).sum()
+        invalid += (~valid).sum()
         step += 1
         run.step = step
         timer.step()

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "ssl_gpu"
 
 # A module imports only from those before it.
 ORDER = ["checks", "runtime", "geometry", "acoustics", "rng", "microphones", "convolve", "directivity", "original",
-         "scene", "voices", "corpus", "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms",
-         "pool", "measure", "mixture", "conformer", "features", "doa", "metrics", "model", "localizer", "baselines",
-         "simulator", "evalset", "optim", "checkpoint", "scenelist", "config", "pretrained", "clips", "protocol",
-         "scoring", "assess", "report", "plots", "webpage", "evaluate", "train", "trials", "choices", "methods",
-         "fidelity", "simulate", "localize"]
+         "scene", "voices", "corpus", "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool",
+         "measure", "mixture", "conformer", "features", "doa", "metrics", "model", "localizer", "baselines",
+         "simulator", "evalset", "lanes", "optim", "checkpoint", "scenelist", "config", "pretrained", "clips",
+         "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "train", "trials", "choices",
+         "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}

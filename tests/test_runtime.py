@@ -387,6 +387,19 @@ def test_a_pause_is_no_step(monkeypatch):
     assert machine.threads == 2
 
 
+def test_cores_are_dealt_out_to_lanes_where_that_is_quicker(monkeypatch):
+    machine, used = Machine(monkeypatch, 4, {}), []
+    tuner = runtime.ThreadTuner(CPU, most_lanes=3)
+    assert tuner.choices == [(4, 1), (2, 2), (2, 1), (1, 1)]           # three lanes would leave a core over
+    pace = {(4, 1): 0.3, (2, 2): 0.2, (2, 1): 0.5, (1, 1): 0.9}
+    for _ in range(30):
+        used.append((machine.threads, tuner.lanes))
+        machine.pace = {machine.threads: pace[used[-1]]}
+        machine.run(tuner, 1)
+    assert set(used) == set(tuner.choices) and used[-15:] == [(2, 2)] * 15
+    assert runtime.ThreadTuner(CPU, most_lanes=32).choices == [(4, 1), (2, 2), (1, 4), (2, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("device, enabled, threads", [(CPU, False, 2), (CPU, True, 1),
                                                       (torch.device("cuda", 0), True, 2)])
 def test_threads_are_left_alone(monkeypatch, device, enabled, threads):

@@ -166,6 +166,29 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
         torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
 
 
+def test_lanes_train_the_same_weights(tiny, monkeypatch):
+    """Two and three parts of a batch of four side by side. Adam makes a step of the rounding error of a gradient that
+    is zero, so weights are compared as a whole with how far they have gone."""
+    class InLanes(train_cli.runtime.ThreadTuner):
+        def __init__(self, device, enabled, most_lanes):
+            assert most_lanes == 4
+            super().__init__(device, False)
+            self.lanes = count
+
+    common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]")
+    assert start("train.out=plain", *common) == 0
+    monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
+    plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
+    begin = train_cli.build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
+    moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
+    for count in (2, 3):
+        assert start(f"train.out=lanes{count}", *common) == 0
+        found = load_checkpoint(tiny / f"lanes{count}" / "checkpoint.pt").model
+        assert 0.1 < moved and sum(float((found[k] - plain[k]).square().sum()) for k in plain) ** 0.5 < 0.05 * moved
+        lines = [json.loads(line) for line in (tiny / f"lanes{count}" / "metrics.jsonl").read_text().splitlines()]
+        assert all(0 < line["simulate_share"] < 1 for line in lines if "simulate_share" in line)
+
+
 def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny, monkeypatch):
     shares, draw = [], train_cli.Simulator.draw
     monkeypatch.setattr(train_cli.Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (

@@ -1,0 +1,74 @@
+"""A training step on CPU cores: each takes a part of the batch through simulation, network and back, on its own.
+
+Torch spreads every single operation over the cores and waits for the slowest at its end, a thousand times per step: two
+cores train the main recipe on 66 clips/s so, on 82 with a lane each (docs/performance.md).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from ssl_gpu import runtime
+from ssl_gpu.mixture import MixtureBatch
+from ssl_gpu.scene import SceneBatch
+
+
+class Lanes:
+    """Gradients of a batch that is dealt out to threads.
+
+    network: audio [batch, mic, sample] -> logits; loss: logits, scenes -> mean over the valid scenes, a scalar;
+    bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none for this:
+    see `separable`.
+    """
+
+    def __init__(self, network: nn.Module, loss: Callable[[Tensor, SceneBatch], Tensor], bfloat16: bool | None):
+        self.network, self.loss, self.bfloat16 = network, loss, bfloat16
+        self.weights = [weight for weight in network.parameters() if weight.requires_grad]
+        self._pool: ThreadPoolExecutor | None = None
+        self._used: set[tuple[int, ...]] = set()
+
+    def gradients(self, make: Sequence[Callable[[], MixtureBatch]], valid: Sequence[Tensor]) -> Tensor:
+        """Sets .grad of all weights to that of the whole batch, to a few roundings; returns its loss, a scalar.
+
+        make: gives the mixtures of each part; each is called, heard and differentiated in a lane of its own. valid:
+        which examples of each part count, [part batch] bool. Lanes use as many threads as torch is set to.
+        """
+        total = sum(int(part.sum()) for part in valid)
+        shares = [int(part.sum()) / max(total, 1) for part in valid]
+        threads = torch.get_num_threads()
+        if self._pool is None or self._pool._max_workers < len(make):
+            self._pool = ThreadPoolExecutor(len(make), "lane")
+        shape = (threads, *(len(part) for part in valid))
+        if shape in self._used:
+            done = list(self._pool.map(self._lane, make, shares, [threads] * len(make)))
+        else:  # a network that is compiled does so on its first call, and not in several threads at once
+            done = [self._pool.submit(self._lane, *lane).result() for lane in zip(make, shares, [threads] * len(make))]
+            self._used.add(shape)
+        for weight, *parts in zip(self.weights, *(gradients for _, gradients in done)):
+            parts = [part for part in parts if part is not None]
+            weight.grad = torch.stack(parts).sum(0) if parts else None
+        return torch.stack([loss for loss, _ in done]).sum()
+
+    def _lane(self, make: Callable[[], MixtureBatch], share: float, threads: int) -> tuple[Tensor, tuple]:
+        if torch.get_num_threads() != threads:  # each thread has a number of its own
+            torch.set_num_threads(threads)
+        mixture = make()
+        with runtime.autocast(mixture.audio.device, self.bfloat16):
+            logits = self.network(mixture.audio)
+        loss = share * self.loss(logits, mixture.scenes)
+        # Not backward(): it would add to .grad in several threads at once.
+        return loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
+
+
+def separable(network: nn.Module) -> bool:
+    """Whether every example is heard by itself, so that a batch may be dealt out."""
+    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def slices(batch: int, count: int) -> list[slice]:
+    """`count` parts of a batch, as equal as can be, or as many as there are examples."""
+    edges = [batch * index // min(count, batch) for index in range(min(count, batch) + 1)]
+    return [slice(first, last) for first, last in zip(edges, edges[1:])]

@@ -1,0 +1,104 @@
+"""Gradients of a batch dealt out to threads: those of the whole, and side by side."""
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_gpu.doa import localisation_loss
+from ssl_gpu.features import FeatureConfig
+from ssl_gpu.lanes import Lanes, separable, slices
+from ssl_gpu.model import ConformerLocalizer, ModelConfig, SSLModel
+
+BATCH, GRID = 7, 10
+
+
+def network():
+    torch.manual_seed(0)
+    return ConformerLocalizer(ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4), 16000, 0.1,
+                              2, GRID)
+
+
+def loss(logits, scenes):
+    return localisation_loss(logits, scenes.labels, scenes.valid.float())
+
+
+def clips():
+    generator = torch.Generator().manual_seed(1)
+    valid = torch.tensor([True, False, True, True, True, True, False])
+    return (torch.randn(BATCH, 2, 4000, generator=generator),
+            torch.rand(BATCH, 2, GRID, generator=generator).softmax(-1), valid)
+
+
+def mixtures(part):
+    audio, labels, valid = clips()
+    scenes = SimpleNamespace(labels=labels[part], valid=valid[part])
+    return SimpleNamespace(audio=audio[part], scenes=scenes)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_gradients_are_those_of_the_whole_batch(count):
+    """With scenes that do not count, also where a part has none that does."""
+    model = network()
+    expected = loss(model(clips()[0]), mixtures(slice(None)).scenes)
+    expected.backward()
+    wanted = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    parts, scale = slices(BATCH, count), max(float(gradient.abs().max()) for gradient in wanted.values())
+    lanes = Lanes(model, loss, False)
+    for _ in range(2):                                                  # the first time one by one, then side by side
+        found = lanes.gradients([lambda part=part: mixtures(part) for part in parts],
+                                [clips()[2][part] for part in parts])
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
+        for name, weight in model.named_parameters():
+            if name in wanted:
+                torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-4, atol=1e-6 * scale)
+            else:
+                assert weight.grad is None
+
+
+def test_lanes_run_side_by_side_after_their_first_call_and_on_torchs_number_of_threads():
+    barrier, threads, before = threading.Barrier(2), [], torch.get_num_threads()
+    model, parts = network(), slices(BATCH, 2)
+    lanes = Lanes(model, loss, False)
+
+    def make(part, wait):
+        threads.append(torch.get_num_threads())
+        if wait:
+            barrier.wait(10)                                           # raises where the other lane waits for this one
+        return mixtures(part)
+
+    try:
+        for number, wait in ((1, False), (1, True), (2, False), (2, True)):
+            torch.set_num_threads(number)
+            threads.clear()
+            lanes.gradients([lambda part=part: make(part, wait) for part in parts],
+                            [clips()[2][part] for part in parts])
+            assert threads == [number, number]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_lane_is_raised():
+    lanes = Lanes(network(), loss, False)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            lanes.gradients([lambda: mixtures(slice(0, 3)), lambda: 1 / 0], [clips()[2][:3], clips()[2][3:]])
+
+
+def test_frozen_weights_get_no_gradient():
+    model = network()
+    model.fold.requires_grad_(False)
+    Lanes(model, loss, False).gradients([lambda: mixtures(slice(None))], [clips()[2]])
+    assert model.fold.weight.grad is None and model.head[0].weight.grad is not None
+
+
+def test_networks_whose_examples_know_of_each_other_are_not_dealt_out():
+    assert separable(network()) and not separable(SSLModel()) and not separable(nn.BatchNorm1d(3))
+
+
+def test_parts_are_as_equal_as_can_be():
+    assert slices(7, 3) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert slices(2, 5) == [slice(0, 1), slice(1, 2)]
+    assert slices(32, 1) == [slice(0, 32)]
