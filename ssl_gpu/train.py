@@ -215,10 +215,11 @@ def save(run: Run, step: int) -> None:
 class Log:
     """metrics.jsonl, the progress bar, and TensorBoard events where TensorBoard is installed."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, share: float = 0.0):
+        """share: of the run, that is over as it begins, or goes on."""
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
-                        mininterval=0.5)
+        self.bar = tqdm(total=100, initial=100 * share, mininterval=0.5,
+                        bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -421,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"{runtime.device_name(run.device)}; {run.speech.num_speakers} talkers, "
           f"{run.speech.duration_s / 3600:.2f} h of speech")
     signal.signal(signal.SIGTERM, interrupt)
-    log = Log(run.out)
+    log = Log(run.out, run.share)
     try:
         step = train(run, log)
         result = finish(run, log, step)
