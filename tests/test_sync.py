@@ -6,6 +6,7 @@ between CPU and GPU are watched, which wait unless they are to a GPU and non_blo
 """
 import contextlib
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,11 +182,32 @@ def test_networks_and_losses_never_wait_for_the_gpu(name, request):
 def alarm():
     """torch's own: raises where the CPU waits for the GPU."""
     torch.cuda.synchronize(GPU)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            # The first call of a process warns that this is a prototype, after it has set the mode; pytest raises that.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_alarm_is_set_despite_its_warning_and_never_left_on(monkeypatch):
+    """On a stand-in that warns as torch does: once, with the mode set."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with alarm():
+        assert modes == ["error"]
+    with pytest.raises(KeyError), alarm():
+        raise KeyError
+    assert modes == ["error", "default"] * 2
 
 
 @pytest.mark.gpu
