@@ -200,8 +200,8 @@ class ModelConfig:
 
     kind: conformer or original. dropout: in every Conformer block, of either kind.
     freeze_stft: of the original, keep its transform at the Hann window instead of training it, by one FFT.
-    channels_last: how the maps of the convolutions lie in memory; null: channels last on a GPU, not on a CPU. It
-        changes roundings alone.
+    channels_last: of the original, how the maps of its convolutions lie in memory; null: channels last on a GPU, not on
+        a CPU. It changes roundings alone. The small one has group norm, which would undo it on a GPU.
     channels: maps of the convolutions over frame and delay.
     dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
 
@@ -225,6 +225,9 @@ class ModelConfig:
         if self.freeze_stft and self.kind is not ModelKind.ORIGINAL:
             raise ValueError(f"model.freeze_stft must be false unless model.kind is original, got true with "
                              f"{self.kind.value}")
+        if self.channels_last is not None and self.kind is not ModelKind.ORIGINAL:
+            raise ValueError(f"model.channels_last must be null unless model.kind is original, got "
+                             f"{str(self.channels_last).lower()} with {self.kind.value}")
         for name in ("channels", "dim", "depth", "heads", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be >= 1, got {getattr(self, name)}")
@@ -249,7 +252,7 @@ class ConformerLocalizer(nn.Module):
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
                  num_tracks: int, num_angles: int):
         super().__init__()
-        self.num_tracks, self.channels_last = num_tracks, cfg.channels_last
+        self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
         width = cfg.channels
         self.conv = nn.Sequential(
@@ -269,7 +272,7 @@ class ConformerLocalizer(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         maps, levels = self.front(audio)
-        x = rearrange(self.conv(runtime.channels_last(maps, self.channels_last)), "b c t d -> b t (c d)")
+        x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]
         weight = self.pool_weight(x).softmax(1)                          # over frames

@@ -1,7 +1,6 @@
 """The original network: its print, its keys, its forward step by step, and its limits."""
 import copy
 import re
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_gpu.features import FeatureConfig
-from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel, phase_difference
+from ssl_gpu.model import STFT, ModelConfig, SSLModel, phase_difference
 
 PRINTED = (Path(__file__).parent / "golden" / "original_model.txt").read_text().rstrip("\n")
 SHORTEST, LONGEST = 10_080, 1_310_559  # samples: 64 frames for one time step; 510 tokens and 2 CLS tokens
@@ -173,32 +171,28 @@ def test_trained_weights_in_a_frozen_transform_are_convolved_with():
 
 
 def test_layout_of_the_maps_changes_roundings_alone():
-    """Outputs and gradients of both networks, their convolutions channels last or not."""
-    features = FeatureConfig(num_bands=4, num_delays=17)
-    small = ModelConfig(channels=8, dim=16, depth=1, heads=2)
-    for build in (lambda last: SSLModel(channels_last=last),
-                  lambda last: ConformerLocalizer(replace(small, channels_last=last), features, 16_000, 0.1, 2, 9)):
-        results, seen = [], []
-        for last in (False, True):
-            torch.manual_seed(0)
-            network = build(last)
-            convs = network.patch_embed if isinstance(network, SSLModel) else network.conv
-            convs[3].register_forward_hook(lambda conv, _, out: seen.append(out.is_contiguous()))
-            logits = network(noise(2, 2, SHORTEST))
-            sum(part.sin().sum() for part in logits).backward()
-            gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
-            results.append((logits, torch.cat(gradients)))
-        assert seen == [True, False]
-        (logits, gradients), (others, of_others) = results
-        assert_close(others, logits, rtol=1e-3, atol=1e-5)
-        assert (of_others - gradients).norm() < 1e-4 * gradients.norm()
+    """Outputs and gradients of the original, its convolutions channels last or not."""
+    results, seen = [], []
+    for last in (False, True):
+        torch.manual_seed(0)
+        network = SSLModel(channels_last=last)
+        network.patch_embed[3].register_forward_hook(lambda conv, _, out: seen.append(out.is_contiguous()))
+        logits = network(noise(2, 2, SHORTEST))
+        sum(part.sin().sum() for part in logits).backward()
+        gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        results.append((logits, torch.cat(gradients)))
+    assert seen == [True, False]
+    (logits, gradients), (others, of_others) = results
+    assert_close(others, logits, rtol=1e-3, atol=1e-5)
+    assert (of_others - gradients).norm() < 1e-4 * gradients.norm()
 
 
-def test_freezing_is_of_the_original_alone():
-    assert ModelConfig(kind="original", freeze_stft=True).freeze_stft
-    with pytest.raises(ValueError, match="^model.freeze_stft must be false unless model.kind is original, got true "
+@pytest.mark.parametrize("key, otherwise", [("freeze_stft", "false"), ("channels_last", "null")])
+def test_transform_and_layout_are_choices_of_the_original_alone(key, otherwise):
+    assert getattr(ModelConfig(kind="original", **{key: True}), key)
+    with pytest.raises(ValueError, match=f"^model.{key} must be {otherwise} unless model.kind is original, got true "
                                          "with conformer$"):
-        ModelConfig(freeze_stft=True)
+        ModelConfig(**{key: True})
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 32_768.0])
