@@ -2,12 +2,14 @@
 
 The shares are measured by ssl_gpu.runtime.StepTimer: by events on a GPU, which does not wait for them. With overlap the
 next batch is simulated beside the step, on a stream of its own: "simulate" is how long that takes, in which it competes
-with the step, and "wait" how long the step waits for it; without overlap the one is the other.
+with the step, and "wait" how long the step waits for it; without overlap the one is the other. Neither tells how much
+the simulation slows the rest down: what it costs is the share of the step that goes when every step has the same batch.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.config import RunConfig, load_config
+from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.simulator import Simulator
@@ -67,6 +70,8 @@ class Steps:
             with timer.section("backward"):
                 run.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+            with timer.section("wait"):  # on a CPU; on a GPU as long as the GPU waits for this to be queued
+                self.batches.prefetch()
             with timer.section("update"):
                 if cfg.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
@@ -77,15 +82,22 @@ class Steps:
             timer.step()
 
 
-def row_of(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
-           every: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """One network, eager or compiled, simulation overlapped or not: `every` steps from one reading of the timer to the
-    next."""
-    if compile:
-        torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
-    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", *overrides])
-    steps = Steps(run, runtime.compiled(run.localizer, compile))
-    runtime.reset_peak_memory(device)
+class OneBatch:
+    """Stands in for runtime.Ahead: the same batch for every step, and no simulation."""
+
+    def __init__(self, mixture: MixtureBatch):
+        self.mixture = mixture
+
+    def take(self, step: int) -> MixtureBatch:
+        """The batch."""
+        return self.mixture
+
+    def prefetch(self) -> None:
+        """Nothing is to be made."""
+
+
+def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTimes]:
+    """What the timer says, after a burn-in, of `every` steps each, for about `seconds` s."""
     steps.take(BURN_IN)
     steps.timer.read()
     readings, spent = [], 0.0
@@ -93,13 +105,28 @@ def row_of(name: str, batch: int | None, compile: bool, overlap: bool, device: t
         steps.take(every)
         readings.append(steps.timer.read())
         spent += every * readings[-1].step_s
+    return readings
+
+
+def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
+            every: int, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], None]:
+    """The row of one network, eager or compiled, simulation overlapped or not: `every` steps from one reading of the
+    timer to the next; and then as many with one batch again and again, to know what simulation costs."""
+    if compile:
+        torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
+    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", *overrides])
+    steps = Steps(run, runtime.compiled(run.localizer, compile))
+    runtime.reset_peak_memory(device)
+    readings = readings_of(steps, seconds, every)
     share = {key: sum(r.share[key] for r in readings) / len(readings) for key in readings[0].share}
     cfg, bfloat16 = run.cfg, BFLOAT16[run.cfg.train.precision]
-    return common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
-                      cfg.train.batch_size * cfg.speech.clip_s, None, device, compiled=compile, overlap=overlap,
-                      share=share,
-                      parameters=sum(p.numel() for p in run.localizer.parameters()),
-                      bfloat16=runtime.has_bfloat16(device) if bfloat16 is None else bfloat16)
+    row = common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
+                     cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, share=share,
+                     parameters=sum(p.numel() for p in run.localizer.parameters()),
+                     bfloat16=runtime.has_bfloat16(device) if bfloat16 is None else bfloat16)
+    steps.batches = OneBatch(steps.batches.take(run.step))
+    fixed_s = common.Timing.of([r.step_s for r in readings_of(steps, seconds, every)]).median_s
+    return {**row, "fixed_step_s": fixed_s, "simulation_cost": (row["median_s"] - fixed_s) / row["median_s"]}, None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,14 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     on_cpu = device.type == "cpu"
-    rows, overlaps = [], common.CHOICES[args.overlap or ("no" if on_cpu else "both")]
-    for name in args.model or (["librispeech"] if on_cpu else ["librispeech", "original"]):
+    every, overlaps = args.every or (1 if on_cpu else 10), common.CHOICES[args.overlap or ("no" if on_cpu else "both")]
+    results, tasks = common.Results("bench_train", device, arguments, args.json), []
+    names = args.model or (["librispeech"] if on_cpu else ["librispeech", "original"])
+    # Eager first: compilation takes longest, and fails most.
+    for compile, name, overlap in product(common.CHOICES[args.compile], names, overlaps):
         batch = args.batch or (NETWORKS[name][1] if on_cpu else None)
-        for compile, overlap in product(common.CHOICES[args.compile], overlaps):
-            rows.append(row_of(name, batch, compile, overlap, device, args.seconds,
-                               args.every or (1 if on_cpu else 10), args.set))
-    common.finish("bench_train", device, rows, arguments, args.json)
-    return 0
+        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set)
+        tasks.append(common.Task(name, batch, compile, make, {"overlap": overlap}))
+    results.measure(tasks)
+    return results.finish()
 
 
 if __name__ == "__main__":

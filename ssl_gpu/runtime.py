@@ -11,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,12 +67,13 @@ def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocas
 
 
 def channels_last(maps: torch.Tensor, enabled: bool | None = None) -> torch.Tensor:
-    """Maps [batch, channel, height, width] with their channels side by side in memory, in which convolutions keep them;
-    by default on a GPU, whose matrix units want it so, and else as they are.
+    """Maps [batch, channel, height, width] with their channels side by side in memory, in which convolutions and batch
+    norm keep them; by default on a GPU, whose matrix units want it so, and else as they are.
 
     Weights stay as they are: checkpoints and moments of the optimiser would take over their layout. On one CPU thread,
-    forward and backward: 68 ms as they are, 76 channels last, for the original's convolutions and 2 clips in float32,
-    40 and 34 in bfloat16; for the small model's and 32 clips in bfloat16 104 and 182.
+    forward and backward, 68 ms as they are, 76 channels last, for the original's convolutions and 2 clips in float32,
+    40 and 34 in bfloat16. Group norm on a GPU puts maps and gradients back as they were, so this is not for networks
+    that have it.
     """
     if enabled is None:
         enabled = maps.device.type == "cuda"
@@ -188,7 +189,7 @@ class StepTimer:
         ...
         timer.step()
         if step % log_every == 0:
-            times = timer.read()  # the only synchronisation; times.share["simulate"], times.step_s
+            times = timer.read()  # the only wait; times.share["simulate"], times.step_s
 
     On a GPU a section lasts from the moment the GPU reaches its first kernel to the end of its last one, on the current
     stream, so that sections of several streams may add up to more than the step; on a CPU it is wall-clock time. Call
@@ -219,14 +220,17 @@ class StepTimer:
         self._steps += 1
 
     def read(self) -> StepTimes:
-        """The interval up to now, once the GPU has got here too; begins the next interval.
+        """The interval up to now, once the GPU has got here and to the end of every section; begins the next one.
 
         Raises ValueError if no step was counted since the interval began.
         """
         if self._steps == 0:
             raise ValueError("StepTimer.read needs at least one step() since the interval began, got 0")
         end = self._mark()
-        synchronize(self.device)  # every stream: a section may have run on one of its own
+        if self.device.type == "cuda":
+            # Events, as the device may have more to do; those of sections too, which may be on streams of their own.
+            for event in (end, *(mark for pairs in self._marks.values() for _, mark in pairs)):
+                event.synchronize()
         total = self._seconds(self._begin, end)
         spent = {name: sum(self._seconds(*pair) for pair in pairs) for name, pairs in self._marks.items()}
         times = StepTimes(self._steps, total / self._steps, {name: s / total for name, s in spent.items()})
@@ -245,15 +249,24 @@ class StepTimer:
 
 
 class Ahead:
-    """Results of make(step), each asked for in turn by `take`: with `overlap`, made one step ahead of their use.
+    """Results of make(step), each asked for in turn by `take`; with `overlap`, `prefetch` makes the next one beside what
+    is queued for this one.
 
-    On a GPU the work for step n + 1 is then queued on a stream of its own as step n is taken, and runs beside whatever
-    the caller queues for step n. It begins when step n - 1 is over, so that results do not pile up in memory where the
-    CPU runs ahead. On a CPU the work is done on the spot, in the same order. make must depend on its step alone: then
-    results are the same with and without overlap, and a run that resumes at any step makes its first one anew.
+    for step in range(first, last):
+        batch = ahead.take(step)
+        ...                        # the step's work, queued
+        ahead.prefetch()           # after most of it: on the GPU it begins where take returned, not here
+        ...
 
-    make(step) may return tensors in tuples, lists, dictionaries and dataclasses, and may read tensors that live as long
-    as this object; `take` names the caller's stream to the allocator, so the results may be dropped at any time.
+    On a GPU the work for step n + 1 is queued on a stream of its own, where it waits for the moment in the caller's
+    stream at which step n was taken, and then runs beside whatever the caller has queued since. So the CPU queues the
+    step first and the GPU is not idle meanwhile. On a CPU the work is done on the spot, in the same order. make must
+    depend on its step alone: then results are the same with and without overlap, and a run that resumes at any step
+    makes its first one anew.
+
+    make(step) may read tensors that live as long as this object. Whatever reads its result is to be queued before the
+    next `take`, and the result may be dropped at any time. On a GPU no more than two that the caller does not keep are
+    in memory, however far the CPU runs ahead.
     """
 
     def __init__(self, make: Callable[[int], Any], device: torch.device, overlap: bool | None = None):
@@ -262,44 +275,40 @@ class Ahead:
         self.overlap = device.type == "cuda" if overlap is None else overlap
         self._stream = torch.cuda.Stream(device) if self.overlap and device.type == "cuda" else None
         self._pending: tuple[int, Any] | None = None
+        self._taken: int | None = None
+        self._begin = self._held = None
 
     def take(self, step: int) -> Any:
-        """make(step), ready for the current stream; with overlap, make(step + 1) is queued before it returns."""
-        if not self.overlap:
-            return self.make(step)
+        """make(step), ready for the current stream."""
         if self._pending is None or self._pending[0] != step:
+            self._pending, self._begin = None, self._now()
             self._start(step)
-        result, self._pending = self._pending[1], None
+        result, self._pending, self._taken = self._pending[1], None, step
         if self._stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            for tensor in _tensors_in(result):
-                if tensor.device.type == "cuda":
-                    # Or its memory could go back to the other stream while this one still reads it.
-                    tensor.record_stream(current)
-        self._start(step + 1)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._begin = self._now()
+            # Memory of a result belongs to the side stream, and the next work there may have it as soon as it is
+            # dropped, while the caller's stream still reads it. No record_stream is needed, which would hand it back
+            # late and let batches pile up: this result is held until the next one is taken, and all work on the side
+            # stream after that waits for the event of that taking, behind everything that was queued to read this one.
+            self._held = result
         return result
+
+    def prefetch(self) -> None:
+        """With overlap, makes or queues the result of the step behind the one taken last; else does nothing."""
+        if self.overlap and self._taken is not None and self._pending is None:
+            self._start(self._taken + 1)
+
+    def _now(self) -> "torch.cuda.Event | None":
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
 
     def _start(self, step: int) -> None:
         if self._stream is None:
             self._pending = step, self.make(step)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._stream.wait_event(self._begin)
         with torch.cuda.stream(self._stream):
             self._pending = step, self.make(step)
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested tuples, lists, dictionaries and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
-    elif is_dataclass(value):
-        yield from _tensors_in([getattr(value, field.name) for field in fields(value)])
 
 
 class ThreadTuner:

@@ -280,6 +280,7 @@ def train(run: Run, log: Log) -> int:
                 logits = network(mixture.audio)
             loss, valid = run.localizer.loss(logits, mixture.scenes), mixture.scenes.valid
             loss.backward()
+            batches.prefetch()                                         # behind what this step has queued
         if cfg.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
         run.optimizer.step()

@@ -65,7 +65,7 @@ def test_compiled_simulator_gives_the_same_mixtures(name):
 @pytest.mark.parametrize("drop", [True, False])
 def test_batches_made_ahead_are_those_made_in_turn(drop):
     """Beside a busy stream; also where each is dropped while the GPU still reads it, which would let the next one
-    write into its memory were it not kept for both streams."""
+    write into its memory were it not held until that one is taken."""
     runs = [bench_train.prepare("librispeech", 64, GPU, [f"train.overlap={on}"]) for on in ("false", "true")]
     plain, ahead = (bench_train.Steps(run, run.localizer).batches for run in runs)
     expected = [plain.take(step).audio.square().sum() for step in range(8)]
@@ -78,6 +78,7 @@ def test_batches_made_ahead_are_those_made_in_turn(drop):
         if not drop:
             kept.append(mixture)
         del mixture
+        ahead.prefetch()
     assert_close(torch.stack(sums), torch.stack(expected), rtol=1e-5, atol=0)
 
 

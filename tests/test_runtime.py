@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,29 +216,34 @@ def test_section_counts_when_its_block_fails(monkeypatch):
     assert timer.read().share == {"simulate": 0.25}
 
 
-def test_gpu_is_waited_for_once_per_reading(monkeypatch):
+def test_gpu_is_waited_for_at_a_reading_alone_and_no_longer_than_for_its_marks(monkeypatch):
     clock, waits = Clock(), []
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
+            self.reached = False
 
         def record(self, stream):
             assert stream == "stream of cuda:0"
-            self.at, self.waits = clock.now, len(waits)
+            self.at = clock.now
+
+        def synchronize(self):
+            self.reached = True
+            waits.append(self.at)
 
         def elapsed_time(self, end):
-            assert len(waits) > end.waits, "read before the GPU got there"
+            assert end.reached, "read before the GPU got there"
             return (end.at - self.at) * 1e3
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.delattr(torch.cuda, "synchronize")  # it would wait for all that is queued behind the marks, too
     timer = runtime.StepTimer(torch.device("cuda", 0))
     measure(timer, clock.work)
     assert waits == []
     times = timer.read()
-    assert waits == [torch.device("cuda", 0)]
+    assert max(waits) == clock.now
     assert (times.steps, times.step_s) == (4, 4.0) and times.share == {"simulate": 0.5, "speech": 0.25}
 
 
@@ -287,19 +293,23 @@ class Made:
 
 @pytest.mark.parametrize("overlap, order", [
     (None, ["make 3", "use 3", "make 4", "use 4", "make 5", "use 5"]),
-    (True, ["make 3", "make 4", "use 3", "make 5", "use 4", "make 6", "use 5"])])
+    (True, ["make 3", "use 3", "make 4", "use 4", "make 5", "use 5", "make 6"])])
 def test_results_are_those_of_their_steps_and_one_ahead_if_asked(overlap, order):
     log = []
     ahead = runtime.Ahead(made(log), CPU, overlap)
+    ahead.prefetch()  # before anything was taken there is no next one
     for step in (3, 4, 5):
         assert ahead.take(step).values.tolist() == [step, step]
         log.append(f"use {step}")
+        for _ in range(2):  # once is enough
+            ahead.prefetch()
     assert log == order
-    assert ahead.take(3).step == 3  # out of turn: made anew
+    assert ahead.take(3).step == 3 and log[-1] == "make 3"  # out of turn: made anew
 
 
-def test_gpu_works_ahead_on_a_stream_of_its_own(monkeypatch):
-    """Queued between the right waits, and its memory kept for the stream that reads it."""
+@pytest.fixture
+def streams(monkeypatch):
+    """Stand-ins for a GPU's streams: what happens on which, in the order in which it is queued."""
     log, current = [], ["main"]
 
     class Stream:
@@ -309,35 +319,60 @@ def test_gpu_works_ahead_on_a_stream_of_its_own(monkeypatch):
         def wait_stream(self, other):
             log.append(f"{self.name} waits for {other.name}")
 
+        def record_event(self):
+            log.append(f"{self.name} gets to {len(log)}")
+            return len(log) - 1
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event}")
+
     @contextlib.contextmanager
     def on(stream):
         before, current[0] = current[0], stream.name
         yield
         current[0] = before
 
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda", 0)
-
-        def record_stream(self, stream):
-            log.append(f"kept for {stream.name}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[0]))
+    monkeypatch.setattr(torch.cuda, "stream", on)
 
     def make(step):
         log.append(f"{step} on {current[0]}")
-        return {"scenes": [Made(step, torch.zeros(2).as_subclass(OnGpu))], "rate": 16000, "on_cpu": torch.zeros(1)}
+        return Made(step, torch.zeros(2))
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
-    monkeypatch.setattr(torch.cuda, "stream", on)
+    return log, make
+
+
+def test_gpu_works_ahead_on_a_stream_of_its_own_from_where_the_last_result_was_taken(streams):
+    log, make = streams
     ahead = runtime.Ahead(make, torch.device("cuda", 0))
     ahead.take(0)
-    assert log == ["side waits for main", "0 on side", "main waits for side", "kept for main", "side waits for main",
-                   "1 on side"]
+    log.append("forward")
+    ahead.prefetch()
+    assert log == ["main gets to 0", "side waits for 0", "0 on side", "main waits for side", "main gets to 4",
+                   "forward", "side waits for 4", "1 on side"]
     del log[:]
-    assert ahead.take(1)["scenes"][0].step == 1
-    assert log == ["main waits for side", "kept for main", "side waits for main", "2 on side"]
+    assert ahead.take(1).step == 1
+    assert log == ["main waits for side", "main gets to 1"]
+    ahead.prefetch()
+    assert log[2:] == ["side waits for 1", "2 on side"]
     del log[:]
-    runtime.Ahead(make, torch.device("cuda", 0), overlap=False).take(7)
+    plain = runtime.Ahead(make, torch.device("cuda", 0), overlap=False)
+    plain.take(7)
+    plain.prefetch()
     assert log == ["7 on main"]
+
+
+def test_memory_of_a_result_is_kept_for_the_stream_that_reads_it_and_no_longer(streams):
+    """A result that is dropped at once could go to the next work on the side stream, which does not wait for what is
+    queued behind the taking; at the next taking it must go, or batches would pile up."""
+    _, make = streams
+    ahead, alive = runtime.Ahead(make, torch.device("cuda", 0)), []
+    for step in range(4):
+        alive.append(weakref.ref(ahead.take(step)))
+        assert [result() is not None for result in alive] == [False] * step + [True]
+        ahead.prefetch()
+        assert alive[-1]() is not None
 
 
 class Machine:
