@@ -4,8 +4,9 @@
     python -m benchmarks.all --device cpu --out DIR --quick      the smallest sizes, to see that it works
 
 Each part runs in a process of its own, so that one that fails takes nothing along, and writes
-<date>-<device>-<part>.json; <date>-<device>-summary.md says how each ended and which targets are met. Exit status 1
-where a part failed; a target that is missed is a result. --only runs some parts, where time is lent by the minute; the
+<date>-<device>-<part>.json after every row; <date>-<device>-summary.md says how each ended and which targets are met.
+Exit status 1 where a part failed, or a row of it, or its --limit was over, which costs the rows that were not measured
+yet; a target that is missed is a result. --only runs some parts, where time is lent by the minute; the
 summary is of all of the day's files for this device in the folder.
 """
 from __future__ import annotations
@@ -21,8 +22,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import common
-from ssl_gpu import runtime
 from ssl_gpu.checkpoint import write_text
 
 SCENES_PER_S, LEAST_BATCH = 150_000, 512
@@ -31,6 +33,8 @@ EXAMPLES_PER_S, SIMULATION_SHARE = 10_000, 0.10
 FLAT, FLAT_BATCHES = 0.20, (256, 4096)  # time per scene: largest over smallest less 1, between these batches
 LINEAR = 0.20                           # time per RIR of 2x4 and 4x4 over that of 2x2, less 1
 ARRAYS = ("2x4", "4x4")                 # 2x2 is what all else is measured with
+TRAINED = ("original", "original-nchw")  # they train all that the original trains, original-fft not its transform
+LIMIT_MIN = 10.0                        # of a part on a GPU, whose time is lent
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,34 @@ def parts_of(on_gpu: bool, quick: bool) -> list[Part]:
                       "--array-batch", "512", "--compile", "both"),
             benchmark("train", "--model", "librispeech", "original", "original-fft", "original-nchw", "--compile",
                       "both", "--overlap", "both", "--seconds", "5", "--set", "train.precision=bfloat16"),
-            benchmark("peers", "--scenes", "4096", "--batch", "1024", module="peers")]
+            benchmark("peers", "--scenes", "4096", "--batch", "1024", "--patience", "30", module="peers")]
 
 
-def run(part: Part, out: Path, stem: str, device: str, threads: int | None) -> tuple[bool, float]:
-    """One part, its output passed on: whether it succeeded, and its seconds. Without a file it has not."""
+def run(part: Part, out: Path, stem: str, device: str, threads: int | None,
+        limit_min: float | None) -> tuple[bool, float]:
+    """One part, its output passed on: whether it succeeded, and its seconds. Without a file it has not, nor when it
+    had to be ended after limit_min minutes (None: never), which leaves the file as far as it got."""
     command, path = [sys.executable, *part.arguments], out / f"{stem}-{part.name}.json"
     if part.benchmark:
         path.unlink(missing_ok=True)  # an earlier one of today would pass for this one
         command += ["--device", device, "--json", str(path), *(["--threads", str(threads)] if threads else [])]
     print(f"\n== {part.name}: python {' '.join(part.arguments)}", flush=True)
     begin = time.perf_counter()
-    status = subprocess.run(command, cwd=common.ROOT).returncode
+    try:
+        status = subprocess.run(command, cwd=common.ROOT, timeout=limit_min and 60 * limit_min).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{part.name}: ended after --limit {limit_min:g} min", file=sys.stderr)
+        status = 1
     return status == 0 and (path.is_file() or not part.benchmark), time.perf_counter() - begin
+
+
+def name_of(device: torch.device) -> str:
+    """runtime.device_name, asked for by another process: in this one it would take hold of the GPU, and of some of its
+    memory for as long as the parts run."""
+    program = ("import sys; from ssl_gpu import runtime; "
+               "print(runtime.device_name(runtime.pick_device(sys.argv[1])))")
+    return subprocess.run([sys.executable, "-c", program, str(device)], cwd=common.ROOT, stdout=subprocess.PIPE,
+                          text=True, check=True).stdout.strip()
 
 
 # ---- targets ----
@@ -98,10 +117,11 @@ class Verdict:
 
 def verdicts(results: dict[str, dict[str, Any]]) -> list[Verdict]:
     """What the files of results, by the name of their part, say of the targets."""
-    mixtures = [row for row in results.get("simulate", {}).get("rows", []) if row["name"].startswith("endless rooms")]
+    rows = {part: [row for row in results.get(part, {}).get("rows", []) if "failed" not in row]
+            for part in ("simulate", "train")}
+    mixtures = [row for row in rows["simulate"] if row["name"].startswith("endless rooms")]
     plain = [row for row in mixtures if row["name"] == "endless rooms"]
-    trained = [row for row in results.get("train", {}).get("rows", [])
-               if row["name"].startswith("original") and row["bfloat16"]]
+    trained = [row for row in rows["train"] if row["name"] in TRAINED and row["bfloat16"]]
     return [speed(plain), memory(plain), *flat(plain), *linear(mixtures), *training(trained)]
 
 
@@ -161,18 +181,19 @@ def linear(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def training(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Steps of the original's network in bfloat16: the quickest row, and how long it waits for its simulation."""
+    """Steps of the original's network in bfloat16: the quickest row, and what its simulation costs."""
     targets = (f">= {EXAMPLES_PER_S:,} examples/s training the original in bfloat16",
                f"of which at most {100 * SIMULATION_SHARE:.0f} % are simulation")
     row = best(rows)
     if row is None:
         return [Verdict(target, None, False) for target in targets]
     where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}"
-    share = row["share"]
+    share, cost = row["share"], row["simulation_cost"]
     return [Verdict(targets[0], f"{row['scenes_per_s']:,.0f} examples/s, {where}",
                     row["scenes_per_s"] >= EXAMPLES_PER_S),
-            Verdict(targets[1], f"{100 * share['wait']:.1f} % waiting for it ({100 * share['simulate']:.1f} % of the "
-                                f"step's time on its stream)", share["wait"] <= SIMULATION_SHARE)]
+            Verdict(targets[1], f"{100 * cost:.1f} % over steps with one batch ({100 * share['wait']:.1f} % waiting, "
+                                f"{100 * share['simulate']:.1f} % of the step's time on its stream)",
+                    cost <= SIMULATION_SHARE)]
 
 
 def compiled(row: dict[str, Any]) -> str:
@@ -202,23 +223,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest sizes; its numbers mean nothing")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[p.name for p in parts_of(True, False)],
                         help="some parts: tests, rir, convolve, simulate, train, peers")
+    parser.add_argument("--limit", type=float, metavar="MIN",
+                        help=f"minutes for each part (default {LIMIT_MIN:g} on a GPU, none on a CPU)")
     args = parser.parse_args(arguments)
     device = common.start(args)
+    limit_min = LIMIT_MIN if args.limit is None and device.type == "cuda" else args.limit
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: --out must be a folder, cannot make {args.out}: {error.strerror}")
-    stem = f"{date.today().isoformat()}-{common.slug(runtime.device_name(device))}"
-    outcomes = {part.name: run(part, out, stem, args.device, args.threads)
+    name = name_of(device)
+    stem = f"{date.today().isoformat()}-{common.slug(name)}"
+    outcomes = {part.name: run(part, out, stem, args.device, args.threads, limit_min)
                 for part in parts_of(device.type == "cuda", args.quick)
                 if args.only is None or part.name in args.only}
     results = {path.stem.removeprefix(f"{stem}-"): json.loads(path.read_text(encoding="utf-8"))
                for path in sorted(out.glob(f"{stem}-*.json"))}
-    text = summary(runtime.device_name(device), outcomes, verdicts(results))
+    text = summary(name, outcomes, verdicts(results))
     write_text(out / f"{stem}-summary.md", text)
     print(f"\n{text}")
-    failed = [name for name, (well, _) in outcomes.items() if not well]
+    failed = [part for part, (well, _) in outcomes.items() if not well]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

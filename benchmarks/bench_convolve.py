@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,46 +17,50 @@ from ssl_gpu.convolve import convolve_blocks, convolve_sources
 from ssl_gpu.rir import RirConfig, draw_images
 from ssl_gpu.scene import SceneConfig, sample_scenes
 
+CFG = replace(RirConfig(), early=False)
 LONG_S = 30.0
 BLOCK = 65536
+SAMPLES = round(common.CLIP_S * CFG.sample_rate)
 WINDOW = 4000  # samples of the long signal that are compared with the oracle, across the end of the first block
 
 
+def by_torchaudio(dry: Tensor, rir: Tensor) -> Tensor:
+    """The first samples of every source's convolution, added up, as convolve_sources has them."""
+    return fftconvolve(dry[:, None], rir).sum(2)[..., :SAMPLES]
+
+
+# Name of a row -> what it measures, of dry speech [batch, src, sample] and RIRs [batch, mic, src, tap]; seconds of
+# speech; first and last sample that are compared with the oracle.
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, int, int]] = {
+    "3 s, sources added up": (lambda dry, rir: convolve_sources(dry, rir, SAMPLES), common.CLIP_S, 0, SAMPLES),
+    "3 s, each source kept": (lambda dry, rir: convolve_sources(dry, rir, SAMPLES, keep_src=True), common.CLIP_S, 0,
+                              SAMPLES),
+    "3 s, torchaudio.functional.fftconvolve": (by_torchaudio, common.CLIP_S, 0, SAMPLES),
+    "30 s, at once": (convolve_sources, LONG_S, BLOCK - WINDOW, BLOCK + WINDOW),
+    "30 s, in blocks": (lambda dry, rir: convolve_blocks(dry, rir, BLOCK), LONG_S, BLOCK - WINDOW, BLOCK + WINDOW),
+}
+
+
 @torch.no_grad()
-def rows_of(batch: int, device: torch.device, args) -> list[dict[str, Any]]:
-    """The rows of one batch size."""
-    cfg, generator = replace(RirConfig(), early=False), common.generator(device)
+def measure(name: str, batch: int, check: int, device: torch.device,
+            seconds: float) -> tuple[dict[str, Any], common.Check | None]:
+    """The row of one of KINDS, and the comparison of its first `check` scenes: of the samples from begin to end, which
+    no input after them and none more than an RIR before them reaches."""
+    function, duration_s, begin, end = KINDS[name]
+    generator = common.generator(device)
     scenes = sample_scenes(SceneConfig(), batch, generator=generator)
-    rir = torch.cat([r.full for r in render_chunks(cfg, scenes, draw_images(cfg, scenes, generator=generator))])
-    samples = round(common.CLIP_S * cfg.sample_rate)
-    dry = common.noise(batch, 2, samples, device)
-    long = common.noise(batch, 2, round(LONG_S * cfg.sample_rate), device)
-
-    def by_torchaudio() -> Tensor:
-        return fftconvolve(dry[:, None], rir).sum(2)[..., :samples]
-
-    def error(function, signal, begin, end):
-        """Of the samples from begin to end, which no input after them and none more than an RIR before them reaches."""
-        first = max(0, begin - rir.shape[-1])
-        errors = []
-        for index in range(min(args.check, batch)):
-            heard = common.oracle_mixture(signal[index, :, first:end], rir[index])
-            errors.append(common.relative_l2(function()[index, :, begin:end], heard[:, begin - first:]))
-        return max(errors, default=None)
-
-    def row(name, function, signal, begin, end):
-        timing = common.measure(function, device, args.seconds)
-        return common.row(name, batch, timing, batch * signal.shape[-1] / cfg.sample_rate,
-                          lambda: error(lambda: total(function()), signal, begin, end), device)
-
-    def total(out: Tensor) -> Tensor:
-        return out.sum(2) if out.ndim == 4 else out
-
-    return [row("3 s, sources added up", lambda: convolve_sources(dry, rir, samples), dry, 0, samples),
-            row("3 s, each source kept", lambda: convolve_sources(dry, rir, samples, keep_src=True), dry, 0, samples),
-            row("3 s, torchaudio.functional.fftconvolve", by_torchaudio, dry, 0, samples),
-            row("30 s, at once", lambda: convolve_sources(long, rir), long, BLOCK - WINDOW, BLOCK + WINDOW),
-            row("30 s, in blocks", lambda: convolve_blocks(long, rir, BLOCK), long, BLOCK - WINDOW, BLOCK + WINDOW)]
+    images = draw_images(CFG, scenes, generator=generator)
+    rir = torch.cat([r.full for r in render_chunks(CFG, scenes, images)])
+    dry = common.noise(batch, 2, round(duration_s * CFG.sample_rate), device)
+    timing = common.measure(lambda: function(dry, rir), device, seconds)
+    row = common.row(name, batch, timing, batch * duration_s, device)
+    if check == 0:
+        return row, None
+    first = max(0, begin - rir.shape[-1])
+    found = function(dry, rir)[:check, ..., begin:end].cpu()
+    found, dry, rir = found.sum(2) if found.ndim == 4 else found, dry[:check, :, first:end].cpu(), rir[:check].cpu()
+    return row, lambda: max(common.relative_l2(found[i], common.oracle_mixture(dry[i], rir[i])[:, begin - first:])
+                            for i in range(len(found)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or [16 if device.type == "cpu" else 64])
-    rows = [row for batch in batches for row in rows_of(batch, device, args)]
-    common.finish("bench_convolve", device, rows, arguments, args.json)
-    return 0
+    results = common.Results("bench_convolve", device, arguments, args.json)
+    results.measure(common.Task(name, batch, False, partial(measure, name, batch, args.check, device, args.seconds))
+                    for batch in batches for name in KINDS)
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,8 @@ from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
 from ssl_gpu.simulator import SimulatorConfig
 from ssl_gpu.synthesis import RirBatch
 
+DRAW = "draw scenes and images"
+
 
 def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render=render_rir,
                   chunk: int | None = None) -> list[RirBatch]:
@@ -25,36 +28,50 @@ def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render
 
 
 @torch.no_grad()
-def rows_of(batch: int, compile: bool, device: torch.device, args) -> list[dict[str, Any]]:
-    """The rows of one batch size, eager or compiled."""
-    scene, both, generator = SceneConfig(), RirConfig(), common.generator(device)
-    full = replace(both, early=False)
-    if compile:
-        torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
-    render = runtime.compiled(render_rir, compile)
-    scenes = sample_scenes(scene, batch, generator=generator)
-    images = draw_images(full, scenes, generator=generator)
+def draw_rooms(batch: int, device: torch.device, seconds: float) -> tuple[dict[str, Any], None]:
+    """The row of what the others render."""
+    generator = common.generator(device)
+    timing = common.measure(lambda: draw(batch, generator), device, seconds)
+    return common.row(DRAW, batch, timing, None, device, compiled=False), None
 
-    def draw():
-        drawn = sample_scenes(scene, batch, generator=generator)
-        return drawn, draw_images(full, drawn, generator=generator)
 
-    def error(cfg):
-        few = slice(0, args.check)
-        rirs = [rir for part in render_chunks(cfg, scenes[few], images[few], render) for rir in part.full]
-        return common.rir_error(rirs, scenes, images, cfg.sample_rate)
+def draw(batch: int, generator: torch.Generator) -> tuple[SceneBatch, ImageBatch]:
+    """Scenes of the default law, and their images."""
+    scenes = sample_scenes(SceneConfig(), batch, generator=generator)
+    return scenes, draw_images(RirConfig(), scenes, generator=generator)
 
-    def row(name, function, audio_s, cfg):
-        timing = common.measure(function, device, args.seconds)
-        return common.row(name, batch, timing, audio_s, None if cfg is None else lambda: error(cfg), device,
-                          compiled=compile and cfg is not None)
 
+@torch.no_grad()
+def render_rooms(task: tuple[str, int, bool], cfg: RirConfig, anew: bool, check: int, device: torch.device,
+                 seconds: float) -> tuple[dict[str, Any], common.Check | None]:
+    """The row of a name, batch size and compiled or not, and the comparison of its first `check` scenes with the
+    oracle; anew: draw them in every call."""
+    name, batch, compile = task
+    render, generator = runtime.compiled(render_rir, compile), common.generator(device)
+    scenes, images = draw(batch, generator)
     audio_s = float(scenes.rt60.sum())
-    drawing = [] if compile else [row("draw scenes and images", draw, None, None)]
-    return [*drawing,
-            row("render", lambda: render_chunks(full, scenes, images, render), audio_s, full),
-            row("render, early part too", lambda: render_chunks(both, scenes, images, render), audio_s, both),
-            row("draw and render", lambda: render_chunks(full, *draw(), render), audio_s, full)]
+
+    def call() -> list[RirBatch]:
+        return render_chunks(cfg, *(draw(batch, generator) if anew else (scenes, images)), render)
+
+    row = common.row(name, batch, common.measure(call, device, seconds), audio_s, device, compiled=compile)
+    if check == 0:
+        return row, None
+    found = render_chunks(cfg, scenes, images, render)[0].full[:check].cpu()
+    few, their_images = scenes[:len(found)].to("cpu"), images[:len(found)].to("cpu")
+    return row, lambda: common.rir_error(found, few, their_images, cfg.sample_rate)
+
+
+def tasks(batch: int, compile: bool, device: torch.device, args) -> list[common.Task]:
+    """The rows of one batch size, eager or compiled."""
+    both = RirConfig()
+    full = replace(both, early=False)
+    kinds = [("render", full, False), ("render, early part too", both, False), ("draw and render", full, True)]
+    drawing = [] if compile else [common.Task(DRAW, batch, False, partial(draw_rooms, batch, device, args.seconds))]
+    return drawing + [
+        common.Task(name, batch, compile, partial(render_rooms, (name, batch, compile), *kind, args.check, device,
+                                                  args.seconds))
+        for name, *kind in kinds]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,10 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
-    rows = [row for batch, compile in product(batches, common.CHOICES[args.compile])
-            for row in rows_of(batch, compile, device, args)]
-    common.finish("bench_rir", device, rows, arguments, args.json)
-    return 0
+    results = common.Results("bench_rir", device, arguments, args.json)
+    for compile, batch in product(common.CHOICES[args.compile], batches):  # eager first: compilation fails most
+        if compile:
+            torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
+        results.measure(tasks(batch, compile, device, args))
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import common
 from ssl_gpu.mixture import MixtureConfig
@@ -26,47 +27,52 @@ NOISY = MixtureConfig(sensor_snr_db=(10.0, 30.0), diffuse_snr_db=(10.0, 30.0))
 
 
 @torch.no_grad()
-def rows_of(batch: int, compile: bool, device: torch.device, args) -> list[dict[str, Any]]:
-    """The rows of one batch size, eager or compiled."""
-    if compile:
-        torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
-    generator, how = common.generator(device), SimulatorConfig(compile=compile)
-    dry = common.noise(batch, 2, SAMPLES, device)
-    endless, noisy = Simulator(rir=RIR, config=how), Simulator(rir=RIR, mixture=NOISY, config=how)
-    bank = Simulator(replace(SceneConfig(), bank=BANK), RIR, config=how)
-    bank.fill_bank(generator=generator)
+def measure(task: tuple[str, int, bool], cfg: SceneConfig, mixture: MixtureConfig, compare: int, device: torch.device,
+            seconds: float) -> tuple[dict[str, Any], common.Check | None]:
+    """The row of a name, batch size and compiled or not, and the comparison of its first `compare` scenes."""
+    name, batch, compile = task
+    generator, dry = common.generator(device), common.noise(batch, cfg.num_src, SAMPLES, device)
+    simulator = Simulator(cfg, RIR, mixture, SimulatorConfig(compile=compile))
+    if cfg.bank is not None:
+        simulator.fill_bank(generator=generator)
+    timing = common.measure(lambda: simulator(dry, generator=generator), device, seconds)
+    row = common.row(name, batch, timing, batch * common.CLIP_S, device, compiled=compile)
+    return row, comparison(simulator, dry, min(compare, batch)) if compare else None
 
-    def error(simulator):
-        """Against direct convolution in float64, of a bank's own RIRs or of those of the oracle."""
-        few = min(args.check, batch)
-        if few == 0:
-            return None
-        draw = simulator.draw(few, SAMPLES, generator=common.generator(device, 2))
-        audio, errors = simulator.render(dry[:few], draw).audio, []
+
+def comparison(simulator: Simulator, dry: Tensor, few: int) -> common.Check:
+    """The error of the first `few` mixtures of one more batch (no other size, which a compiler would begin anew for)
+    against direct convolution in float64, of a bank's own RIRs or of those of the oracle."""
+    draw = simulator.draw(len(dry), SAMPLES, generator=common.generator(dry.device, 2))
+    audio, here = simulator.render(dry, draw).audio[:few].cpu(), dry[:few].cpu()
+    rirs = None if simulator.bank is None else simulator.bank[1].full[draw.bank_row[:few]].cpu()
+    draw = draw[:few].to("cpu")
+
+    def error() -> float:
+        errors = []
         for i in range(few):
-            rirs = simulator.bank[1].full[draw.bank_row[i]] if simulator.bank is not None else \
-                common.oracle_rir(draw.scenes, draw.rooms.images, i, RIR.sample_rate)
-            errors.append(common.relative_l2(audio[i], common.oracle_mixture(dry[i], rirs)))
-        return max(errors, default=None)
+            rir = common.oracle_rir(draw.scenes, draw.rooms.images, i, RIR.sample_rate) if rirs is None else rirs[i]
+            errors.append(common.relative_l2(audio[i], common.oracle_mixture(here[i], rir)))
+        return max(errors)
 
-    def row(name, simulator, compare=True):
-        timing = common.measure(lambda: simulator(dry, generator=generator), device, args.seconds)
-        return common.row(name, batch, timing, batch * common.CLIP_S,
-                          (lambda: error(simulator)) if compare else None, device, compiled=compile)
-
-    return [row("endless rooms", endless),
-            row("endless rooms, sensor and diffuse noise", noisy, compare=False),
-            row("bank of rooms", bank)]
+    return error
 
 
-@torch.no_grad()
-def row_of_array(array: str, batch: int, device: torch.device, args) -> dict[str, Any]:
+def tasks(batch: int, compile: bool, device: torch.device, args) -> list[common.Task]:
+    """The rows of one batch size, eager or compiled."""
+    kinds = [("endless rooms", SceneConfig(), MixtureConfig(), args.check),
+             ("endless rooms, sensor and diffuse noise", SceneConfig(), NOISY, 0),
+             ("bank of rooms", SceneConfig(bank=BANK), MixtureConfig(), args.check)]
+    return [common.Task(name, batch, compile, partial(measure, (name, batch, compile), *kind, device, args.seconds))
+            for name, *kind in kinds]
+
+
+def task_of_array(array: str, batch: int, device: torch.device, args) -> common.Task:
     """Endless rooms with `array` microphones x sources, a name such as 2x4, eager: to be compared with 2x2."""
     mics, srcs = map(int, array.split("x"))
-    generator, dry = common.generator(device), common.noise(batch, srcs, SAMPLES, device)
-    simulator = Simulator(SceneConfig(num_mics=mics, num_src=srcs), RIR)
-    timing = common.measure(lambda: simulator(dry, generator=generator), device, args.seconds)
-    return common.row(f"endless rooms, {array}", batch, timing, batch * common.CLIP_S, None, device, compiled=False)
+    name, cfg = f"endless rooms, {array}", SceneConfig(num_mics=mics, num_src=srcs)
+    return common.Task(name, batch, False, partial(measure, (name, batch, False), cfg, MixtureConfig(), 0, device,
+                                                   args.seconds))
 
 
 def array_name(text: str) -> str:
@@ -87,11 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
-    rows = [row for batch, compile in product(batches, common.CHOICES[args.compile])
-            for row in rows_of(batch, compile, device, args)]
-    rows += [row_of_array(array, args.array_batch or batches[-1], device, args) for array in args.arrays]
-    common.finish("bench_simulate", device, rows, arguments, args.json)
-    return 0
+    results = common.Results("bench_simulate", device, arguments, args.json)
+    for compile in common.CHOICES[args.compile]:  # eager first: compilation takes longest, and fails most
+        for batch in batches:
+            if compile:
+                torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
+            results.measure(tasks(batch, compile, device, args))
+        if not compile:
+            results.measure(task_of_array(array, args.array_batch or batches[-1], device, args)
+                            for array in args.arrays)
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -68,19 +70,35 @@ def measure(function: Callable[[], Any], device: torch.device, seconds: float) -
     return Timing.of(times)
 
 
-def row(name: str, batch: int, timing: Timing, audio_s: float | None, error: Callable[[], float | None] | None,
-        device: torch.device, **more: Any) -> dict[str, Any]:
+def row(name: str, batch: int, timing: Timing, audio_s: float | None, device: torch.device,
+        **more: Any) -> dict[str, Any]:
     """One line of results: `batch` scenes and `audio_s` seconds of audio (a clip counts once, however many microphones
     hear it) per call.
 
-    error: gives the relative L2 against the float64 oracle; `finish` calls it when everything is measured, to keep the
-    oracle's memory out of it. peak_bytes is, on a CPU, that of the process so far, so rows must be made from small to
-    large.
+    peak_bytes is, on a CPU, that of the process so far, so rows must be made from small to large.
     """
     return {"name": name, "batch": batch, "calls": timing.calls, "median_s": timing.median_s, "p10_s": timing.p10_s,
             "p90_s": timing.p90_s, "scenes_per_s": batch / timing.median_s,
             "audio_s_per_s": None if audio_s is None else audio_s / timing.median_s,
-            "peak_bytes": runtime.peak_memory(device), "error": error, **more}
+            "peak_bytes": runtime.peak_memory(device), "error": None, **more}
+
+
+Check = Callable[[], float | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to be: make() measures it, and gives with it what compares it with the float64 oracle (None: nothing).
+
+    That comparison, the relative L2, is called when everything is measured, which keeps the oracle's memory out of it;
+    so it may hold on to a few scenes on the CPU, and to nothing on a GPU, where the next row's peak would count it.
+    """
+
+    name: str
+    batch: int | None  # None: as the row says
+    compiled: bool
+    make: Callable[[], tuple[dict[str, Any], Check | None]]
+    more: dict[str, Any] = field(default_factory=dict)  # of the row, if it fails
 
 
 def generator(device: torch.device, step: int = 0) -> torch.Generator:
@@ -174,27 +192,69 @@ def start(args: argparse.Namespace) -> torch.device:
         sys.exit(f"error: {error}")
 
 
-def finish(benchmark: str, device: torch.device, rows: list[dict[str, Any]], arguments: Sequence[str] | None,
-           path: str | None, **more: Any) -> dict[str, Any]:
-    """Compare with the oracle, print the table, write the JSON; with everything that a number is worth nothing without
-    and without names of hosts, users or folders. Ends the program where the file cannot be written."""
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    words = re.sub(r"\s*--json[ =]\S+", "", f" {words}".rstrip())
-    for line in rows:
-        if callable(line.get("error")):
-            line["error"] = line["error"]()
-    name = runtime.device_name(device)
-    machine = {"device": name, "slug": slug(name), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    results = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",
-               "date": date.today().isoformat(), "machine": machine, "versions": runtime.versions(),
-               "commit": commit(), "workload": WORKLOAD, **more, "rows": rows}
-    print(markdown(results))
-    if path is not None:
+class Results:
+    """The results of one benchmark, with everything that a number is worth nothing without and without names of hosts,
+    users or folders. Its file is written anew after every row, so that whatever ends the program costs no row that is
+    done; what fails is a row that says so, and the next one follows.
+    """
+
+    def __init__(self, benchmark: str, device: torch.device, arguments: Sequence[str] | None, path: str | None,
+                 **more: Any):
+        """arguments: as main's; path: of the file, if there is to be one; more: further keys of it."""
+        words = " ".join(sys.argv[1:] if arguments is None else arguments)
+        words = re.sub(r"\s*--json[ =]\S+", "", f" {words}".rstrip())
+        name = runtime.device_name(device)
+        machine = {"device": name, "slug": slug(name), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        self.path, self.device, self._checks = path, device, []
+        self.rows: list[dict[str, Any]] = []
+        self.content = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",
+                        "date": date.today().isoformat(), "machine": machine, "versions": runtime.versions(),
+                        "commit": commit(), "workload": WORKLOAD, "complete": False, **more, "rows": self.rows}
+
+    def measure(self, tasks: Iterable[Task]) -> None:
+        """The rows of the tasks, in their order."""
+        for task in tasks:
+            gc.collect()  # a cycle may still hold tensors of the row before, which would count in this one's peak
+            runtime.reset_peak_memory(self.device)
+            try:
+                row, check = task.make()
+            except Exception as error:
+                row, check = {"name": task.name, "batch": task.batch, "compiled": task.compiled, **task.more}, None
+                self._fail(row, error)
+            self.rows.append(row)
+            if check is not None:
+                self._checks.append((row, check))
+            self.save()
+
+    def save(self) -> None:
+        """Writes the file as far as it goes. Ends the program where it cannot be written."""
+        if self.path is None:
+            return
         try:
-            write_json(path, results)
+            write_json(self.path, self.content)
         except OSError as error:
-            sys.exit(f"error: cannot write {path}: {error.strerror}")
-    return results
+            sys.exit(f"error: cannot write {self.path}: {error.strerror}")
+
+    def finish(self) -> int:
+        """Compare with the oracle, print the table, write the file; returns the exit status, 1 where a row failed."""
+        for row, check in self._checks:
+            try:
+                error = check()
+                if error is not None and not math.isfinite(error):  # JSON has no word for it
+                    raise ValueError(f"the error against the oracle must be finite, got {error}")
+                row["error"] = error
+            except Exception as error:  # its times stand, but nothing says that they are those of the right numbers
+                self._fail(row, error)
+        self.content["complete"] = True
+        self.save()
+        print(markdown(self.content))
+        return int(any("failed" in row for row in self.rows))
+
+    @staticmethod
+    def _fail(row: dict[str, Any], error: Exception) -> None:
+        lines = str(error).strip().splitlines()
+        row["failed"] = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].removesuffix(": ")
+        print(f"failed: {row['name']}, batch {row['batch']}: {row['failed']}", file=sys.stderr)
 
 
 def slug(name: str) -> str:

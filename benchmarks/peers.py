@@ -3,7 +3,9 @@
 Whatever is installed takes part: pyroomacoustics, rir-generator, torchrir, gpuRIR; and the reference implementation of
 FRA-RIR where the environment variable FRA_RIR_PATH names a checkout of github.com/tencent-ailab/FRA-RIR. Each gets one
 scene at a time, for none takes more, on one CPU thread (--threads 1) or on the same GPU where it can use one; ours gets
-the batch, again after every 16 scenes of the other. Our own image-source model takes part as one of them.
+the batch, again after every 16 scenes of the other. A tool that has taken --patience seconds takes no further scene;
+ours then counts for the scenes that it took, at the mean of the batch that they are in. Our own image-source model
+takes part as one of them.
 """
 from __future__ import annotations
 
@@ -72,6 +74,10 @@ class Tool:
     ours: dict[str, list[list[Seconds]]] = field(default_factory=lambda: defaultdict(list))  # per scene, by batch
     taken: list[int] = field(default_factory=list)                                           # scenes of every batch
     refused: int = 0
+
+    def spent_s(self) -> float:
+        """Wall-clock seconds of all its scenes, RIRs and mixture, which every tool has."""
+        return sum(wall for wall, _ in self.times.get(MIXTURE, []))
 
     def ratio(self, stage: str, clock: int) -> float:
         """How many times longer it takes than ours over the scenes that it took."""
@@ -267,13 +273,15 @@ def time_scene(tool: Tool, scene: Scene, dry: Tensor, device: torch.device) -> d
     return {stage: (spent[0] + mixed[0], spent[1] + mixed[1]) if stage == MIXTURE else spent for stage in tool.stages}
 
 
-def compare(tool: Tool, ours: Ours, record: bool) -> str | None:
-    """One batch, scene by scene by the tool, and all of it by ours in between. To warm up: up to the first scene.
+def compare(tool: Tool, ours: Ours, record: bool, patience: float) -> str | None:
+    """One batch, scene by scene by the tool, until it has taken `patience` s in all; and all of it by ours in between.
+    To warm up: up to the first scene.
 
     Returns what went wrong, if the tool fails in another way than by refusing a scene.
     """
     scenes, dry = ours.each(), ours.dry.cpu() if tool.on == "cpu" else ours.dry
-    spent, here = [], {stage: [] for stage in tool.stages}
+    spent, here, refused = [], {stage: [] for stage in tool.stages}, 0
+    left_s = patience - tool.spent_s()
     for index, scene in enumerate(scenes):
         if index % INTERLEAVE == 0:
             for stage, calls in here.items():
@@ -282,14 +290,16 @@ def compare(tool: Tool, ours: Ours, record: bool) -> str | None:
         try:
             spent.append(time_scene(tool, scene, dry[index], ours.device))
         except ValueError:
+            refused += 1
             continue
         except Exception as error:  # a broken package must not cost the others their measurement
             return f"{type(error).__name__}: {error}"
-        if not record:
-            return None
+        left_s -= spent[-1][MIXTURE][0]
+        if left_s < 0 or not record:
+            break
     if record:
         tool.taken.append(len(spent))
-        tool.refused += len(scenes) - len(spent)
+        tool.refused += refused
         for stage, calls in here.items():
             tool.times[stage] += [seconds[stage] for seconds in spent]
             tool.ours[stage].append(calls)
@@ -309,17 +319,23 @@ def find_tools(names: Sequence[str], device: torch.device) -> tuple[list[Tool], 
     return tools, skipped
 
 
-def measure(tools: list[Tool], skipped: dict[str, str], args, device: torch.device) -> None:
-    """All scenes through all tools, batch after batch; what fails, or takes too long for another batch, drops out."""
+def measure(tools: list[Tool], skipped: dict[str, str], stopped: dict[str, str], args, device: torch.device,
+            done: Callable[[], None]) -> None:
+    """All scenes through all tools, batch after batch; what fails, or takes too long for another scene, drops out, and
+    `skipped` or `stopped` says why. done is called after every batch of a tool."""
     for step in range(-1, -(-args.scenes // args.batch)):
         ours = Ours(args.batch, device, 2 + max(step, 0), args.chunk)
         for tool in tools:
-            walls = [wall for wall, _ in tool.times[tool.stages[0]]]
-            if tool.name in skipped or sum(walls) > args.patience:
+            if tool.name in skipped or tool.name in stopped:
                 continue
-            wrong = compare(tool, ours, record=step >= 0)
+            wrong = compare(tool, ours, step >= 0, args.patience)
             if wrong is not None:
                 skipped[tool.name] = wrong
+            elif tool.spent_s() > args.patience:
+                stopped[tool.name] = (f"out of patience ({args.patience:g} s) after {sum(tool.taken) + tool.refused} "
+                                      f"scenes")
+            if step >= 0:
+                done()
 
 
 def rows_of(tools: list[Tool], target: bool, batch: int, device: torch.device) -> list[dict[str, Any]]:
@@ -355,17 +371,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="scenes that ours renders at a time (default: the Simulator's choice)")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
     parser.add_argument("--patience", type=float, default=60.0, metavar="S",
-                        help="a tool that took longer in all takes no further batch (default 60)")
+                        help="a tool that took longer in all takes no further scene (default 60)")
     args = parser.parse_args(arguments)
     device = common.start(args)
     torch.manual_seed(0)
     np.random.seed(0)  # the reference draws from the global generators
     tools, skipped = find_tools(args.only, device)
-    measure(tools, skipped, args, device)
+    stopped: dict[str, str] = {}
+    results = common.Results("peers", device, arguments, args.json, skipped=skipped, stopped=stopped, notes=NOTES)
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
-    rows = rows_of([tool for tool in tools if tool.name not in skipped], one_thread, args.batch, device)
-    common.finish("peers", device, rows, arguments, args.json, skipped=skipped, notes=NOTES)
-    return 0
+
+    def done() -> None:
+        results.rows[:] = rows_of([tool for tool in tools if tool.name not in skipped and sum(tool.taken)], one_thread,
+                                  args.batch, device)
+        results.save()
+
+    measure(tools, skipped, stopped, args, device, done)
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def titled_table(results: dict[str, Any]) -> str:
     threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
     conditions = (f"{machine['device']}, {machine['cores']} cores, {threads}, torch {versions['torch']}, Python "
                   f"{versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`")
+    conditions += "" if results.get("complete", True) else ", stopped before its last row"
     return "\n".join([f"### {TITLES[kind]}", "", *lines, "", conditions])
 
 
@@ -51,27 +52,42 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 def simulation_table(results: dict[str, Any]) -> list[str]:
     """Of bench_rir, bench_convolve and bench_simulate."""
-    rows = [[f"{row['name']}{', compiled' if row.get('compiled') else ''}", row["batch"],
-             spread(row, 1e3 / row["batch"]), number(row["scenes_per_s"]), number(row["audio_s_per_s"]),
-             mebibytes(row["peak_bytes"]), "-" if row["error"] is None else f"{row['error']:.1e}"]
-            for row in results["rows"]]
     head = ["", "batch", "ms per scene (p10 to p90)", "scenes/s", "s of audio per s", "peak MiB", "error"]
+    rows = []
+    for row in results["rows"]:
+        name = f"{row['name']}{', compiled' if row.get('compiled') else ''}"
+        rows.append(failure(name, row, head) if "failed" in row else [
+            name, row["batch"], spread(row, 1e3 / row["batch"]), number(row["scenes_per_s"]),
+            number(row["audio_s_per_s"]), mebibytes(row["peak_bytes"]),
+            "-" if row["error"] is None else f"{row['error']:.1e}"])
     return table(head, rows)
 
 
 def train_table(results: dict[str, Any]) -> list[str]:
-    """Of bench_train; with a column of its own for the wait where some rows simulate beside the step."""
+    """Of bench_train; with a column of its own for the wait where some rows simulate beside the step, and for what
+    simulation costs where that was measured."""
     parts, overlapped = ("simulate", "forward", "backward", "update"), any(r.get("overlap") for r in results["rows"])
+    compared = any("simulation_cost" in row for row in results["rows"])
+    head = ["network", "batch", "precision", "ms per step (p10 to p90)", "examples/s", f"{' / '.join(parts)}, %",
+            *["waiting for the simulation, %"] * overlapped, *["simulation costs, %"] * compared, "peak MiB"]
     rows = []
     for row in results["rows"]:
-        name = f"{row['name']}, {row['parameters'] / 1e6:.2f} M"
-        name += ", compiled" * row["compiled"] + ", overlapped" * row.get("overlap", False)
+        how = ", compiled" * row["compiled"] + ", overlapped" * row.get("overlap", False)
+        if "failed" in row:
+            rows.append(failure(row["name"] + how, row, head))
+            continue
         wait = [f"{100 * row['share']['wait']:.0f}"] if overlapped else []
+        cost = [f"{100 * row['simulation_cost']:.1f}"] if compared else []
         shares = " / ".join(f"{100 * row['share'][part]:.0f}" for part in parts)
-        rows.append([name, row["batch"], "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3),
-                     number(row["scenes_per_s"]), shares, *wait, mebibytes(row["peak_bytes"])])
-    return table(["network", "batch", "precision", "ms per step (p10 to p90)", "examples/s",
-                  f"{' / '.join(parts)}, %", *["waiting for the simulation, %"] * overlapped, "peak MiB"], rows)
+        rows.append([f"{row['name']}, {row['parameters'] / 1e6:.2f} M{how}", row["batch"],
+                     "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3), number(row["scenes_per_s"]),
+                     shares, *wait, *cost, mebibytes(row["peak_bytes"])])
+    return table(head, rows)
+
+
+def failure(name: str, row: dict[str, Any], head: list[str]) -> list[Any]:
+    """The cells of a row that failed, under the head of its table."""
+    return [name, row["batch"] or "-", f"failed: {row['failed']}".replace("|", "/"), *["-"] * (len(head) - 3)]
 
 
 def peers_table(results: dict[str, Any]) -> list[str]:
@@ -82,7 +98,8 @@ def peers_table(results: dict[str, Any]) -> list[str]:
         rows.append([row["name"], row["stage"], row["on"], f"{row['scenes']} + {row['refused']}", spread(row, 1e3),
                      number(1e3 * row["mean_s"]), ratios(row), target])
     head = ["", "what", "on", "scenes + refused", "ms per scene (p10 to p90)", "mean", "ours is faster by", "target"]
-    skipped = [f"Skipped: {name}, {reason}." for name, reason in results["skipped"].items()]
+    skipped = [f"{word.capitalize()}: {name}, {reason}." for word in ("skipped", "stopped")
+               for name, reason in results.get(word, {}).items()]
     return table(head, rows) + ([""] + skipped if skipped else [])
 
 

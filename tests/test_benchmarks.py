@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (ablations, bench_convolve, bench_rir, bench_simulate, bench_train, common,  # noqa: E402
                         floors, localize_windows, peers, report)
+from ssl_gpu import train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
@@ -83,14 +84,31 @@ def test_oracle_notices_a_wrong_convolution():
 def test_training_benchmark_shares_a_step_out(tmp_path):
     results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no", "--overlap", "both",
                   "--set", "train.precision=float32", "speech.clip_s=1.0")
-    check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled", "overlap"})
+    check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled", "overlap", "fixed_step_s"})
     assert [row["overlap"] for row in results["rows"]] == [False, True]
     for row in results["rows"]:
+        assert row["simulation_cost"] == pytest.approx(1 - row["fixed_step_s"] / row["median_s"])
         share = row["share"]
         assert set(share) == {"simulate", "wait", "forward", "backward", "update"} and not row["bfloat16"]
         assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
         assert 0.8 < sum(share.values()) - share["simulate"] <= 1
-    assert "librispeech, 1.60 M, overlapped | 2 | float32" in report.markdown(results)
+    text = report.markdown(results)
+    assert "librispeech, 1.60 M, overlapped | 2 | float32" in text
+    assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_with_one_batch_simulate_nothing(overlap, monkeypatch):
+    """The half of a row's steps that simulation is not part of; they train all the same."""
+    simulated, runs = [], []
+    monkeypatch.setattr(train, "draw_batch", lambda run, step, draw=train.draw_batch:
+                        simulated.append(step) or draw(run, step))
+    monkeypatch.setattr(bench_train, "prepare", lambda *arguments, prepare=bench_train.prepare:
+                        runs.append(prepare(*arguments)) or runs[-1])
+    row, _ = bench_train.measure("librispeech", 1, False, overlap, torch.device("cpu"), 0.0, 1, ["speech.clip_s=1.0"])
+    steps = bench_train.BURN_IN + common.LEAST_CALLS
+    assert row["calls"] == common.LEAST_CALLS and runs[0].step == 2 * steps
+    assert simulated == list(range(steps + 1))  # the last one is the batch that is kept
 
 
 @pytest.fixture
@@ -173,20 +191,27 @@ def mixtures(batch, us_per_scene, name="endless rooms", compiled=False, peak=2e9
             "scenes_per_s": 1e6 / us_per_scene, "peak_bytes": peak}
 
 
-def training_row(examples_per_s, wait, overlap):
-    return {"name": "original", "batch": 1024, "bfloat16": True, "compiled": True, "overlap": overlap,
-            "scenes_per_s": examples_per_s, "share": {"simulate": 0.3, "wait": wait}}
+def training_row(examples_per_s, cost, overlap, name="original"):
+    return {"name": name, "batch": 1024, "bfloat16": True, "compiled": True, "overlap": overlap,
+            "scenes_per_s": examples_per_s, "share": {"simulate": 0.3, "wait": 0.01}, "simulation_cost": cost}
+
+
+def failed_row(name):
+    return {"name": name, "batch": 512, "compiled": True, "failed": "OutOfMemoryError: too little of it"}
 
 
 def test_targets_are_met_or_missed_by_what_was_measured():
     good = {"simulate": {"rows": [mixtures(256, 5.0), mixtures(512, 5.2), mixtures(1024, 5.5, peak=7.9e9),
                                   mixtures(4096, 5.9), mixtures(512, 10.0, "endless rooms, 2x4"),
                                   mixtures(512, 24.0, "endless rooms, 4x4"), mixtures(64, 99.0, "bank of rooms")]},
-            "train": {"rows": [training_row(9_000, 0.3, False), training_row(11_000, 0.05, True)]}}
+            "train": {"rows": [training_row(9_000, 0.3, False), training_row(11_000, 0.05, True),
+                               training_row(12_000, 0.3, True, "original-fft"), failed_row("original")]}}
+    good["simulate"]["rows"].append(failed_row("endless rooms"))
     found = benchmark_all.verdicts(good)
     assert len(found) == 7 and all(verdict.met for verdict in found)
     assert found[0].measured == "192,308 scenes/s, batch 512" and found[1].measured == "7.90 GB"
     assert found[5].measured == "11,000 examples/s, original, batch 1024, compiled, overlapped"
+    assert found[6].measured.startswith("5.0 % over steps with one batch (1.0 % waiting, 30.0 %")
     bad = {"simulate": {"rows": [mixtures(256, 7.0), mixtures(512, 7.1), mixtures(1024, 7.0, peak=8.1e9),
                                  mixtures(4096, 8.5), mixtures(512, 20.0, "endless rooms, 2x4"),
                                  mixtures(512, 40.0, "endless rooms, 4x4")]},
@@ -196,6 +221,75 @@ def test_targets_are_met_or_missed_by_what_was_measured():
     found = benchmark_all.verdicts({})
     assert len(found) == 7 and not any(verdict.met or verdict.measured for verdict in found)
     assert "| not measured | - |" in benchmark_all.summary("a GPU", {"rir": (False, 1.0)}, found)
+
+
+def broken(monkeypatch, module, name, calls):
+    """The calls of a function of those numbers raise; what it did in others, it does."""
+    original, count = getattr(module, name), []
+
+    def function(*arguments, **keywords):
+        count.append(None)
+        if len(count) in calls:
+            raise RuntimeError("CUDA error: an illegal | access\nand much more of it")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize("benchmark, arguments, rows, overlap", [
+    (bench_rir, ("--batch", "1", "--compile", "both"), 7, {}),
+    (bench_simulate, ("--batch", "1", "--arrays", "1x1"), 4, {}),
+    (bench_convolve, ("--batch", "1"), 5, {}),
+    (bench_train, ("--overlap", "both", "--compile", "no"), 2, {"overlap": True})])
+def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_path, monkeypatch, capsys):
+    """The file is there from the first row on, and says of the second what went wrong."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    if benchmark is bench_train:
+        monkeypatch.setattr(common, "LEAST_CALLS", 1)
+        arguments += ("--batch", "1", "--set", "speech.clip_s=1.0")
+        broken(monkeypatch, bench_train, "readings_of", [3])
+    else:
+        arguments += ("--check", "0")
+        broken(monkeypatch, common, "measure", [2])
+    path, lengths = tmp_path / "results.json", []
+    monkeypatch.setattr(common, "write_json", lambda path, content, write=common.write_json:
+                        write(path, content) or lengths.append(len(json.loads(path_of(path))["rows"])))
+    assert benchmark.main([*arguments, "--seconds", "0", "--device", "cpu", "--threads", "1", "--json", str(path)]) == 1
+    results = json.loads(path.read_text())
+    assert lengths == [*range(1, rows + 1), rows] and results["complete"]
+    assert [index for index, row in enumerate(results["rows"]) if "failed" in row] == [1]
+    bad, line = results["rows"][1], "RuntimeError: CUDA error: an illegal | access"
+    assert bad == {"name": bad["name"], "batch": 1, "compiled": False, "failed": line, **overlap}
+    assert [bool(row.get("compiled")) for row in results["rows"]] == sorted(bool(row.get("compiled"))
+                                                                            for row in results["rows"])
+    out, err = capsys.readouterr()
+    assert f"failed: {bad['name']}, batch 1: {line}\n" in err
+    assert len({line.count("|") for line in out.splitlines() if line.startswith("|")}) == 1
+    assert "| failed: RuntimeError: CUDA error: an illegal / access |" in out
+    partial = report.markdown({**results, "rows": results["rows"][:1], "complete": False})
+    assert "`, stopped before its last row" in partial and "stopped" not in out
+
+
+def path_of(path):
+    """Its text, as another program would find it."""
+    return Path(path).read_text()
+
+
+@pytest.mark.parametrize("error, line", [(lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+                                         (lambda: float("nan"), "ValueError: the error against the oracle must be "
+                                                                "finite, got nan")])
+def test_row_that_cannot_be_compared_keeps_its_times_and_fails(error, line, tmp_path):
+    device, timing = torch.device("cpu"), common.Timing(1.0, 1.0, 1.0, 5)
+    results = common.Results("bench_rir", device, [], str(tmp_path / "results.json"))
+    results.measure([common.Task("render", 2, False, lambda: (common.row("render", 2, timing, 3.0, device), error))])
+    assert results.finish() == 1
+    row, = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (row["median_s"], row["error"], row["failed"]) == (1.0, None, line)
+
+
+def test_file_that_cannot_be_written_ends_the_benchmark_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^error: cannot write .*: No such file or directory$"):
+        common.Results("bench_rir", torch.device("cpu"), [], str(tmp_path / "none" / "results.json")).save()
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -227,6 +321,19 @@ def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd)
         benchmark_all.main(["--device", "cpu", "--out", str(results)])
 
 
+def test_part_that_takes_too_long_is_ended_and_keeps_its_rows(tmp_path, monkeypatch, capfd):
+    program = ("import json, sys, time; open(sys.argv[-1], 'w').write(json.dumps({'rows': [1]})); "
+               "print('written', flush=True); time.sleep(600)")
+    parts = [benchmark_all.Part("slow", ("-c", program)), benchmark_all.Part("tests", ("-c", ""), benchmark=False)]
+    monkeypatch.setattr(benchmark_all, "parts_of", lambda on_gpu, quick: parts)
+    assert benchmark_all.main(["--device", "cpu", "--out", str(tmp_path), "--limit", "0.1"]) == 1
+    out, err = capfd.readouterr()
+    assert "written" in out and "slow: ended after --limit 0.1 min\nfailed: slow\n" in err
+    results, summary = sorted(tmp_path.iterdir())
+    assert json.loads(results.read_text()) == {"rows": [1]}
+    assert "| slow | FAILED | 6 |" in summary.read_text() and "| tests | well |" in summary.read_text()
+
+
 def test_slug_of_a_device():
     assert common.slug("NVIDIA H200") == "nvidia-h200" and common.slug(" AMD (R) EPYC ") == "amd-r-epyc"
 
@@ -256,11 +363,36 @@ def test_peers_counts_refused_scenes_for_neither(tmp_path, monkeypatch):
     ours = peers.Ours(8, torch.device("cpu"), 0)
     short = sum(scene.room_dim[0] <= 6 for scene in ours.each())
     assert 0 < short < 8
-    assert peers.compare(tool, ours, record=True) is None
+    assert peers.compare(tool, ours, record=True, patience=60) is None
     assert tool.taken == [short] and tool.refused == 8 - short and len(tool.times[peers.FULL]) == short
     theirs = sum(wall for wall, _ in tool.times[peers.FULL])
     (call,), = tool.ours[peers.FULL]
     assert tool.ratio(peers.FULL, 0) == pytest.approx(theirs / (short * call[0]))
+
+
+def test_peers_lose_patience_within_a_batch(tmp_path, monkeypatch):
+    """On a clock that a scene takes 10 s of: two of eight are taken and a third ends it, for the tool and for ours."""
+    pytest.importorskip("scipy")
+    (tmp_path / "FRAM_RIR.py").write_text(FAKE_REFERENCE.format(longest=100))
+    monkeypatch.setenv("FRA_RIR_PATH", str(tmp_path))
+    monkeypatch.setattr(peers, "time_scene", lambda tool, *_: {stage: (10.0, 10.0) for stage in tool.stages})
+    monkeypatch.setattr(peers.Ours, "run", lambda ours, stage: (8.0, 8.0))
+    results = run(peers, tmp_path, "--only", "reference", "--scenes", "16", "--batch", "8", "--patience", "25")
+    theirs = results["rows"][-1]
+    assert (theirs["scenes"], theirs["refused"], theirs["ratio"]) == (3, 0, pytest.approx(10.0))
+    assert results["stopped"] == {"FRA-RIR, the reference": "out of patience (25 s) after 3 scenes"}
+    assert "Stopped: FRA-RIR, the reference, out of patience (25 s) after 3 scenes." in report.markdown(results)
+
+
+def test_peers_keeps_what_it_has_after_every_batch(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    (tmp_path / "FRAM_RIR.py").write_text(FAKE_REFERENCE.format(longest=100))
+    monkeypatch.setenv("FRA_RIR_PATH", str(tmp_path))
+    broken(monkeypatch, peers.Ours, "each", [3])  # the first is to warm up
+    with pytest.raises(RuntimeError):
+        run(peers, tmp_path, "--only", "reference", "--scenes", "4", "--batch", "2")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert not results["complete"] and [row["scenes"] for row in results["rows"][3:]] == [2, 2, 2]
 
 
 def test_peers_says_why_the_reference_is_left_out(tmp_path, monkeypatch):
