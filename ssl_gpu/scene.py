@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ssl_gpu import geometry
+from ssl_gpu import geometry, runtime
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
 from ssl_gpu.checks import check_range, check_whole, read_enums
 from ssl_gpu.original import NUM_IMAGES, NUM_SCENES, RADIUS, RT60_S, replay
@@ -273,6 +273,18 @@ class SceneBatch:
         return geometry.angle_between(self._src_offset, geometry.array_axis(self.mic_pos)[:, None])
 
 
+@runtime.constant
+def _table(values: tuple, device: torch.device) -> Tensor:
+    """Numbers of a law, float64; copied once, not for every batch: a copy from memory that is not pinned may wait."""
+    return torch.tensor(values, dtype=torch.float64).to(device)
+
+
+@runtime.constant
+def _linear_array(num_mics: int, spacing_m: float, device: torch.device) -> Tensor:
+    """geometry.linear_array on the device, once."""
+    return geometry.linear_array(num_mics, spacing_m).to(device)
+
+
 def _uniform(shape: Sequence[int], low: Tensor | float, high: Tensor | float, generator: torch.Generator) -> Tensor:
     draw = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return low + (high - low) * draw
@@ -291,11 +303,11 @@ def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Ten
         largest = torch.linalg.vector_norm(offset, dim=-1).amax(1)[:, None, None]
         return offset * (cfg.array_radius_m / largest.clamp(min=cfg.array_radius_m))
     if cfg.mic_array_m is not None:
-        offset = torch.tensor(cfg.mic_array_m, dtype=torch.float64)
+        offset = _table(tuple(map(tuple, cfg.mic_array_m)), device)
         offset = offset - offset.mean(0)
     else:
-        offset = geometry.linear_array(cfg.num_mics, cfg.mic_spacing_m)
-    offset = offset.to(device, non_blocking=True).expand(batch, -1, -1)
+        offset = _linear_array(cfg.num_mics, cfg.mic_spacing_m, device)
+    offset = offset.expand(batch, -1, -1)
     if cfg.spacing_jitter_m > 0:
         jitter = cfg.spacing_jitter_m / cfg.mic_spacing_m
         offset = offset * _uniform((batch, 1, 1), 1 - jitter, 1 + jitter, generator)
@@ -303,8 +315,8 @@ def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Ten
 
 
 def _orientation(angles_deg: tuple[float, float] | None, shape: tuple[int, int], device: torch.device) -> Tensor:
-    angles = torch.tensor(angles_deg or (0.0, 0.0), dtype=torch.float64) * (math.pi / 180)
-    return angles.to(device, non_blocking=True).expand(*shape, 2).clone()
+    angles = _table(tuple(angles_deg or (0.0, 0.0)), device) * (math.pi / 180)
+    return angles.expand(*shape, 2).clone()
 
 
 def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -> SceneBatch:
@@ -314,8 +326,7 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly.
     """
     device = generator.device
-    low, high = (torch.tensor(corner, dtype=torch.float64).to(device, non_blocking=True)  # or the copy would sync
-                 for corner in (cfg.room_min_m, cfg.room_max_m))
+    low, high = (_table(tuple(corner), device) for corner in (cfg.room_min_m, cfg.room_max_m))
     room = _uniform((batch, 3), low, high, generator)
     rt60 = _uniform((batch,), *cfg.rt60_s, generator)
     margin = cfg.wall_dist_m + cfg.radius
