@@ -23,7 +23,7 @@ DRAW = "draw scenes and images"
 def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render=render_rir,
                   chunk: int | None = None) -> list[RirBatch]:
     """RIRs of a batch, `chunk` scenes at a time, or as many as the Simulator takes."""
-    chunk = SimulatorConfig(chunk).chunk_on(scenes.rt60.device)
+    chunk = SimulatorConfig(chunk).chunk_on(scenes.rt60.device, scenes.mic_pos.shape[1] * scenes.src_pos.shape[1])
     return [render(cfg, scenes[i:i + chunk], images[i:i + chunk]) for i in range(0, len(scenes), chunk)]
 
 

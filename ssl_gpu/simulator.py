@@ -26,7 +26,8 @@ BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or t
 @dataclass(frozen=True)
 class SimulatorConfig:
     """chunk: scenes rendered at a time, which bounds the memory; the result does not depend on it. None: 16 on a CPU
-    (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time), 512 elsewhere.
+    (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time); elsewhere 512 of
+    2 microphones x 2 sources, and as many times fewer as there are more pairs.
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
         for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
         twice as slow with it (docs/performance.md).
@@ -41,9 +42,9 @@ class SimulatorConfig:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
 
-    def chunk_on(self, device: torch.device) -> int:
-        """Scenes rendered at a time on this device."""
-        return self.chunk or (16 if device.type == "cpu" else 512)
+    def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
+        """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
+        return self.chunk or (16 if device.type == "cpu" else max(1, 512 * 4 // pairs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ class Simulator:
         if not scenes.valid.all():
             raise ValueError(f"scene: {int((~scenes.valid).sum())} of scene.bank={self.scene.bank} rooms have no place "
                              f"for the sources, widen scene.src_dist_m={self.scene.src_dist_m} or scene.room_min_m")
-        chunk, rooms = self.config.chunk_on(device), []
+        chunk, rooms = self.config.chunk_on(device, self.scene.mic_count * self.scene.num_src), []
         for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
             block = scenes[start:start + BANK_BLOCK].to(device)
             if original:
@@ -178,7 +179,8 @@ class Simulator:
         if dry.shape[:1] != draw.scenes.rt60.shape:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
                              f"got {list(dry.shape)}")
-        chunk, parts = self.config.chunk_on(dry.device), []
+        pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
+        chunk, parts = self.config.chunk_on(dry.device, pairs), []
         for start in range(0, dry.shape[0], chunk):
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]

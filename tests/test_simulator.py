@@ -240,6 +240,9 @@ def test_chunk_below_one_is_refused():
         SimulatorConfig(chunk=0)
     assert [SimulatorConfig().chunk_on(torch.device(device)) for device in ("cpu", "meta")] == [16, 512]
     assert SimulatorConfig(7).chunk_on(torch.device("cpu")) == 7
+    meta = torch.device("meta")
+    assert [SimulatorConfig().chunk_on(meta, pairs) for pairs in (1, 8, 32, 9999)] == [2048, 256, 64, 1]
+    assert SimulatorConfig(7).chunk_on(meta, 32) == 7 and SimulatorConfig().chunk_on(torch.device("cpu"), 32) == 16
 
 
 def test_scenes_of_your_own_are_heard():
