@@ -249,8 +249,8 @@ class StepTimer:
 
 
 class Ahead:
-    """Results of make(step), each asked for in turn by `take`; with `overlap`, `prefetch` makes the next one beside what
-    is queued for this one.
+    """Results of make(step), each asked for in turn by `take`; with `overlap`, `prefetch` makes the next one beside
+    what is queued for this one.
 
     for step in range(first, last):
         batch = ahead.take(step)

@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 
 from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (ablations, bench_convolve, bench_rir, bench_simulate, bench_train, common,  # noqa: E402
-                        floors, localize_windows, peers, report)
+                        floors, localize_windows, peers, report, traffic)
 from ssl_gpu import train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
+from ssl_gpu.simulator import Simulator  # noqa: E402
 
 CONDITIONS = {"benchmark", "command", "date", "machine", "versions", "commit", "workload", "rows"}
 TIMES = {"name", "median_s", "p10_s", "p90_s"}
@@ -336,6 +337,25 @@ def test_part_that_takes_too_long_is_ended_and_keeps_its_rows(tmp_path, monkeypa
 
 def test_slug_of_a_device():
     assert common.slug("NVIDIA H200") == "nvidia-h200" and common.slug(" AMD (R) EPYC ") == "amd-r-epyc"
+
+
+def test_traffic_counts_operands_once_and_no_views():
+    x, y = torch.zeros(1000), torch.zeros(1, dtype=torch.float64).expand(1000)
+    with traffic.Traffic() as counted:
+        x.view(10, 100).add_(1)
+        x + y
+    assert counted.calls == {"add_": 1, "add": 1} and counted.bytes == {"add_": 8000, "add": 4000 + 8 + 8000}
+
+
+def test_traffic_of_a_batch_grows_with_its_scenes(capsys):
+    few, more = traffic.count(2), traffic.count(6)
+    assert few.calls == more.calls and few.calls["scatter_add_"] == 16
+    assert more.bytes["scatter_add_"] == 3 * few.bytes["scatter_add_"]
+    assert traffic.main(["--scenes", "2"]) == 0
+    assert f"{few.bytes.total() / 1e9:.3f} GB {few.calls.total():5d} in all\n" in capsys.readouterr().out
+    # What was counted on fakes has left no fake behind in the tables.
+    mixture = Simulator(rir=bench_simulate.RIR)(torch.zeros(2, 2, 48000), generator=torch.Generator().manual_seed(0))
+    assert type(mixture.audio) is torch.Tensor and mixture.audio.isfinite().all()
 
 
 def test_peers_compares_what_it_finds(tmp_path, monkeypatch):
