@@ -198,6 +198,7 @@ def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny,
         assert start(f"train.out={name}", "train.steps=4", f"train.overlap={overlap}", "train.noise_warmup=0.5",
                      "mixture.diffuse_snr_db=[0, 10]") == 0
         assert shares[1:5] == [0.0, 0.5, 1.0, 1.0]                      # the first draw is of the evaluation set
+        assert len(shares) == (6 if name == "ahead" else 5)             # the batch of a step that does not come
     plain, ahead = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("plain", "ahead"))
     for key, value in plain.model.items():
         torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
