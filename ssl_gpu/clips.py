@@ -24,7 +24,8 @@ class Clips:
     conditions: by name, [clip, src] or [clip] float64, what results are broken down by; NaN where unknown;
     entries: what each clip is made of, plain values ready for JSON; what was measured of it under "measured";
     draws: of what was drawn for them, on the CPU, that which is equal to the last bit on every machine: speech and
-    uniform numbers, but not their cosines or logarithms. Entries and draws are what the digest of a set is taken of.
+    uniform numbers, but not their cosines, logarithms or sums, nor normal numbers, of which entries have the seed.
+    Entries and draws are what the digest of a set is taken of.
     """
 
     audio: Tensor

@@ -139,6 +139,8 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
 
     pool: original_scenes(), of which the scenes are those of the given numbers: the same RIRs whenever a room comes
     again, as the original has one file a room. None: other images for every clip.
+    Entries have gains, the talkers' factors, and noise_seed, from which the noise is drawn, None without noise: that
+    goes into the digest in place of the noise, whose normal numbers differ in the last bits from machine to machine.
     """
     total = options.limit(len(scenes))
     for index, start in enumerate(range(0, total, BLOCK)):
@@ -160,10 +162,11 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
         audio = mix(dry.to(options.device), rirs, there, noise.to(options.device)).audio
         measures = measure_rirs(rirs, there)
         snr = noise.diffuse_snr
-        entries = [entry | {"num_images": count, "image_seed": image_seed, "diffuse_snr_db": level}
-                   for entry, count, image_seed, level in zip(
+        entries = [entry | {"num_images": count, "image_seed": image_seed, "gains": gains, "diffuse_snr_db": level,
+                            "noise_seed": None if level is None else [seed, index]}
+                   for entry, count, image_seed, gains, level in zip(
                        _entries(options.speech, rooms, used), images.active.sum(-1).tolist(), seeds,
-                       [x if math.isfinite(x) else None for x in snr.tolist()])]
+                       noise.gain.tolist(), [x if math.isfinite(x) else None for x in snr.tolist()])]
         draws = (dry, images.ratio, images.perturbation)
         yield _clips(audio, rooms, numbers[block][kept], dry, measures, snr, entries, draws)
 
@@ -283,8 +286,8 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
         part = slice(start, min(start + BLOCK, total))
         pair = pairs[part]
         used = CropBatch(crops.utterance[part], crops.offset[part])
-        dry = gather_crops(options.speech, used, NUM_SAMPLES)
-        dry = dry / dry.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        drawn = gather_crops(options.speech, used, NUM_SAMPLES)
+        dry = drawn / drawn.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
         response = rirs[pair].movedim(1, 2)                             # [clip, mic, src, tap]
         audio = convolve_sources(dry.to(options.device), response.to(options.device), NUM_SAMPLES)
         pick = [[places[index] for index in row] for row in pair.tolist()]
@@ -301,7 +304,7 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
         mic_pos = torch.tensor([[0.0, 0, 0], [spacing, 0, 0]], dtype=torch.float64).expand(len(pair), -1, -1)
         scene = pair.sort(-1).values @ torch.tensor([len(places), 1])
         # In the plane of the array: the folded azimuth is the cone angle.
-        yield Clips(audio, mic_pos, angle, angle, scene, conditions, entries, (dry, response))
+        yield Clips(audio, mic_pos, angle, angle, scene, conditions, entries, (drawn, response))
 
 
 def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:

@@ -103,6 +103,21 @@ def test_sets_differ_in_what_they_say_they_differ_in(speech):
     assert not torch.allclose(clean.cone, clean.azimuth.abs(), atol=0.01)
 
 
+def test_digest_is_of_speech_before_arithmetic_and_of_the_seed_of_the_noise(speech, folder):
+    """A sum over samples, and normal numbers, have other last bits on another CPU: neither is hashed."""
+    [clean], [noisy], [real] = (all_clips(name, speech, 3, folder=str(folder)) for name in ("e1", "e1n5", "e3"))
+    for clips in (clean, noisy, real):
+        whole = clips.draws[0] * 32768
+        assert torch.equal(whole, whole.round()) and whole.abs().max() > 1000
+    assert [entry["noise_seed"] for entry in noisy.entries] == [[protocol.SEEDS["e1"], 0]] * 3
+    assert [entry["noise_seed"] for entry in clean.entries] == [None] * 3
+    for clips in (clean, noisy):
+        assert [entry["gains"] for entry in clips.entries] == [[1.0, 1.0]] * 3
+        for change in ({"noise_seed": [1, 2]}, {"gains": [1.0, 0.5]}):
+            other = replace(clips, entries=[entry | change for entry in clips.entries])
+            assert digest_of([other]) != digest_of([clips])
+
+
 def test_circumstances_are_those_of_the_clips(speech):
     [clips] = all_clips("e1", speech, 6)
     conditions = clips.conditions
@@ -164,8 +179,8 @@ def test_measured_rooms_are_heard_as_their_index_says(folder, speech):
     assert clips.audio.shape == (12, 2, NUM_SAMPLES)
     assert set(map(tuple, torch.rad2deg(clips.cone).round().tolist())) <= {
         (a, b) for a in (0.0, 60.0, 90.0) for b in (0.0, 60.0, 90.0) if a != b}
-    dry, response = clips.draws
-    assert_close(dry.square().mean(-1), torch.ones(12, 2))
+    drawn, response = clips.draws
+    dry = drawn / drawn.square().mean(-1, keepdim=True).sqrt()
     expected = sum(torch.nn.functional.conv1d(torch.nn.functional.pad(dry[0, s], (responses.shape[-1] - 1, 0))[None],
                                               responses[None, None].flip(-1))[0]
                    for s, responses in enumerate(response[0, 1]))
