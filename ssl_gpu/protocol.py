@@ -274,13 +274,19 @@ def _their_rirs(pyroomacoustics: ModuleType, scenes: SceneBatch, index: int) -> 
 
 
 def _real_rooms(options: SetOptions) -> Iterator[Clips]:
-    """e3: two utterances of equal power through any two RIRs of one configuration, as they are."""
+    """e3: two utterances of equal power through any two RIRs of one configuration, as they are.
+
+    The clusters of a clip are its two loudspeaker positions. RIRs of one angle and distance are of one position,
+    whatever the configuration of the room: what is hard about it may stay. Without distances, angles alone count.
+    """
     rirs, places = options.measured
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SCENE, 0)
     pairs = _draw_pairs(places, generator)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(options.speech, NUM_CLIPS_E3, 2, NUM_SAMPLES, Crop.FIRST, generator=generator)
     total = options.limit(NUM_CLIPS_E3)
+    positions = [(place["cone_deg"], place.get("distance_m")) for place in places]
+    position = torch.tensor([positions.index(key) for key in positions])
     cone = torch.deg2rad(torch.tensor([place["cone_deg"] for place in places], dtype=torch.float64))
     for start in range(0, total, BLOCK):
         part = slice(start, min(start + BLOCK, total))
@@ -302,9 +308,8 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
                       "angle_deg": torch.rad2deg(angle)}
         spacing = places[0]["mic_spacing_m"]
         mic_pos = torch.tensor([[0.0, 0, 0], [spacing, 0, 0]], dtype=torch.float64).expand(len(pair), -1, -1)
-        scene = pair.sort(-1).values @ torch.tensor([len(places), 1])
         # In the plane of the array: the folded azimuth is the cone angle.
-        yield Clips(audio, mic_pos, angle, angle, scene, conditions, entries, (drawn, response))
+        yield Clips(audio, mic_pos, angle, angle, position[pair], conditions, entries, (drawn, response))
 
 
 def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:

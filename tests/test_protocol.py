@@ -189,6 +189,28 @@ def test_measured_rooms_are_heard_as_their_index_says(folder, speech):
     assert float((clips.mic_pos[0, 1] - clips.mic_pos[0, 0]).norm()) == pytest.approx(0.09)
 
 
+def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, speech):
+    """One angle and distance are one position in any configuration; without distances, one angle is."""
+    index = json.loads((folder / "index.json").read_text())
+    for rir, configuration, cone, distance in zip(index["rirs"], "aabb", (30, 60, 30, 30), (1, 1, 1, 2)):
+        rir.update(configuration=configuration, cone_deg=cone, distance_m=distance)
+    (folder / "index.json").write_text(json.dumps(index))
+    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    position = [[["0.wav", "1.wav", "2.wav", "3.wav"].index(file) for file in entry["rirs"]] for entry in clips.entries]
+    assert clips.scene.shape == (40, 2)
+    numbers = {}
+    for files, row in zip(position, clips.scene.tolist()):
+        for file, number in zip(files, row):
+            assert numbers.setdefault(file, number) == number
+    assert numbers[0] == numbers[2] and len({numbers[0], numbers[1], numbers[3]}) == 3
+    assert torch.equal(Truth.of([clips, clips]).scene, torch.cat([clips.scene] * 2))
+    for rir in index["rirs"]:
+        del rir["distance_m"]
+    (folder / "index.json").write_text(json.dumps(index))
+    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    assert len(clips.scene.unique()) == 2
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda index: index["rirs"].clear(), "must hold at least 2 rirs with 0 <= cone_deg <= 180, got 0"),
     (lambda index: index["rirs"][1].update(cone_deg=181),

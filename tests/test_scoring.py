@@ -12,6 +12,9 @@ from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.scoring import BINS, bayes_azimuth, bootstrap, detection, score_angles
 
 
+RECORDED = [[1.8571428571428572, 3.625], [1.6153846153846154, 4.0]]
+
+
 def rad(*degrees):
     return torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
 
@@ -64,6 +67,39 @@ def test_intervals_cover_their_mean_and_draw_whole_scenes():
     assert (high - low) == pytest.approx(4 / math.sqrt(40) * float(values[:40].std()), rel=0.2)
     assert bootstrap(few, torch.arange(400)) != bootstrap(few, torch.arange(40).repeat_interleave(10))
     assert bootstrap(values, torch.arange(400)) == bootstrap(values, torch.arange(400))
+
+
+def test_intervals_of_single_clusters_are_the_recorded_ones():
+    """To the bit, as before clips could have several clusters; of whole numbers, which any machine sums alike."""
+    values = torch.arange(30, dtype=torch.float64).view(15, 2) % 7
+    assert bootstrap(values, torch.arange(15) % 4) == RECORDED
+    assert bootstrap(values, 10 * (torch.arange(15) % 4)) == RECORDED  # whatever their numbers
+
+
+def test_intervals_of_pairs_are_those_of_a_plain_loop_and_wider_than_of_clips():
+    """200 clips of two of 20 positions, each with an error of its own: the crossed bootstrap, loop by loop."""
+    generator = torch.Generator().manual_seed(5)
+    pair = torch.rand(200, 20, generator=generator).topk(2).indices
+    own = torch.randn(20, generator=generator, dtype=torch.float64)
+    values = own[pair] + 0.1 * torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    found = bootstrap(values, 3 + 7 * pair)
+    chosen = torch.randint(20, (1000, 20), generator=torch.Generator().manual_seed(0)).numpy()
+    means = []
+    for draw in chosen:
+        count = [int((draw == number).sum()) for number in range(20)]
+        total, weights = np.zeros(2), 0
+        for (a, b), row in zip(pair.tolist(), values.numpy()):
+            total += count[a] * count[b] * row
+            weights += count[a] * count[b]
+        means.append(total / weights)
+    np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975], axis=0).T, rtol=1e-12)
+    for wide, narrow in zip(found, bootstrap(values, 20 * pair[:, 0] + pair[:, 1])):
+        assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+
+
+def test_a_draw_without_any_clip_does_not_count():
+    """One clip of two clusters: every other draw has none of it, the rest only it."""
+    assert bootstrap(torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([[0, 1]])) == [[3.0, 3.0]]
 
 
 def test_floors_of_the_original_law():
