@@ -9,6 +9,7 @@ import torch
 
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
+from ssl_gpu.report import is_leaked
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
@@ -19,7 +20,7 @@ def page(found: dict[str, Assessment], table: str) -> str:
     """The page as text. Raises ValueError without matplotlib."""
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><pre>{html.escape(table)}</pre>"]
     for name, assessment in found.items():
-        leaked = ", LEAKED" if assessment.result.get("leaked_rooms") else ""
+        leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")
         parts += [f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                   for png in (_by_condition(assessment), _against_truth(assessment)) if png is not None]
