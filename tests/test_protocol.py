@@ -11,12 +11,15 @@ from torch.testing import assert_close
 
 from ssl_gpu import protocol, rng
 from ssl_gpu.clips import DERIVED, Digest, Truth
+from ssl_gpu.config import RunConfig, from_mapping
+from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import (NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, eval_rooms_trained_in,
                               num_blocks, read_measured)
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes, sample_scenes
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import make_bank
+from ssl_gpu.train import draw_batch, prepare, training_speech
 
 CPU = torch.device("cpu")
 
@@ -156,6 +159,31 @@ def test_no_scene_of_evaluation_occurs_in_training(speech):
             generator = rng.generator(seed, rng.Split.TRAIN, rng.Stream.SCENE, step)
             scenes = sample_scenes(SceneConfig(), 100, generator=generator)
             assert not places(scenes) & known
+
+
+def test_training_asks_for_random_streams_of_training_alone(tmp_path, monkeypatch):
+    """The trainer's own draws, speech and rooms and noise, whatever the seed; and so do its voices and its weights."""
+    asked, generator = [], rng.generator
+
+    def spy(seed, split, stream, *rest, **named):
+        asked.append((seed, split, stream))
+        return generator(seed, split, stream, *rest, **named)
+
+    cfg = from_mapping(RunConfig, {
+        "speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
+        "rir": {"num_images": [64, 128]}, "features": {"num_bands": 4, "num_delays": 17},
+        "model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "eval": {"num_clips": 2},
+        "mixture": {"diffuse_snr_db": [0, 20]},
+        "train": {"steps": 3, "device": "cpu", "batch_size": 2, "seed": protocol.SEEDS["e1"]}})
+    run = prepare(cfg, tmp_path, None)
+    monkeypatch.setattr("ssl_gpu.rng.generator", spy)
+    for step in range(3):
+        draw_batch(run, step)
+    training_speech(cfg, CPU)
+    build_localizer(cfg)
+    assert {stream for _, _, stream in asked} == {rng.Stream.SPEECH, rng.Stream.SCENE, rng.Stream.VOICES,
+                                                  rng.Stream.MODEL}
+    assert {(seed, split) for seed, split, _ in asked} == {(protocol.SEEDS["e1"], rng.Split.TRAIN)}
 
 
 @pytest.fixture
