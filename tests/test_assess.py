@@ -1,5 +1,6 @@
 """A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import yaml
 from test_protocol import folder, speech  # noqa: F401  fixtures
 
 from ssl_gpu import assess as assessing
-from ssl_gpu import protocol
 from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu import protocol, webpage
 from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
+from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import SetOptions, read_measured
 from ssl_gpu.runtime import versions
@@ -134,12 +136,12 @@ def test_a_model_that_has_been_in_the_rooms_of_a_set_is_marked(overrides, leaked
 @pytest.fixture(scope="module")
 def speakers(tmp_path_factory):
     """A folder of four talkers in LibriSpeech's layout."""
-    folder = tmp_path_factory.mktemp("speech")
+    place = tmp_path_factory.mktemp("speech")
     noise = np.random.default_rng(0).normal(0, 0.1, (4, 50000))
     for number, audio in enumerate(noise):
-        (folder / f"{number}" / "1").mkdir(parents=True)
-        soundfile.write(folder / f"{number}" / "1" / f"{number}-1-0001.wav", audio, 16000)
-    return folder
+        (place / f"{number}" / "1").mkdir(parents=True)
+        soundfile.write(place / f"{number}" / "1" / f"{number}-1-0001.wav", audio, 16000)
+    return place
 
 
 @pytest.mark.parametrize("talkers, expected", [(["9", "3", "1"], 2), (["7"], 0), (None, None)])
@@ -185,10 +187,27 @@ def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
 
 def test_page_holds_tables_and_plots(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run(checkpoint, "--sets", "e1", "--clips", 4, "--html", tmp_path / "page.html") == 0
+    assert run(checkpoint, "--sets", "e1", "--clips", 9, "--html", tmp_path / "page.html") == 0
     text = (tmp_path / "page.html").read_text()
     assert text.startswith("<!doctype html>") and text.count("data:image/png;base64,iVBOR") == 2
-    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text
+    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text and text.count("<tr>") == 1 + 8 and "by SNR" not in text
+
+
+def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
+    """One clip done by hand, its angles in the other order than its talkers; the bars of both sets in one picture."""
+    pytest.importorskip("matplotlib")
+    options = SetOptions(eval_speech(from_mapping(RunConfig, TINY)), torch.device("cpu"), 6)
+    found = dict(assess(["e1", "e1n5"], options, None))
+    [clips] = protocol.clips_of("e1", options)
+    clip = next(row for row, cone in enumerate(clips.cone.tolist()) if cone[0] > cone[1])
+    names, cone = clips.entries[clip]["utterances"][::-1], torch.rad2deg(clips.cone[clip]).tolist()[::-1]
+    t20 = clips.conditions["t20_s"][clip].tolist()[::-1]
+    expected = (f"<td>{names[0]}, {names[1]}</td><td>{cone[0]:.1f} / {cone[1]:.1f}°</td>"
+                f"<td>{t20[0]:.2f} / {t20[1]:.2f} s</td>")
+    text = webpage.page(found, "")
+    assert expected in text and text.count('<img alt="errors by SNR"') == 1 and "off by" not in text
+    heard = replace(found["e1"], cone=found["e1"].truth.cone + torch.deg2rad(torch.tensor([1.0, 2.0])))
+    assert (f"<td>{cone[0] + 1:.1f} / {cone[1] + 2:.1f}°</td><td>1.0 / 2.0°</td>") in webpage.page({"e1": heard}, "")
 
 
 @pytest.mark.parametrize("arguments, message", [
