@@ -223,9 +223,10 @@ def import_pyroomacoustics() -> ModuleType:
 
 
 def _other_simulator(options: SetOptions) -> Iterator[Clips]:
-    """e2: complete image-source RIRs by pyroomacoustics, with its own speed of sound, 343 m/s, and high-pass.
+    """e2: image-source RIRs by pyroomacoustics, with its own speed of sound, 343 m/s, and high-pass.
 
-    Absorption by its inverse_sabine, 0.99 where that finds none.
+    Absorption by its inverse_sabine, and all images up to the order that it asks for, but to 60 at most. Of the 500
+    rooms 268 stop below 60; 9 are so dead that it finds no absorption: they have 0.99, and order 60.
     """
     pyroomacoustics = import_pyroomacoustics()
     scenes, crops, numbers = draw_fresh(options)

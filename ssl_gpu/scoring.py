@@ -115,10 +115,11 @@ def _by_bin(error: Tensor, values: Tensor, edges: tuple[float, ...]) -> list[dic
 
 
 def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:
-    """What a listener who knows both cone angles and both distances exactly would answer: [clip, src] rad, ascending.
+    """The best guess from each talker's cone angle and distance, exactly known: [clip, src] rad, ascending.
 
-    Posterior medians of the sorted azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the
-    300 sampled sources nearest in (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
+    The talkers are taken as independent, though they share the height of the array. Posterior medians of the sorted
+    azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the 300 sampled sources nearest in
+    (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
     """
     generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)
     scenes = sample_scenes(cfg, FLOOR_SAMPLES // cfg.num_src, generator=generator)

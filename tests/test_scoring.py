@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_gpu.clips import Truth
-from ssl_gpu.metrics import build_angle_map
+from ssl_gpu.metrics import build_angle_map, localisation_metrics
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.scoring import BINS, bayes_azimuth, bootstrap, detection, score_angles
 
@@ -102,8 +102,17 @@ def test_a_draw_without_any_clip_does_not_count():
     assert bootstrap(torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([[0, 1]])) == [[3.0, 3.0]]
 
 
-def test_floors_of_the_original_law():
-    """Fresh scenes: 6.9 / 6.9 degrees with the cone angles known, 6.6 / 6.7 with the distances, too."""
+def test_floor_with_known_cone_angles_is_the_one_measured_independently():
+    """40,000 fresh scenes; the figures were found without this package. Seeds differ by 0.06 degrees."""
+    law = sample_scenes(SceneConfig(), 20000, generator=torch.Generator().manual_seed(4))
+    scenes = sample_scenes(SceneConfig(), 40000, generator=torch.Generator().manual_seed(6))
+    found = build_angle_map(law.azimuth, law.cone_angle).cone_to_azimuth(scenes.cone_angle)
+    error = localisation_metrics(found, scenes.azimuth.abs(), scenes.cone_angle, scenes.cone_angle)
+    assert error["azimuth_class_mae_deg"] == pytest.approx([6.64, 6.72], abs=0.15)
+
+
+def test_floor_with_known_distances_is_a_little_lower():
+    """Coarsely: 1,500 scenes, on which the cone angles alone leave 6.9 / 6.9 degrees."""
     scenes = sample_scenes(SceneConfig(), 1500, generator=torch.Generator().manual_seed(3))
     order = scenes.cone_angle.argsort(-1)
     truth = Truth(scenes.azimuth.abs().sort(-1).values, scenes.cone_angle.gather(-1, order), torch.arange(1500),
@@ -112,5 +121,4 @@ def test_floors_of_the_original_law():
     exact = build_angle_map(law.azimuth, law.cone_angle).cone_to_azimuth(truth.cone)
     known, floor = (score_angles(azimuth, truth.cone, truth)["azimuth_class_mae_deg"]
                     for azimuth in (exact, bayes_azimuth(SceneConfig(), truth)))
-    assert known == pytest.approx([6.9, 6.9], abs=0.6) and floor == pytest.approx([6.6, 6.7], abs=0.6)
-    assert sum(floor) < sum(known)
+    assert floor == pytest.approx([6.6, 6.7], abs=0.6) and sum(floor) < sum(known)
