@@ -27,12 +27,14 @@ BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
 
 @dataclass(frozen=True, eq=False)
 class Assessment:
-    """What there is to say of a localiser on one set: result, plain values ready for JSON; the truth; and the cone
-    angles that it heard, [clip, src] rad, ascending, None where no localiser was asked."""
+    """What there is to say of a localiser on one set: result, plain values ready for JSON; the truth; the cone angles
+    that it heard, [clip, src] rad, ascending, None where no localiser was asked; and names of the utterances, of each
+    clip in the order of their cone angles, as the truth is."""
 
     result: dict[str, Any]
     truth: Truth
     cone: Tensor | None
+    utterances: list[list[str]]
 
 
 def assess(names: Iterable[str], options: SetOptions, localizer_for: Callable[[float], Localizer] | None,
@@ -89,7 +91,9 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     if manifest is not None:
         lines = "".join(json.dumps(entry) + "\n" for part in parts for entry in part.entries)
         write_text(manifest / f"{name}.jsonl", lines)
-    return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None)
+    utterances = [[entry["utterances"][src] for src in order] for part in parts
+                  for entry, order in zip(part.entries, part.cone.argsort(-1).tolist())]
+    return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None, utterances)
 
 
 def _gcc(audio: Tensor, clips: Clips, spacing: float) -> dict[Pooling, Tensor]:
@@ -101,8 +105,13 @@ def _gcc(audio: Tensor, clips: Clips, spacing: float) -> dict[Pooling, Tensor]:
 
 
 def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | None:
-    """Class errors in azimuth, [low, high] degrees, that no listener with two microphones can be below: of one who
-    knows every cone angle, and of one who knows the distances, too. None where the sources' height is known."""
+    """Class errors in azimuth, [low, high] degrees, of the best guess from each talker's cone angle, exactly known, and
+    from cone angle and distance. None where the sources' height is known.
+
+    Two microphones hear no more of a direction, but these are errors of one estimator on the scenes of a set: it takes
+    the talkers as independent, though they share the height of the array, and on a finite set a system may be below it
+    by luck.
+    """
     if name in PLANAR:
         return None
     exact = score_angles(law.angle_map.cone_to_azimuth(truth.cone), truth.cone, truth)
@@ -125,4 +134,4 @@ def check_set(name: str, options: SetOptions) -> None:
     if name == "e2":
         import_pyroomacoustics()
     if name == "e3":
-        options.measured  # which reads it
+        _ = options.measured  # reads and checks the folder, here rather than after minutes, and keeps it for the set

@@ -20,11 +20,13 @@ class Clips:
     """Some clips of an evaluation set.
 
     audio [clip, mic, sample] float32; mic_pos [clip, mic, 3] m; azimuth, cone [clip, src] rad, seen from the array;
-    scene [clip] int64: clips of one number share their room and positions, so their errors are not independent;
+    scene [clip] or [clip, k] int64: numbers of the 1 or k clusters that a clip belongs to. Clips of one number share a
+    room and positions, or, of k, one of them, so their errors are not independent;
     conditions: by name, [clip, src] or [clip] float64, what results are broken down by; NaN where unknown;
     entries: what each clip is made of, plain values ready for JSON; what was measured of it under "measured";
     draws: of what was drawn for them, on the CPU, that which is equal to the last bit on every machine: speech and
-    uniform numbers, but not their cosines or logarithms. Entries and draws are what the digest of a set is taken of.
+    uniform numbers, but not their cosines, logarithms or sums, nor normal numbers, of which entries have the seed.
+    Entries and draws are what the digest of a set is taken of.
     """
 
     audio: Tensor
@@ -39,8 +41,9 @@ class Clips:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Clips without audio, of a whole set: azimuth, cone [clip, src] rad, each ascending; scene [clip] int64;
-    conditions, those of sources [clip, src] in the order of their cone angles, those of clips [clip], or NaN."""
+    """Clips without audio, of a whole set: azimuth, cone [clip, src] rad, each ascending; scene [clip] or [clip, k]
+    int64, as of Clips; conditions, those of sources [clip, src] in the order of their cone angles, those of clips
+    [clip], or NaN."""
 
     azimuth: Tensor
     cone: Tensor

@@ -4,7 +4,7 @@ Without --sets on the evaluation set of its run. With --sets on those of ssl_gpu
 model: e0 the original's protocol, e0b and e1 2,000 fresh rooms of its law, e1p with sources at the array's height, e1n5
 with diffuse noise at 5 dB, e2 rooms by pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR. A model
 trained with scene.pool=original has been in e0's rooms: its e0 is marked as leaked, in the table and as leaked_rooms in
-JSON.
+JSON. So is a result on talkers of the training, leaked_talkers.
 """
 from __future__ import annotations
 
@@ -47,20 +47,37 @@ def eval_speech(cfg: RunConfig) -> SpeechBank:
     return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
 
 
-def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] = ()) -> tuple[EvalSet, dict[str, Any]]:
-    """The evaluation set, and the part of a result that no model changes: chance, baseline and digest.
+def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | None:
+    """How many talkers of evaluation speech were heard in training, with a line of warning when there are some.
 
-    heard: names of the utterances in training; a line is printed when the evaluation speech holds some of them.
+    heard: labels of the training's talkers, None where they are unknown; then so is the number. Synthetic voices are
+    drawn anew, from other random streams in training and evaluation: of them none. Labels are all there is to go by:
+    outside LibriSpeech's layout, files of one name in either folder count as one talker.
+    """
+    if not bank.talkers:
+        return 0
+    if heard is None:
+        return None
+    again = set(heard) & set(bank.talkers)
+    if again:
+        print(f"warning: {len(again)} of {bank.num_speakers} talkers of speech.eval were heard in training, "
+              f"{min(again)} for one: the result is not one of unseen talkers", file=sys.stderr)
+    return len(again)
+
+
+def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | None = None
+                 ) -> tuple[EvalSet, dict[str, Any]]:
+    """The evaluation set, and the part of a result that no model changes: chance, baseline, digest and leaked_talkers.
+
+    heard: as for leaked_talkers.
     Raises ValueError where speech or scene law are unusable.
     """
     law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
     bank = eval_speech(cfg)
-    again = set(heard) & set(bank.names)
-    if again:
-        print(f"warning: {len(again)} of {len(bank.names)} files of speech.eval are in speech.train too, "
-              f"{min(again)} for one: the result is not one of unseen talkers", file=sys.stderr)
+    leaked = leaked_talkers(heard, bank)
     eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
-    fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest}
+    fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest,
+             "leaked_talkers": leaked}
     return eval_set, fixed
 
 
@@ -73,7 +90,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
     localizer = load_localizer(weights, cfg, path).to(device)
-    eval_set, fixed = prepare_eval(cfg, device)
+    eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
     return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
@@ -82,8 +99,9 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
     overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones. manifest: a folder for
-    <set>.jsonl. Results have steps, how many the weights were trained, and leaked_rooms, how many rooms of the set they
-    were trained in, by the checkpoint, whatever the overrides; None for the baselines.
+    <set>.jsonl. Results have what is known of the weights: target, steps and examples of their training, parameters;
+    leaked_rooms, how many rooms of the set they were trained in, and leaked_talkers, how many talkers of speech.eval,
+    both by the checkpoint, whatever the overrides; all None for the baselines. Further device and versions.
     Raises ValueError for an unusable checkpoint, configuration, speech or set.
     """
     names = [name.strip() for name in sets.split(",")]
@@ -97,22 +115,29 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     weights = None if path is None else read_weights(path)
     cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
+    about = dict.fromkeys(("target", "steps", "examples", "parameters", "leaked_talkers"))
+    speech = eval_speech(cfg)
     if weights is not None:
         check_model(cfg)
+        about = {"target": cfg.target.angle.value, "steps": weights.step,
+                 "examples": weights.step * from_mapping(RunConfig, weights.config).train.batch_size,
+                 "parameters": sum(p.numel() for p in load_localizer(weights, cfg, path).parameters()),
+                 "leaked_talkers": leaked_talkers(weights.talkers, speech)}
+    about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
 
     def localizer_for(spacing: float) -> Localizer:
         localizer = load_localizer(weights, cfg, path).to(device).eval()
         tell_spacing(localizer, cfg, spacing)
         return localizer
 
-    options = SetOptions(eval_speech(cfg), device, count, folders[-1] if folders else None)
+    options = SetOptions(speech, device, count, folders[-1] if folders else None)
     for name in names:
         check_set(name, options)
     found = dict(assess(names, options, None if weights is None else localizer_for,
                         None if manifest is None else Path(manifest)))
     trained = None if weights is None else from_mapping(SceneConfig, weights.config.get("scene", {}), "scene")
     for name, assessment in found.items():
-        assessment.result["steps"] = None if weights is None else weights.step
+        assessment.result.update(about)
         assessment.result["leaked_rooms"] = None if trained is None else eval_rooms_trained_in(name, trained)
     return found
 

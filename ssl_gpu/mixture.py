@@ -28,9 +28,10 @@ class MixtureConfig:
         array; None for no such noise.
     noise_probability: each of the two noises is added to this share of the examples, independently.
     An SNR compares the mean power of the reverberant mixture over clip and microphones with that of one noise.
-    mic_gain_db: half the width of the uniform law of each microphone's gain about 0 dB.
-    mic_phase_deg: no two microphones' phases differ by more, at any frequency; each one's is a smooth curve over
-        frequency (ssl_gpu.microphones), that is 0 at 0 Hz.
+    mic_gain_db: half the width of the uniform law of each microphone's gain about 0 dB: two differ by up to twice that.
+    mic_phase_deg: no two microphones' phases differ by more, at any frequency, and typically by a fifth of it: with 5
+        by 1.0 degree (RMS) from 500 Hz up, 0.5 at 200 Hz. Each one's is a smooth curve over frequency
+        (ssl_gpu.microphones), that is 0 at 0 Hz.
     Gain and phase shape all that reaches the microphone, speech and diffuse noise, but not its own sensor noise; SNRs
     are of what they make of it.
 

@@ -3,7 +3,7 @@
     python -m ssl_gpu.pretrained RUN --out DIR [--evaluation FILE] [--force]     makes such a folder of a finished run
 
 weights.safetensors   the averaged weights, or the weights themselves where none were averaged, in at most 6 MB: in
-                      float32 if they fit, else in float16
+                      float32 if they fit, else in float16; with how many steps and on which talkers they were trained
 config.yaml           the run's configuration, without the places of its files: of a speech folder the last name is left
 metrics.jsonl         the run's training log, thinned to 200 kB
 result.json           the run's own evaluation
@@ -48,11 +48,13 @@ MAX_LOG_BYTES = 200_000
 @dataclass(frozen=True, eq=False)
 class Weights:
     """state: the state dict of a localiser, name -> tensor. config: the nested mapping of its run's configuration.
-    step: how many steps it was trained."""
+    step: how many steps it was trained. talkers: labels of the talkers that it heard then, as ssl_gpu.speech tells them
+    apart, none of synthetic voices; None where an older ssl_gpu did not write them."""
 
     state: dict[str, Tensor]
     config: dict[str, Any]
     step: int
+    talkers: list[str] | None
 
 
 def build_localizer(cfg: RunConfig) -> Localizer:
@@ -117,7 +119,13 @@ def read_weights(path: str | Path) -> Weights:
     if (path / WEIGHTS).is_file():
         return _read_folder(path)
     checkpoint = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
-    return Weights(checkpoint.ema or checkpoint.model, checkpoint.config, checkpoint.step)
+    return Weights(checkpoint.ema or checkpoint.model, checkpoint.config, checkpoint.step,
+                   trained_talkers(checkpoint.extra, checkpoint.config))
+
+
+def trained_talkers(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[str] | None:
+    """Weights.talkers, from what stands beside weights (of a checkpoint: extra) and the configuration of their run."""
+    return about.get("talkers", None if (config.get("speech") or {}).get("train") else [])
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -134,7 +142,8 @@ def _read_folder(folder: Path) -> Weights:
         raise CheckpointError(f"{path} holds no weights of ssl_gpu, though it is a safetensors file")
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of format {about.get('format')}, this ssl_gpu reads {FORMAT}")
-    return Weights(state, load_yaml(folder / CONFIG), about["step"])
+    config = load_yaml(folder / CONFIG)
+    return Weights(state, config, about["step"], trained_talkers(about, config))
 
 
 def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | Path | None = None,
@@ -152,8 +161,8 @@ def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | 
         raise ValueError(f"{run} must be the folder of a finished run, it holds no {RESULT}")
     weights = read_weights(run)
     cfg = from_mapping(RunConfig, weights.config)
-    content = safetensors.torch.save(packed(load_localizer(weights, cfg, run).state_dict()),
-                                     {ABOUT: json.dumps({"format": FORMAT, "step": weights.step})})
+    about = {"format": FORMAT, "step": weights.step, "talkers": weights.talkers}
+    content = safetensors.torch.save(packed(load_localizer(weights, cfg, run).state_dict()), {ABOUT: json.dumps(about)})
     result = _read_json(run / RESULT)
     log = thinned_log(_read_text(run / METRICS))
     table = None if evaluation is None else _read_json(Path(evaluation))

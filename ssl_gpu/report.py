@@ -31,9 +31,15 @@ def _cell(value: float | list[float], unit: str) -> str:
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}"
 
 
+def is_leaked(result: dict[str, Any]) -> bool:
+    """Whether a model met rooms or talkers of a result in its training."""
+    return bool(result.get("leaked_rooms") or result.get("leaked_talkers"))
+
+
 def result_table(result: dict[str, Any]) -> str:
     """The model of a result.json beside GCC-PHAT and chance, and what they were tested on."""
-    table = metrics_table({"model": result, "GCC-PHAT": result["baseline"], "chance": result["chance"]})
+    model = "model, LEAKED" if is_leaked(result) else "model"
+    table = metrics_table({model: result, "GCC-PHAT": result["baseline"], "chance": result["chance"]})
     return (f"{result['num_clips']} clips, each in a room of its own that training never draws; evaluation set "
             f"{result['eval_digest']}\n"
             f"errors of the smaller / the larger angle in degrees; azimuth from the cone angle where only that is "
@@ -54,13 +60,14 @@ SET_COLUMNS = (
 def sets_table(results: dict[str, dict[str, Any]]) -> str:
     """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors.
 
-    A model that was trained in rooms of a set (leaked_rooms) is LEAKED in its row and in a sentence below."""
+    A model that was trained in rooms of a set (leaked_rooms), or on its talkers (leaked_talkers), is LEAKED in its row
+    and in a sentence below."""
     lines = [["set", "", *(name for name, _ in SET_COLUMNS)]]
     for name, result in results.items():
         rows = {"GCC-PHAT, max": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"],
                 "chance": result["chance"]}
         if "cone_mae_deg" in result:
-            rows = {"model, LEAKED" if result.get("leaked_rooms") else "model": result, **rows}
+            rows = {"model, LEAKED" if is_leaked(result) else "model": result, **rows}
         for who, row in rows.items():
             lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
         if result["floor"] is not None:
@@ -73,4 +80,7 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
     leaks = "".join(f"\n{name} is LEAKED: the model was trained in {result['leaked_rooms']} of its {NUM_EVAL_SCENES} "
                     f"rooms (scene.pool=original), this says nothing about other rooms"
                     for name, result in results.items() if result.get("leaked_rooms"))
+    leaks += "".join(f"\n{name} is LEAKED: the model was trained on {result['leaked_talkers']} talkers of speech.eval, "
+                     f"this says nothing about other talkers"
+                     for name, result in results.items() if result.get("leaked_talkers"))
     return f"{table}\nerrors in degrees, of the smaller / the larger angle; sets: {digests}{leaks}"

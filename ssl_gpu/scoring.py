@@ -32,7 +32,7 @@ def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
     detection_at_10: misses (mdr), false alarms (far) and the mean error of hits (fine_error_deg), each talker matched
     in order to at most one estimate within 10 degrees;
     interval_95: of cone_mae_deg, azimuth_class_mae_deg (each [low, high] per source) and acc_at_10, by a bootstrap over
-    scenes; by: by circumstance, see BINS.
+    scenes, or over what else clips share (truth.scene); by: by circumstance, see BINS.
     """
     azimuth, cone = (sorted_angles(angle.double().cpu()) for angle in (azimuth, cone))
     error = torch.rad2deg((cone - truth.cone).abs())                    # [clip, src]
@@ -76,18 +76,26 @@ def detection(cone: Tensor, truth: Tensor) -> dict[str, float | None]:
 
 
 def bootstrap(values: Tensor, scene: Tensor) -> list[list[float]]:
-    """95 % intervals of the means of values [clip, column]: whole scenes are drawn, since the clips of one are alike.
+    """95 % intervals of the means of values [clip, column]: whole clusters are drawn, since the clips of one are alike.
 
-    scene [clip] int64. [[low, high] per column]; the draws are always the same.
+    scene [clip] int64, a cluster per clip; or [clip, k], all k of which it shares with others (two loudspeakers): a
+    clip then counts as often as the product of how often each of its clusters was drawn (the crossed bootstrap of Owen,
+    Annals of Applied Statistics 1(2), 2007), a draw without any clip not at all.
+    [[low, high] per column]; the draws are always the same.
     """
     _, cluster = scene.unique(return_inverse=True)
     number = int(cluster.max()) + 1
-    sums = torch.zeros(number, values.shape[1], dtype=torch.float64).index_add_(0, cluster, values)
-    counts = torch.bincount(cluster, minlength=number).double()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(number, (RESAMPLES, number), generator=generator)
     ones = torch.ones_like(chosen, dtype=torch.float64)
-    weight = torch.zeros_like(ones).scatter_add_(1, chosen, ones)
+    weight = torch.zeros_like(ones).scatter_add_(1, chosen, ones)       # [resample, cluster]
+    if cluster.ndim == 1:
+        sums = torch.zeros(number, values.shape[1], dtype=torch.float64).index_add_(0, cluster, values)
+        counts = torch.bincount(cluster, minlength=number).double()
+    else:
+        weight = weight[:, cluster].prod(-1)                            # [resample, clip]
+        weight = weight[weight.sum(-1) > 0]
+        sums, counts = values, torch.ones(len(values), dtype=torch.float64)
     means = (weight @ sums) / (weight @ counts)[:, None]
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
 
@@ -107,10 +115,11 @@ def _by_bin(error: Tensor, values: Tensor, edges: tuple[float, ...]) -> list[dic
 
 
 def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:
-    """What a listener who knows both cone angles and both distances exactly would answer: [clip, src] rad, ascending.
+    """The best guess from each talker's cone angle and distance, exactly known: [clip, src] rad, ascending.
 
-    Posterior medians of the sorted azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the
-    300 sampled sources nearest in (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
+    The talkers are taken as independent, though they share the height of the array. Posterior medians of the sorted
+    azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the 300 sampled sources nearest in
+    (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
     """
     generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)
     scenes = sample_scenes(cfg, FLOOR_SAMPLES // cfg.num_src, generator=generator)

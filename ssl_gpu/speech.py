@@ -74,7 +74,8 @@ class SpeechBank:
 
     samples: [total] int16, full scale 32768. start, length: [utterance] int64, in samples. speaker: [utterance] int64,
     0 and up without gaps. speaker_start, speaker_count: [speaker] int64, each speaker's first utterance and how many
-    follow. names: one per utterance. sample_rate: Hz.
+    follow. names: one per utterance. sample_rate: Hz. talkers: a label per speaker, by which banks are compared; empty
+    for synthetic voices, which are nobody's.
     device: where gather_crops delivers; the tensors are there too, or else in pinned host memory when the bank was too
     large. draw_crops wants its generator on `samples.device`.
     """
@@ -88,6 +89,7 @@ class SpeechBank:
     names: tuple[str, ...]
     sample_rate: int
     device: torch.device
+    talkers: tuple[str, ...] = ()
 
     @property
     def num_speakers(self) -> int:
@@ -116,7 +118,8 @@ class CropBatch:
 
 
 def make_bank(
-    samples: Tensor, length: Tensor, speaker: Tensor, names: tuple[str, ...], sample_rate: int
+    samples: Tensor, length: Tensor, speaker: Tensor, names: tuple[str, ...], sample_rate: int,
+    talkers: tuple[str, ...] = (),
 ) -> SpeechBank:
     """A bank on the device of `samples` [total] int16; length and speaker [utterance] int64 are sorted by speaker."""
     speaker_count = torch.bincount(speaker)
@@ -130,6 +133,7 @@ def make_bank(
         names=names,
         sample_rate=sample_rate,
         device=samples.device,
+        talkers=talkers,
     )
 
 
@@ -159,7 +163,7 @@ def load_bank(
     )
     order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
     speaker = torch.tensor([order[label] for label in corpus.talker])
-    bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate)
+    bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate, tuple(order))
     if device == bank.device or fits_on_device(corpus.samples.nbytes, free_bytes):
         return bank.to(device)
     return replace(bank, samples=bank.samples.pin_memory(), device=device)

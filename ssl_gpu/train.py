@@ -35,7 +35,7 @@ from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.pretrained import build_localizer, trained_talkers
 from ssl_gpu.report import result_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Draw, Simulator
@@ -61,6 +61,7 @@ class Run:
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
     step_s: float = 0.0        # what a step takes, the slowest of late
+    talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
 
 
 def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
@@ -88,7 +89,9 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     device = runtime.pick_device(cfg.train.device)
     localizer = build_localizer(cfg)
     speech = training_speech(cfg, device)
-    eval_set, fixed = prepare_eval(cfg, device, speech.names if cfg.speech.train is not None else ())
+    before = [] if resumed is None else trained_talkers(resumed.extra, resumed.config)
+    talkers = None if before is None else sorted({*before, *speech.talkers})
+    eval_set, fixed = prepare_eval(cfg, device, talkers)
     simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
     if eval_rooms_in(cfg.scene) > 0:
         print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "
@@ -99,7 +102,8 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     localizer.to(device)
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     optimizer = build_optimizer(cfg.train, localizer)
-    run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer)
+    run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
+              talkers=talkers)
     if resumed is not None:
         try:
             restore(run, resumed)
@@ -209,7 +213,8 @@ def save(run: Run, step: int) -> None:
     """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written."""
     averaged = None if run.averaged is None else run.averaged.model
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
-                    config=to_mapping(run.cfg), extra={"elapsed_s": elapsed_s(run), "share": run.share})
+                    config=to_mapping(run.cfg),
+                    extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers})
 
 
 class Log:

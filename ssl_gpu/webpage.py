@@ -1,28 +1,40 @@
-"""Results on the evaluation sets as one HTML file: tables, errors by circumstance, estimates against truths."""
+"""Results on the evaluation sets as one HTML file: tables, errors by circumstance, estimates against truths, examples.
+
+An SNR is the same in all clips of a set: errors by SNR are drawn where both e1 and e1n5 are there.
+"""
 from __future__ import annotations
 
 import base64
 import html
 import io
+import math
 
 import torch
 
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
+from ssl_gpu.report import is_leaked
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
-STYLE = "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}img{max-width:100%}"
+EXAMPLES = 8  # clips of each set, its first
+STYLE = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}"
+         "img{max-width:100%}td,th{padding:0 1em 0 0;text-align:left}")
 
 
 def page(found: dict[str, Assessment], table: str) -> str:
     """The page as text. Raises ValueError without matplotlib."""
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><pre>{html.escape(table)}</pre>"]
     for name, assessment in found.items():
-        leaked = ", LEAKED" if assessment.result.get("leaked_rooms") else ""
+        leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")
-        parts += [f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-                  for png in (_by_condition(assessment), _against_truth(assessment)) if png is not None]
+        parts += [_image(name, png) for png in (_by_condition(_bins(assessment)), _against_truth(assessment))
+                  if png is not None]
+        parts.append(_examples(assessment))
+    if {"e1", "e1n5"} <= set(found):
+        noisy, clean = (_bins(found[name]) for name in ("e1n5", "e1"))
+        both = {who: {"snr_db": by["snr_db"] + clean[who]["snr_db"]} for who, by in noisy.items()}
+        parts.append("<h2>e1n5 and e1</h2>" + _image("errors by SNR", _by_condition(both)))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>ssl_gpu: evaluation</title>'
             f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
 
@@ -33,13 +45,40 @@ def _png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def _by_condition(assessment: Assessment) -> bytes | None:
+def _image(name: str, png: bytes) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _examples(assessment: Assessment) -> str:
+    """The first clips in a table, a row each: the two talkers by ascending cone angle."""
+    truth = torch.rad2deg(assessment.truth.cone)
+    heard = None if assessment.cone is None else torch.rad2deg(assessment.cone.double())
+    t20 = assessment.truth.conditions["t20_s"]
+    head = ("utterances", "cone angles", *(("heard", "off by") if heard is not None else ()), "T20")
+    rows = ["".join(f"<th>{title}</th>" for title in head)]
+    for clip, names in enumerate(assessment.utterances[:EXAMPLES]):
+        cells = [", ".join(names), _pair(truth[clip], "°")]
+        if heard is not None:
+            cells += [_pair(heard[clip], "°"), _pair((heard[clip] - truth[clip]).abs(), "°")]
+        cells.append(_pair(t20[clip], " s", 2))
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _pair(values: torch.Tensor, unit: str, digits: int = 1) -> str:
+    return " / ".join(f"{value:.{digits}f}" if math.isfinite(value) else "?" for value in values.tolist()) + unit
+
+
+def _bins(assessment: Assessment) -> dict[str, dict[str, list]]:
+    """Of model, where there is one, and GCC-PHAT: the bins of every condition."""
+    rows = {"GCC-PHAT": assessment.result["baseline"]["by"]}
+    return {"model": assessment.result["by"], **rows} if "by" in assessment.result else rows
+
+
+def _by_condition(rows: dict[str, dict[str, list]]) -> bytes | None:
     """Mean cone error in the bins of every condition that has more than one, as bars: model and GCC-PHAT."""
     from matplotlib.figure import Figure
 
-    rows = {"GCC-PHAT": assessment.result["baseline"]["by"]}
-    if "by" in assessment.result:
-        rows = {"model": assessment.result["by"], **rows}
     names = [name for name in CONDITIONS if len(rows["GCC-PHAT"].get(name, ())) > 1]
     if not names:
         return None

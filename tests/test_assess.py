@@ -1,20 +1,25 @@
 """A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from test_protocol import folder, speech  # noqa: F401  fixtures
 
 from ssl_gpu import assess as assessing
-from ssl_gpu import protocol
 from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu import protocol, webpage
 from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
+from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import SetOptions, read_measured
+from ssl_gpu.runtime import versions
 
 TINY = {"model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},
         "train": {"device": "cpu", "steps": 1},
@@ -88,8 +93,13 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
         assert run(checkpoint, "--sets", "e1,e1n5", "--clips", 4, "--json", f"{name}.json", "--manifest", name) == 0
         results.append(json.loads(Path(f"{name}.json").read_text()))
     assert results[0] == results[1] and list(results[0]) == ["e1", "e1n5"]
-    assert results[0]["e1"]["leaked_rooms"] == 0
-    assert results[0]["e1"]["steps"] == 7 and results[0]["e1"]["num_clips"] == 4
+    assert results[0]["e1"]["leaked_rooms"] == results[0]["e1"]["leaked_talkers"] == 0
+    cfg = from_mapping(RunConfig, TINY)
+    about = {"target": "cone", "steps": 7, "examples": 7 * cfg.train.batch_size, "device": "cpu",
+             "parameters": sum(p.numel() for p in build_localizer(cfg).parameters()), "versions": versions()}
+    for result in results[0].values():
+        assert {key: result[key] for key in about} == about | {"device": result["device"]} and result["device"]
+    assert results[0]["e1"]["num_clips"] == 4
     assert {"baseline", "chance", "eval_digest", "cone_mae_deg", "acc_at_10", "floor"} <= set(results[0]["e1"])
     lines = Path("a/e1.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[0])["diffuse_snr_db"] is None
@@ -123,6 +133,37 @@ def test_a_model_that_has_been_in_the_rooms_of_a_set_is_marked(overrides, leaked
                                       "(scene.pool=original), this says nothing about other rooms")
 
 
+@pytest.fixture(scope="module")
+def speakers(tmp_path_factory):
+    """A folder of four talkers in LibriSpeech's layout."""
+    place = tmp_path_factory.mktemp("speech")
+    noise = np.random.default_rng(0).normal(0, 0.1, (4, 50000))
+    for number, audio in enumerate(noise):
+        (place / f"{number}" / "1").mkdir(parents=True)
+        soundfile.write(place / f"{number}" / "1" / f"{number}-1-0001.wav", audio, 16000)
+    return place
+
+
+@pytest.mark.parametrize("talkers, expected", [(["9", "3", "1"], 2), (["7"], 0), (None, None)])
+def test_a_model_that_has_heard_the_talkers_is_marked(talkers, expected, speakers, tmp_path, monkeypatch, capsys):
+    """Whatever the set; of weights that do not say whom they heard, nothing is known."""
+    monkeypatch.chdir(tmp_path)
+    cfg = from_mapping(RunConfig, {**TINY, "speech": {"train": "there", "eval": "elsewhere"}})
+    save_checkpoint("checkpoint.pt", model=build_localizer(cfg), optimizer=None, ema=None, step=7,
+                    config=to_mapping(cfg), extra={} if talkers is None else {"talkers": talkers})
+    folders = [f"speech.eval={speakers}", f"speech.cache_dir={tmp_path / 'cache'}"]
+    assert run("checkpoint.pt", "--sets", "e1", "--clips", 2, "--json", "a.json", *folders) == 0
+    captured, leaked = capsys.readouterr(), bool(expected)
+    assert json.loads(Path("a.json").read_text())["e1"]["leaked_talkers"] == expected
+    assert ("warning: 2 of 4 talkers of speech.eval were heard in training, 1 for one: the result is not one of unseen "
+            "talkers\n" in captured.err) == leaked
+    assert ("model, LEAKED" in captured.out) == leaked
+    assert captured.out.endswith("e1 is LEAKED: the model was trained on 2 talkers of speech.eval, this says nothing "
+                                 "about other talkers\n") == leaked
+    assert run("checkpoint.pt", "--sets", "e1", "--clips", 2, "--json", "a.json", "speech.eval=null") == 0
+    assert json.loads(Path("a.json").read_text())["e1"]["leaked_talkers"] == 0
+
+
 def test_the_page_says_which_set_is_leaked(leaked, checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     for path, heading in ((leaked, "<h2>e0, LEAKED</h2>"), (checkpoint, "<h2>e0</h2>")):
@@ -137,17 +178,36 @@ def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
     change = [f"speech.{key}={value}" for key, value in TINY["speech"].items()]
     assert run(*change, "train.device=cpu", "--sets", "e1p", "--baselines", "--clips", 3, "--json", "a.json") == 0
     [result] = json.loads(Path("a.json").read_text()).values()
-    assert result["leaked_rooms"] is None
+    for key in ("leaked_rooms", "leaked_talkers", "target", "examples", "parameters"):
+        assert result[key] is None
+    assert result["versions"] == versions() and result["device"]
     assert "cone_mae_deg" not in result and result["baseline"]["num_clips"] == 3 and result["steps"] is None
     assert "model" not in capsys.readouterr().out
 
 
 def test_page_holds_tables_and_plots(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
-    assert run(checkpoint, "--sets", "e1", "--clips", 4, "--html", tmp_path / "page.html") == 0
+    assert run(checkpoint, "--sets", "e1", "--clips", 9, "--html", tmp_path / "page.html") == 0
     text = (tmp_path / "page.html").read_text()
     assert text.startswith("<!doctype html>") and text.count("data:image/png;base64,iVBOR") == 2
-    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text
+    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text and text.count("<tr>") == 1 + 8 and "by SNR" not in text
+
+
+def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
+    """One clip done by hand, its angles in the other order than its talkers; the bars of both sets in one picture."""
+    pytest.importorskip("matplotlib")
+    options = SetOptions(eval_speech(from_mapping(RunConfig, TINY)), torch.device("cpu"), 6)
+    found = dict(assess(["e1", "e1n5"], options, None))
+    [clips] = protocol.clips_of("e1", options)
+    clip = next(row for row, cone in enumerate(clips.cone.tolist()) if cone[0] > cone[1])
+    names, cone = clips.entries[clip]["utterances"][::-1], torch.rad2deg(clips.cone[clip]).tolist()[::-1]
+    t20 = clips.conditions["t20_s"][clip].tolist()[::-1]
+    expected = (f"<td>{names[0]}, {names[1]}</td><td>{cone[0]:.1f} / {cone[1]:.1f}°</td>"
+                f"<td>{t20[0]:.2f} / {t20[1]:.2f} s</td>")
+    text = webpage.page(found, "")
+    assert expected in text and text.count('<img alt="errors by SNR"') == 1 and "off by" not in text
+    heard = replace(found["e1"], cone=found["e1"].truth.cone + torch.deg2rad(torch.tensor([1.0, 2.0])))
+    assert (f"<td>{cone[0] + 1:.1f} / {cone[1] + 2:.1f}°</td><td>1.0 / 2.0°</td>") in webpage.page({"e1": heard}, "")
 
 
 @pytest.mark.parametrize("arguments, message", [

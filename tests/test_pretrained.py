@@ -12,7 +12,7 @@ from ssl_gpu.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ssl_gpu.config import ConfigError, RunConfig, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evaluate import evaluate
 from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_pretrained, main, packed,
-                                thinned_log, without_places)
+                                read_weights, thinned_log, without_places)
 
 TINY = {"speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
         "rir": {"num_images": [64, 128]}, "features": {"num_bands": 4, "num_delays": 17},
@@ -67,6 +67,23 @@ def test_export_holds_what_it_promises(run, exported):
     assert (exported / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
     assert load_config(RunConfig, exported / "config.yaml") == load_config(RunConfig, run / "config.yaml",
                                                                            ["train.device=auto"])
+
+
+@pytest.mark.parametrize("talkers", [["1272", "84"], [], None])
+def test_talkers_of_the_training_travel_with_the_weights(talkers, tmp_path):
+    """Of older checkpoints, and exports, that do not say: unknown, but for those of synthetic voices."""
+    run, exported = make_run(tmp_path / "run", PLACES), tmp_path / "small"
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    content["extra"] = {} if talkers is None else {"talkers": talkers}
+    torch.save(content, run / "checkpoint.pt")
+    export(run, exported)
+    assert read_weights(run).talkers == read_weights(exported).talkers == talkers
+    with safetensors.safe_open(exported / "weights.safetensors", "pt") as file:
+        about, state = json.loads(file.metadata()["ssl_gpu"]), {name: file.get_tensor(name) for name in file.keys()}
+    del about["talkers"]
+    safetensors.torch.save_file(state, exported / "weights.safetensors", {"ssl_gpu": json.dumps(about)})
+    assert read_weights(exported).talkers is None
+    assert read_weights(make_run(tmp_path / "voices")).talkers == []
 
 
 def test_checkpoint_run_and_export_are_the_same_localizer(run, exported):

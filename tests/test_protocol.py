@@ -11,12 +11,15 @@ from torch.testing import assert_close
 
 from ssl_gpu import protocol, rng
 from ssl_gpu.clips import DERIVED, Digest, Truth
+from ssl_gpu.config import RunConfig, from_mapping
+from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import (NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, eval_rooms_trained_in,
                               num_blocks, read_measured)
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes, sample_scenes
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import make_bank
+from ssl_gpu.train import draw_batch, prepare, training_speech
 
 CPU = torch.device("cpu")
 
@@ -103,6 +106,21 @@ def test_sets_differ_in_what_they_say_they_differ_in(speech):
     assert not torch.allclose(clean.cone, clean.azimuth.abs(), atol=0.01)
 
 
+def test_digest_is_of_speech_before_arithmetic_and_of_the_seed_of_the_noise(speech, folder):
+    """A sum over samples, and normal numbers, have other last bits on another CPU: neither is hashed."""
+    [clean], [noisy], [real] = (all_clips(name, speech, 3, folder=str(folder)) for name in ("e1", "e1n5", "e3"))
+    for clips in (clean, noisy, real):
+        whole = clips.draws[0] * 32768
+        assert torch.equal(whole, whole.round()) and whole.abs().max() > 1000
+    assert [entry["noise_seed"] for entry in noisy.entries] == [[protocol.SEEDS["e1"], 0]] * 3
+    assert [entry["noise_seed"] for entry in clean.entries] == [None] * 3
+    for clips in (clean, noisy):
+        assert [entry["gains"] for entry in clips.entries] == [[1.0, 1.0]] * 3
+        for change in ({"noise_seed": [1, 2]}, {"gains": [1.0, 0.5]}):
+            other = replace(clips, entries=[entry | change for entry in clips.entries])
+            assert digest_of([other]) != digest_of([clips])
+
+
 def test_circumstances_are_those_of_the_clips(speech):
     [clips] = all_clips("e1", speech, 6)
     conditions = clips.conditions
@@ -143,6 +161,31 @@ def test_no_scene_of_evaluation_occurs_in_training(speech):
             assert not places(scenes) & known
 
 
+def test_training_asks_for_random_streams_of_training_alone(tmp_path, monkeypatch):
+    """The trainer's own draws, speech and rooms and noise, whatever the seed; and so do its voices and its weights."""
+    asked, generator = [], rng.generator
+
+    def spy(seed, split, stream, *rest, **named):
+        asked.append((seed, split, stream))
+        return generator(seed, split, stream, *rest, **named)
+
+    cfg = from_mapping(RunConfig, {
+        "speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
+        "rir": {"num_images": [64, 128]}, "features": {"num_bands": 4, "num_delays": 17},
+        "model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "eval": {"num_clips": 2},
+        "mixture": {"diffuse_snr_db": [0, 20]},
+        "train": {"steps": 3, "device": "cpu", "batch_size": 2, "seed": protocol.SEEDS["e1"]}})
+    run = prepare(cfg, tmp_path, None)
+    monkeypatch.setattr("ssl_gpu.rng.generator", spy)
+    for step in range(3):
+        draw_batch(run, step)
+    training_speech(cfg, CPU)
+    build_localizer(cfg)
+    assert {stream for _, _, stream in asked} == {rng.Stream.SPEECH, rng.Stream.SCENE, rng.Stream.VOICES,
+                                                  rng.Stream.MODEL}
+    assert {(seed, split) for seed, split, _ in asked} == {(protocol.SEEDS["e1"], rng.Split.TRAIN)}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Four measured RIRs, each a delta per channel; a source beyond channel 2 reaches it first."""
@@ -164,14 +207,36 @@ def test_measured_rooms_are_heard_as_their_index_says(folder, speech):
     assert clips.audio.shape == (12, 2, NUM_SAMPLES)
     assert set(map(tuple, torch.rad2deg(clips.cone).round().tolist())) <= {
         (a, b) for a in (0.0, 60.0, 90.0) for b in (0.0, 60.0, 90.0) if a != b}
-    dry, response = clips.draws
-    assert_close(dry.square().mean(-1), torch.ones(12, 2))
+    drawn, response = clips.draws
+    dry = drawn / drawn.square().mean(-1, keepdim=True).sqrt()
     expected = sum(torch.nn.functional.conv1d(torch.nn.functional.pad(dry[0, s], (responses.shape[-1] - 1, 0))[None],
                                               responses[None, None].flip(-1))[0]
                    for s, responses in enumerate(response[0, 1]))
     assert_close(clips.audio[0, 1], expected, rtol=0, atol=1e-4)
     assert clips.conditions["distance_m"].max() <= 3 and (clips.conditions["t20_s"] == 0.5).all()
     assert float((clips.mic_pos[0, 1] - clips.mic_pos[0, 0]).norm()) == pytest.approx(0.09)
+
+
+def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, speech):
+    """One angle and distance are one position in any configuration; without distances, one angle is."""
+    index = json.loads((folder / "index.json").read_text())
+    for rir, configuration, cone, distance in zip(index["rirs"], "aabb", (30, 60, 30, 30), (1, 1, 1, 2)):
+        rir.update(configuration=configuration, cone_deg=cone, distance_m=distance)
+    (folder / "index.json").write_text(json.dumps(index))
+    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    position = [[["0.wav", "1.wav", "2.wav", "3.wav"].index(file) for file in entry["rirs"]] for entry in clips.entries]
+    assert clips.scene.shape == (40, 2)
+    numbers = {}
+    for files, row in zip(position, clips.scene.tolist()):
+        for file, number in zip(files, row):
+            assert numbers.setdefault(file, number) == number
+    assert numbers[0] == numbers[2] and len({numbers[0], numbers[1], numbers[3]}) == 3
+    assert torch.equal(Truth.of([clips, clips]).scene, torch.cat([clips.scene] * 2))
+    for rir in index["rirs"]:
+        del rir["distance_m"]
+    (folder / "index.json").write_text(json.dumps(index))
+    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    assert len(clips.scene.unique()) == 2
 
 
 @pytest.mark.parametrize("change, message", [

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from ssl_gpu.clips import Truth
-from ssl_gpu.metrics import build_angle_map
+from ssl_gpu.metrics import build_angle_map, localisation_metrics
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.scoring import BINS, bayes_azimuth, bootstrap, detection, score_angles
+
+
+RECORDED = [[1.8571428571428572, 3.625], [1.6153846153846154, 4.0]]
 
 
 def rad(*degrees):
@@ -66,8 +69,50 @@ def test_intervals_cover_their_mean_and_draw_whole_scenes():
     assert bootstrap(values, torch.arange(400)) == bootstrap(values, torch.arange(400))
 
 
-def test_floors_of_the_original_law():
-    """Fresh scenes: 6.9 / 6.9 degrees with the cone angles known, 6.6 / 6.7 with the distances, too."""
+def test_intervals_of_single_clusters_are_the_recorded_ones():
+    """To the bit, as before clips could have several clusters; of whole numbers, which any machine sums alike."""
+    values = torch.arange(30, dtype=torch.float64).view(15, 2) % 7
+    assert bootstrap(values, torch.arange(15) % 4) == RECORDED
+    assert bootstrap(values, 10 * (torch.arange(15) % 4)) == RECORDED  # whatever their numbers
+
+
+def test_intervals_of_pairs_are_those_of_a_plain_loop_and_wider_than_of_clips():
+    """200 clips of two of 20 positions, each with an error of its own: the crossed bootstrap, loop by loop."""
+    generator = torch.Generator().manual_seed(5)
+    pair = torch.rand(200, 20, generator=generator).topk(2).indices
+    own = torch.randn(20, generator=generator, dtype=torch.float64)
+    values = own[pair] + 0.1 * torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    found = bootstrap(values, 3 + 7 * pair)
+    chosen = torch.randint(20, (1000, 20), generator=torch.Generator().manual_seed(0)).numpy()
+    means = []
+    for draw in chosen:
+        count = [int((draw == number).sum()) for number in range(20)]
+        total, weights = np.zeros(2), 0
+        for (a, b), row in zip(pair.tolist(), values.numpy()):
+            total += count[a] * count[b] * row
+            weights += count[a] * count[b]
+        means.append(total / weights)
+    np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975], axis=0).T, rtol=1e-12)
+    for wide, narrow in zip(found, bootstrap(values, 20 * pair[:, 0] + pair[:, 1])):
+        assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+
+
+def test_a_draw_without_any_clip_does_not_count():
+    """One clip of two clusters: every other draw has none of it, the rest only it."""
+    assert bootstrap(torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([[0, 1]])) == [[3.0, 3.0]]
+
+
+def test_floor_with_known_cone_angles_is_the_one_measured_independently():
+    """40,000 fresh scenes; the figures were found without this package. Seeds differ by 0.06 degrees."""
+    law = sample_scenes(SceneConfig(), 20000, generator=torch.Generator().manual_seed(4))
+    scenes = sample_scenes(SceneConfig(), 40000, generator=torch.Generator().manual_seed(6))
+    found = build_angle_map(law.azimuth, law.cone_angle).cone_to_azimuth(scenes.cone_angle)
+    error = localisation_metrics(found, scenes.azimuth.abs(), scenes.cone_angle, scenes.cone_angle)
+    assert error["azimuth_class_mae_deg"] == pytest.approx([6.64, 6.72], abs=0.15)
+
+
+def test_floor_with_known_distances_is_a_little_lower():
+    """Coarsely: 1,500 scenes, on which the cone angles alone leave 6.9 / 6.9 degrees."""
     scenes = sample_scenes(SceneConfig(), 1500, generator=torch.Generator().manual_seed(3))
     order = scenes.cone_angle.argsort(-1)
     truth = Truth(scenes.azimuth.abs().sort(-1).values, scenes.cone_angle.gather(-1, order), torch.arange(1500),
@@ -76,5 +121,4 @@ def test_floors_of_the_original_law():
     exact = build_angle_map(law.azimuth, law.cone_angle).cone_to_azimuth(truth.cone)
     known, floor = (score_angles(azimuth, truth.cone, truth)["azimuth_class_mae_deg"]
                     for azimuth in (exact, bayes_azimuth(SceneConfig(), truth)))
-    assert known == pytest.approx([6.9, 6.9], abs=0.6) and floor == pytest.approx([6.6, 6.7], abs=0.6)
-    assert sum(floor) < sum(known)
+    assert floor == pytest.approx([6.6, 6.7], abs=0.6) and sum(floor) < sum(known)

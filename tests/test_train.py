@@ -265,11 +265,37 @@ def test_resuming_weights_that_diverged_is_one_line(tiny, capsys):
     assert "error: the network's output is not finite" in capsys.readouterr().err
 
 
-def test_clips_that_were_heard_in_training_are_named(tiny, capsys):
+def test_talkers_that_were_heard_in_training_are_named_and_counted(tiny, capsys):
+    """By the run, by an evaluation of it on either speech, and after it went on with other speech."""
+    for name, speakers in (("a", (0, 1, 2)), ("b", (2, 3, 4)), ("c", (5, 6, 7))):
+        write_speech(tiny / name, speakers)
+    cache, few = f"speech.cache_dir={tiny / 'cache'}", ("eval.num_clips=2", "train.device=cpu")
+    assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=b", cache) == 0
+    assert ("warning: 1 of 3 talkers of speech.eval were heard in training, 2 for one: the result is not one of "
+            "unseen talkers\n") in capsys.readouterr().err
+    assert json.loads((tiny / "run" / "result.json").read_text())["leaked_talkers"] == 1
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").extra["talkers"] == ["0", "1", "2"]
+    for name, count in (("a", 3), ("b", 1), ("c", 0)):
+        assert evaluate_cli.evaluate("run", [f"speech.eval={name}", *few])["leaked_talkers"] == count
+        assert ("heard in training" in capsys.readouterr().err) == (count > 0)
+    assert evaluate_cli.evaluate("run", ["speech.eval=null", *few])["leaked_talkers"] == 0
+    assert start("train.out=run", "train.steps=2", "speech.train=c", "--resume") == 0
+    assert evaluate_cli.evaluate("run", ["speech.eval=a", *few])["leaked_talkers"] == 3
+    assert evaluate_cli.evaluate("run", ["speech.eval=c", *few])["leaked_talkers"] == 3
+
+
+def test_talkers_of_an_older_checkpoint_are_unknown_unless_they_are_voices(tiny):
     write_speech(tiny / "a")
-    cache = f"speech.cache_dir={tiny / 'cache'}"
-    assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=a", cache) == 0
-    assert "warning: 3 of 3 files of speech.eval are in speech.train too" in capsys.readouterr().err
+    speech = ("speech.train=a", "speech.eval=a", f"speech.cache_dir={tiny / 'cache'}")
+    for out, overrides, expected in (("folder", speech, None), ("voices", (), 0)):
+        assert start(f"train.out={out}", "train.steps=1", *overrides) == 0
+        checkpoint = torch.load(tiny / out / "checkpoint.pt", weights_only=True)
+        del checkpoint["extra"]["talkers"]
+        torch.save(checkpoint, tiny / out / "checkpoint.pt")
+        on_a = [*speech[1:], "eval.num_clips=2", "train.device=cpu"]
+        assert evaluate_cli.evaluate(out, on_a)["leaked_talkers"] == expected
+        assert start(f"train.out={out}", "train.steps=2", "--resume") == 0
+        assert json.loads((tiny / out / "result.json").read_text())["leaked_talkers"] == expected
 
 
 @pytest.mark.parametrize("change", [
@@ -331,8 +357,8 @@ def test_invalid_scenes_are_reported_and_not_learned_from(tiny, monkeypatch):
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
-def write_speech(folder, speakers=3, seconds=1.5):
-    for speaker in range(speakers):
+def write_speech(folder, speakers=(0, 1, 2), seconds=1.5):
+    for speaker in speakers:
         chapter = folder / str(speaker) / "1"
         chapter.mkdir(parents=True)
         soundfile.write(chapter / f"{speaker}-1-0001.wav", np.random.default_rng(speaker).normal(
@@ -383,7 +409,7 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(tiny, mistake, capsys):
     (tiny / "broken").mkdir()
     (tiny / "broken" / "a.wav").write_bytes(b"this is no audio")
     (tiny / "broken" / "b.flac").write_bytes(b"")
-    write_speech(tiny / "alone", speakers=1)
+    write_speech(tiny / "alone", speakers=(0,))
     arguments, named = MISTAKES[mistake]
     before = sorted(p for p in tiny.rglob("*"))
     cache = [f"speech.cache_dir={tiny.parent / (tiny.name + '-cache')}"]
