@@ -157,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500, help="of 32 mixtures (default 500)")
     args = parser.parse_intermixed_args(arguments)
     if args.table is not None:
+        if not args.table.is_file():
+            print(f"error: --table must be a file of such results, got {args.table}", file=sys.stderr)
+            return 2
         print(table(read(args.table)))
         return 0
     if args.out is None:

@@ -116,6 +116,11 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
     device = runtime.pick_device(cfg.train.device)
     about = dict.fromkeys(("target", "steps", "examples", "parameters", "leaked_talkers"))
+    speech_dir = cfg.speech.eval
+    if speech_dir is not None and not Path(speech_dir).is_dir() and not any(
+            text.startswith("speech.eval=") for text in overrides):
+        raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
+                         f"the weights has {speech_dir!r}")
     speech = eval_speech(cfg)
     if weights is not None:
         check_model(cfg)

@@ -72,8 +72,8 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
             lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
         if result["floor"] is not None:
             lines += [["", label, *[""] * (len(SET_COLUMNS) - 1), _cell(result["floor"][key], "deg")]
-                      for label, key in (("floor: cone angles known", "exact_cone"),
-                                         ("floor: distances, too", "exact_cone_and_distance"))]
+                      for label, key in (("best guess, cone angles known", "exact_cone"),
+                                         ("best guess, distances, too", "exact_cone_and_distance"))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
     digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())

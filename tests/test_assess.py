@@ -232,3 +232,10 @@ def test_mistake_costs_one_line(arguments, message, checkpoint, tmp_path, monkey
 def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):
     assert run() == 2
     assert capsys.readouterr().err == "error: a checkpoint is needed, or --sets for the packaged weights\n"
+
+
+def test_packaged_weights_ask_for_speech_by_the_key_that_gives_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--sets", "e1", "--clips", "2") == 2
+    assert capsys.readouterr().err == ("error: speech.eval must be an existing folder, name one by speech.eval=DIR; "
+                                       "the configuration of the weights has 'test-clean'\n")

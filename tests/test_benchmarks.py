@@ -522,6 +522,8 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     means = [sum(row["scores"][""]["e1"]["cone_mae_deg"]) / 2 for row in (rows[1], rows[3])]
     assert lines[-1].startswith(f"| azimuth | 2 | {sum(means) / 2:.2f} ({min(means):.2f} to {max(means):.2f}) | ")
     assert len(lines) == 2 + len(ablations.READINGS) + 1
+    assert ablations.main(["--table", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"error: --table must be a file of such results, got {tmp_path / 'none'}\n"
 
 
 def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_path, capsys):
