@@ -106,7 +106,8 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     assert json.loads(Path("b/e1n5.jsonl").read_text().splitlines()[3])["diffuse_snr_db"] == 5.0
     table = capsys.readouterr().out
     assert "LEAKED" not in table
-    assert results[0]["e1"]["eval_digest"] in table and "GCC-PHAT, max" in table and "best guess, cone angles known" in table
+    for shown in (results[0]["e1"]["eval_digest"], "GCC-PHAT, max", "best guess, cone angles known"):
+        assert shown in table
 
 
 @pytest.fixture(scope="module")
