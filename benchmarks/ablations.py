@@ -29,7 +29,7 @@ from ssl_gpu import rng, runtime
 from ssl_gpu.clips import Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.evaluate import NO_RUN, eval_speech
-from ssl_gpu.localizer import SceneLaw, scene_law
+from ssl_gpu.localizer import scene_law
 from ssl_gpu.pretrained import load_localizer, read_weights
 from ssl_gpu.protocol import LAW, SetOptions, clips_of
 from ssl_gpu.scoring import score_angles
@@ -42,14 +42,13 @@ COLUMNS = (("e1", "cone_mae_deg", "cone MAE"), ("e1", "azimuth_class_mae_deg", "
            ("e1n5", "cone_mae_deg", "cone MAE"), ("e1n5", "acc_at_10", "within 10 degrees, %"),
            ("e2", "cone_mae_deg", "cone MAE"))
 QUIET = ("eval.num_clips=64", "train.evaluations=1", "train.log_every=50")
-CLEAN = ("mixture.diffuse_snr_db=null", "mixture.sensor_snr_db=null")
 
 # What is changed in training, and in the reading of a trained network, which needs no training of its own.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "noise from the start": ("train.noise_warmup=0",),
     "noise from the start, 0.3": ("train.noise_warmup=0", "mixture.noise_probability=0.3"),
-    "no noise": CLEAN,
+    "no noise": ("mixture.diffuse_snr_db=null", "mixture.sensor_snr_db=null"),
     "FRA-RIR alone": ("rir.hybrid_share=0",),
     "hybrid alone": ("rir.hybrid_share=1",),
     "azimuth": ("target.angle=azimuth",),
@@ -72,12 +71,12 @@ class Sets:
 
     def __init__(self, overrides: Sequence[str]):
         cfg = from_mapping(RunConfig, apply_overrides(NO_RUN, overrides))
-        self.speech = eval_speech(cfg)
-        self.law: SceneLaw = scene_law(LAW, 0)
+        speech = eval_speech(cfg)
+        self.law = scene_law(LAW, 0)
         self.audio, self.truth, self.digest = {}, {}, {}
         for name, count in COUNTS.items():
             digest, parts, self.audio[name] = Digest(), [], []
-            options = SetOptions(self.speech, torch.device("cpu"), count, split=rng.Split.VALIDATION)
+            options = SetOptions(speech, torch.device("cpu"), count, split=rng.Split.VALIDATION)
             for clips in clips_of(name, options):
                 digest.add(clips)
                 self.audio[name].append(clips.audio)

@@ -15,10 +15,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "results"
 SHORT = {"e1": "e1: FRA-RIR's rooms", "e1n5": "e1n5: these with diffuse noise at 5 dB",
          "e2": "e2: image-source rooms by pyroomacoustics",
          "e3": "e3: a real room, microphones 9.4 cm apart (trained for 10, told 9.4)"}
-
-
-LEAK = {"original-300": "300 of the original's rooms, with e0's 200", "law-300": "300 other rooms of the law",
-        "endless": "endless rooms"}  # the runs of docs/results/leak-<run>.json, in order
+# The runs of docs/results/leak-<run>.json, in order.
+LEAK = {"original-300": "300 of the original's rooms, with e0's 200", "law-300": "300 other rooms of the law"}
 
 
 def pair(values: list[float], digits: int = 2) -> str:

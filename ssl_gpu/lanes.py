@@ -1,7 +1,7 @@
 """A training step on CPU cores: each takes a part of the batch through simulation, network and back, on its own.
 
 Torch spreads every single operation over the cores and waits for the slowest at its end, a thousand times per step: two
-cores train the main recipe on 66 clips/s so, on 82 with a lane each (docs/performance.md).
+cores train the main recipe on 58 clips/s so, on 78 with a lane each (python -m benchmarks.lanes).
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lanes:
     def __init__(self, network: nn.Module, loss: Callable[[Tensor, SceneBatch], Tensor], bfloat16: bool | None):
         self.network, self.loss, self.bfloat16 = network, loss, bfloat16
         self.weights = [weight for weight in network.parameters() if weight.requires_grad]
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool, self._size = ThreadPoolExecutor(1), 1
         self._used: set[tuple[int, ...]] = set()
 
     def gradients(self, make: Sequence[Callable[[], MixtureBatch]], valid: Sequence[Tensor]) -> Tensor:
@@ -39,8 +39,9 @@ class Lanes:
         total = sum(int(part.sum()) for part in valid)
         shares = [int(part.sum()) / max(total, 1) for part in valid]
         threads = torch.get_num_threads()
-        if self._pool is None or self._pool._max_workers < len(make):
-            self._pool = ThreadPoolExecutor(len(make), "lane")
+        if self._size < len(make):
+            self._pool.shutdown()
+            self._pool, self._size = ThreadPoolExecutor(len(make)), len(make)
         shape = (threads, *(len(part) for part in valid))
         if shape in self._used:
             done = list(self._pool.map(self._lane, make, shares, [threads] * len(make)))
