@@ -20,10 +20,10 @@ from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer
+from ssl_gpu.optim import Averaged, build_optimizer
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.simulator import Simulator
-from ssl_gpu.train import Run, timed_batches, training_speech
+from ssl_gpu.train import Run, timed_batches, training_speech, uses_bfloat16
 
 # Few voices, for they take time to make; endless rooms for both networks, where original.yaml has a bank of 3,000.
 OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.bank=null", "rir.early=false")
@@ -33,7 +33,6 @@ NETWORKS = {"librispeech": ("librispeech", None, ()), "original": ("original", 2
             "original-fft": ("original", 2, ("model.freeze_stft=true",)),
             "original-nchw": ("original", 2, ("model.channels_last=false",))}
 BURN_IN = 3  # steps; compilation is in the first
-BFLOAT16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}
 
 
 def prepare(name: str, batch: int | None, device: torch.device, overrides: Sequence[str]) -> Run:
@@ -56,6 +55,7 @@ class Steps:
         self.run, self.network = run, network
         self.timer = runtime.StepTimer(run.device)
         self.batches = timed_batches(run, self.timer)
+        self.bfloat16 = uses_bfloat16(run)
 
     def take(self, count: int) -> None:
         """`count` steps more."""
@@ -64,7 +64,7 @@ class Steps:
             with timer.section("wait"):
                 mixture = self.batches.take(run.step)
             with timer.section("forward"):
-                with runtime.autocast(run.device, BFLOAT16[cfg.precision]):
+                with runtime.autocast(run.device, self.bfloat16):
                     logits = self.network(mixture.audio)
                 loss = run.localizer.loss(logits, mixture.scenes)
             with timer.section("backward"):
@@ -119,11 +119,11 @@ def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: 
     runtime.reset_peak_memory(device)
     readings = readings_of(steps, seconds, every)
     share = {key: sum(r.share[key] for r in readings) / len(readings) for key in readings[0].share}
-    cfg, bfloat16 = run.cfg, BFLOAT16[run.cfg.train.precision]
+    cfg = run.cfg
     row = common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
                      cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, share=share,
                      parameters=sum(p.numel() for p in run.localizer.parameters()),
-                     bfloat16=runtime.has_bfloat16(device) if bfloat16 is None else bfloat16)
+                     bfloat16=steps.bfloat16)
     steps.batches = OneBatch(steps.batches.take(run.step))
     fixed_s = common.Timing.of([r.step_s for r in readings_of(steps, seconds, every)]).median_s
     return {**row, "fixed_step_s": fixed_s, "simulation_cost": (row["median_s"] - fixed_s) / row["median_s"]}, None

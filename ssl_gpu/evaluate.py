@@ -124,8 +124,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     speech = eval_speech(cfg)
     if weights is not None:
         check_model(cfg)
-        about = {"target": cfg.target.angle.value, "steps": weights.step,
-                 "examples": weights.step * from_mapping(RunConfig, weights.config).train.batch_size,
+        about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
                  "parameters": sum(p.numel() for p in load_localizer(weights, cfg, path).parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech)}
     about |= {"device": runtime.device_name(device), "versions": runtime.versions()}

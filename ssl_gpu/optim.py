@@ -29,7 +29,7 @@ class Schedule(Enum):
 
 
 class Precision(Enum):
-    """auto: bfloat16 autocast on a GPU, and on a CPU with bfloat16 instructions; evaluation is always float32."""
+    """auto: bfloat16 autocast on a GPU, and on a CPU that is quicker with it; evaluation is always float32."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -44,8 +44,10 @@ class TrainConfig:
     device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
     overlap: simulate the next batch beside the step of this one; null: on a GPU. The batches are the same.
     seed: of the weights and of every draw.
-    steps, max_minutes: the length of the run, at least one of them. max_minutes counts wall-clock time from the start
-        of the process to result.json: the schedule fits itself to it.
+    init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
+        null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice.
+    steps, max_minutes: the length of the run, at least one of them. steps does not count those before init.
+        max_minutes counts wall-clock time from the start of the process to result.json: the schedule fits itself to it.
     batch_size: mixtures per step.
     optimizer, lr, weight_decay, clip_norm (None: no clipping): the usual.
     warmup: the share of the run over which the rate rises linearly to lr.
@@ -65,6 +67,7 @@ class TrainConfig:
     compile: bool = False
     overlap: bool | None = None
     seed: int = 0
+    init: str | None = None
     steps: int | None = None
     max_minutes: float | None = None
     batch_size: int = 32

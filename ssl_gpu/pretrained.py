@@ -48,12 +48,13 @@ MAX_LOG_BYTES = 200_000
 @dataclass(frozen=True, eq=False)
 class Weights:
     """state: the state dict of a localiser, name -> tensor. config: the nested mapping of its run's configuration.
-    step: how many steps it was trained. talkers: labels of the talkers that it heard then, as ssl_gpu.speech tells them
-    apart, none of synthetic voices; None where an older ssl_gpu did not write them."""
+    step, examples: on how many steps and mixtures it was trained. talkers: labels of the talkers that it heard then, as
+    ssl_gpu.speech tells them apart, none of synthetic voices; None where an older ssl_gpu did not write them."""
 
     state: dict[str, Tensor]
     config: dict[str, Any]
     step: int
+    examples: int
     talkers: list[str] | None
 
 
@@ -74,7 +75,7 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path) -> Locali
     try:
         localizer.load_state_dict(weights.state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its configuration: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{path} does not fit the configuration: {str(error).splitlines()[-1].strip()}") from error
     return localizer
 
 
@@ -120,7 +121,14 @@ def read_weights(path: str | Path) -> Weights:
         return _read_folder(path)
     checkpoint = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     return Weights(checkpoint.ema or checkpoint.model, checkpoint.config, checkpoint.step,
+                   trained_examples(checkpoint.extra, checkpoint.config, checkpoint.step),
                    trained_talkers(checkpoint.extra, checkpoint.config))
+
+
+def trained_examples(about: Mapping[str, Any], config: Mapping[str, Any], step: int) -> int:
+    """Weights.examples, from what stands beside weights (of a checkpoint: extra), their configuration and step."""
+    examples = about.get("examples")
+    return step * from_mapping(RunConfig, config).train.batch_size if examples is None else examples
 
 
 def trained_talkers(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[str] | None:
@@ -143,7 +151,8 @@ def _read_folder(folder: Path) -> Weights:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of format {about.get('format')}, this ssl_gpu reads {FORMAT}")
     config = load_yaml(folder / CONFIG)
-    return Weights(state, config, about["step"], trained_talkers(about, config))
+    return Weights(state, config, about["step"], trained_examples(about, config, about["step"]),
+                   trained_talkers(about, config))
 
 
 def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | Path | None = None,
@@ -161,7 +170,7 @@ def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | 
         raise ValueError(f"{run} must be the folder of a finished run, it holds no {RESULT}")
     weights = read_weights(run)
     cfg = from_mapping(RunConfig, weights.config)
-    about = {"format": FORMAT, "step": weights.step, "talkers": weights.talkers}
+    about = {"format": FORMAT, "step": weights.step, "examples": weights.examples, "talkers": weights.talkers}
     content = safetensors.torch.save(packed(load_localizer(weights, cfg, run).state_dict()), {ABOUT: json.dumps(about)})
     result = _read_json(run / RESULT)
     log = thinned_log(_read_text(run / METRICS))

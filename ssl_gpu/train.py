@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 if __name__ == "__main__":
     # Before torch loads OpenMP: threads that wait at the end of a parallel region sleep instead of spinning. On two
@@ -35,7 +35,8 @@ from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import build_localizer, trained_talkers
+from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
+                                trained_talkers)
 from ssl_gpu.report import result_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Draw, Simulator
@@ -56,7 +57,9 @@ class Run:
     localizer: Localizer
     averaged: Averaged | None
     optimizer: torch.optim.Optimizer
-    step: int = 0
+    step: int = 0              # done, with those before train.init
+    first: int = 0             # the step that the run began at: those before train.init
+    examples: int = 0          # mixtures heard, with those before train.init
     share: float = 0.0         # of the run that is over
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
@@ -84,12 +87,36 @@ def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
     return bank
 
 
+def initial_weights(cfg: RunConfig) -> Weights | None:
+    """The weights that train.init names. Raises ValueError for some that cannot be read or hide a leak."""
+    if cfg.train.init is None:
+        return None
+    weights = read_weights(packaged() if cfg.train.init == "packaged" else cfg.train.init)
+    check_rooms_kept(weights.config, cfg.scene)
+    return weights
+
+
+def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
+    """Raises ValueError for a run that goes on from one in the original's rooms without them: evaluation finds a leak
+    by the configuration of the last, which this would hide."""
+    trained, goes_on = map(eval_rooms_in, (from_mapping(SceneConfig, before.get("scene", {}), "scene"), scene))
+    if goes_on < trained:
+        raise ValueError(f"scene.pool and scene.bank must keep the {trained} rooms of e0 that it was trained in, "
+                         f"got {goes_on} of them")
+
+
 def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
     device = runtime.pick_device(cfg.train.device)
-    localizer = build_localizer(cfg)
+    initial = initial_weights(cfg) if resumed is None else None
+    if initial is None:
+        localizer = build_localizer(cfg)
+    else:
+        localizer = load_localizer(initial, cfg, f"train.init={cfg.train.init}")
     speech = training_speech(cfg, device)
-    before = [] if resumed is None else trained_talkers(resumed.extra, resumed.config)
+    before = [] if initial is None else initial.talkers
+    if resumed is not None:
+        before = trained_talkers(resumed.extra, resumed.config)
     talkers = None if before is None else sorted({*before, *speech.talkers})
     eval_set, fixed = prepare_eval(cfg, device, talkers)
     simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
@@ -104,6 +131,8 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     optimizer = build_optimizer(cfg.train, localizer)
     run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
               talkers=talkers)
+    if initial is not None:
+        run.step, run.first, run.examples = initial.step, initial.step, initial.examples
     if resumed is not None:
         try:
             restore(run, resumed)
@@ -117,12 +146,10 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
 
 def restore(run: Run, resumed: Checkpoint) -> None:
     """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
-    trained, goes_on = (eval_rooms_in(scene) for scene in
-                        (from_mapping(SceneConfig, resumed.config["scene"], "scene"), run.cfg.scene))
-    if goes_on < trained:  # evaluation finds a leak by the configuration of the checkpoint, which this would hide
-        raise ValueError(f"scene.pool and scene.bank must keep the {trained} rooms of e0 that it was trained in, "
-                         f"got {goes_on} of them")
+    check_rooms_kept(resumed.config, run.cfg.scene)
     run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
+    run.first = resumed.extra.get("first", 0)
+    run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
     minutes = run.cfg.train.max_minutes
     if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
         run.share = min(run.share, run.elapsed_s / (60 * minutes))
@@ -130,7 +157,7 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
         run.averaged.model.load_state_dict(resumed.ema or resumed.model)
-        run.averaged.updates = resumed.step
+        run.averaged.updates = run.step - run.first
 
 
 def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
@@ -146,7 +173,7 @@ def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
                        generator=generator(rng.Stream.SPEECH, bank.samples.device))
     dry = gather_crops(bank, crops, num_samples)
     # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes.
-    share = run.share if cfg.train.steps is None or cfg.train.max_minutes is not None else step / cfg.train.steps
+    share = run.share if cfg.train.max_minutes is not None else (step - run.first) / cfg.train.steps
     return dry, run.simulator.draw(*dry.shape[::2], generator=generator(rng.Stream.SCENE, run.device),
                                    noise_share=noise_share(cfg.train, share))
 
@@ -191,7 +218,7 @@ def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     takes, or by whichever comes first. began: share and elapsed seconds at the first step of this process, so that
     the schedule starts at its start, and a resumed one where it was."""
     train, (share, started_s) = run.cfg.train, began
-    by_step = 0.0 if train.steps is None else step / train.steps
+    by_step = 0.0 if train.steps is None else (step - run.first) / train.steps
     if train.max_minutes is None:
         return by_step
     # The step under way, the last evaluation and the checkpoint come out of the budget: twice the measured times, as
@@ -214,7 +241,14 @@ def save(run: Run, step: int) -> None:
     averaged = None if run.averaged is None else run.averaged.model
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg),
-                    extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers})
+                    extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
+                           "first": run.first, "examples": run.examples})
+
+
+def uses_bfloat16(run: Run) -> bool:
+    """What train.precision comes to on the run's device."""
+    precision = run.cfg.train.precision
+    return runtime.has_bfloat16(run.device) if precision is Precision.AUTO else precision is Precision.BFLOAT16
 
 
 class Log:
@@ -261,7 +295,7 @@ def train(run: Run, log: Log) -> int:
     """Train until the run is over or interrupted; returns the steps done. Everything is in the order it happens."""
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
-    bfloat16 = {Precision.AUTO: None, Precision.FLOAT32: False, Precision.BFLOAT16: True}[cfg.precision]
+    bfloat16 = uses_bfloat16(run)
     timer = runtime.StepTimer(run.device)
     lanes = Lanes(network, run.localizer.loss, bfloat16)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
@@ -275,7 +309,7 @@ def train(run: Run, log: Log) -> int:
     while share < 1:
         step_began = time.perf_counter()
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, share)
+            group["lr"] = learning_rate(cfg, step - run.first, share)
         run.optimizer.zero_grad(set_to_none=True)
         if tuner.lanes > 1:
             loss, valid = in_lanes(run, lanes, timer, tuner.lanes)
@@ -293,7 +327,7 @@ def train(run: Run, log: Log) -> int:
             run.averaged.update(run.localizer)
         invalid += (~valid).sum()
         step += 1
-        run.step = step
+        run.step, run.examples = step, run.examples + cfg.batch_size
         timer.step()
         tuner.step()
         run.step_s = max(time.perf_counter() - step_began, 0.9 * run.step_s)
@@ -357,7 +391,8 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
     save(run, step)
     parameters = sum(p.numel() for p in run.localizer.parameters())
     result = {**metrics, **run.fixed, "target": run.cfg.target.angle.value, "steps": step,
-              "examples": step * run.cfg.train.batch_size, "parameters": parameters,
+              "examples": run.examples, "parameters": parameters,
+              "precision": "bfloat16" if uses_bfloat16(run) else "float32",
               "device": runtime.device_name(run.device), "versions": runtime.versions(),
               "minutes": round(elapsed_s(run) / 60, 3)}
     write_json(run.out / "result.json", result)

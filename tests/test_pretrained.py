@@ -311,10 +311,10 @@ BROKEN_EXPORTS = {
     "of nobody": (lambda path: _rewrite(path, [1]), CheckpointError, "holds no weights of ssl_gpu"),
     "newer": (lambda path: _rewrite(path, {"format": 2, "step": 3}), CheckpointError, "is of format 2"),
     "a tensor missing": (lambda path: _rewrite(path, state={"network.fold.bias": torch.zeros(16)}), ValueError,
-                         "does not fit its configuration"),
+                         "does not fit the configuration"),
     "no config": (lambda path: path.with_name("config.yaml").unlink(), ConfigError, "cannot read configuration"),
     "another config": (lambda path: path.with_name("config.yaml").write_text("train: {steps: 1}"), ValueError,
-                       "does not fit its configuration: size mismatch"),
+                       "does not fit the configuration: size mismatch"),
 }
 
 

@@ -52,12 +52,13 @@ def test_cpu_build_of_torch_is_named_as_the_cause(monkeypatch):
         runtime.pick_device("cuda")
 
 
-@pytest.mark.parametrize("enabled, has, dtype", [
-    (None, False, torch.float32), (None, True, torch.bfloat16), (False, True, torch.float32),
-    (True, False, torch.bfloat16)])
-def test_cpu_computes_in_bfloat16_if_it_can_or_is_told_to(enabled, has, dtype, monkeypatch):
+@pytest.mark.parametrize("enabled, has, quicker, dtype", [
+    (None, False, True, torch.float32), (None, True, True, torch.bfloat16), (None, True, False, torch.float32),
+    (False, True, True, torch.float32), (True, False, False, torch.bfloat16)])
+def test_cpu_computes_in_bfloat16_if_it_gains_or_is_told_to(enabled, has, quicker, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(runtime, "_quicker_in_bfloat16", lambda: quicker)
     x = torch.ones(2, 2)
     with runtime.autocast(CPU, enabled):
         assert (x @ x).dtype == dtype
@@ -67,6 +68,21 @@ def test_a_torch_that_does_not_tell_has_no_bfloat16(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name)
     assert not runtime.has_bfloat16(CPU)
+
+
+@pytest.mark.parametrize("slow, quicker", [(torch.float32, True), (torch.bfloat16, False), (None, False)])
+def test_bfloat16_is_tried_before_it_is_used(slow, quicker, monkeypatch):
+    """By a clock that goes on with every layer of one precision; a tie is float32's."""
+    now, linear = [0.0], nn.functional.linear
+
+    def timed(x, weight):
+        out = linear(x, weight)
+        now[0] += 2.0 if out.dtype is slow else 1.0
+        return out
+
+    monkeypatch.setattr(nn.functional, "linear", timed)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    assert runtime._quicker_in_bfloat16.__wrapped__() is quicker
 
 
 def test_autocast_can_be_switched_off_inside():

@@ -20,7 +20,7 @@ from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.evaluate import prepare_eval
-from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +154,58 @@ def test_a_resumption_cannot_hide_the_rooms_that_were_trained_in(change, tiny, c
     assert start("train.out=run", "train.steps=2", "scene.bank=4", "--resume") == 0
 
 
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+
+
+def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny):
+    """Its first step is the third of a run that goes on: same weights, and not the draws of the first again."""
+    plain = ("train.warmup=0", "train.lr_end=1", "train.ema=null")
+    assert start("train.out=whole", "train.steps=4", *plain) == 0
+    assert start("train.out=first", "train.steps=2", *plain) == 0
+    more = ("train.init=first", "train.steps=3", *plain)
+    assert start("train.out=second", *more) == 0
+    assert losses(tiny / "second")[0] == pytest.approx(losses(tiny / "whole")[2], abs=1e-5)
+    checkpoint = load_checkpoint(tiny / "second" / "checkpoint.pt")
+    assert checkpoint.step == 5 and len(losses(tiny / "second")) == 3
+    assert start("train.out=second", "train.steps=4", "train.batch_size=3", "--resume") == 0  # of its own steps
+    result = json.loads((tiny / "second" / "result.json").read_text())
+    assert (result["steps"], result["examples"]) == (6, 5 * 4 + 3) and len(losses(tiny / "second")) == 4
+    assert read_weights(tiny / "second").examples == 23
+    export(tiny / "second", tiny / "small")
+    assert read_weights(tiny / "small").examples == 23
+    assert start("train.out=third", "train.steps=1", "train.init=small") == 0
+    assert load_checkpoint(tiny / "third" / "checkpoint.pt").step == 7
+
+
+def test_a_run_from_the_packaged_weights(tiny, monkeypatch):
+    assert start("train.out=run", "train.steps=1") == 0
+    monkeypatch.setattr(train_cli, "packaged", lambda: tiny / "run")
+    assert start("train.out=more", "train.steps=1", "train.init=packaged", "scene.mic_spacing_m=0.08") == 0
+    assert load_checkpoint(tiny / "more" / "checkpoint.pt").step == 2
+
+
+def test_weights_to_start_from_bring_their_talkers(tiny):
+    for name, speakers in (("a", (0, 1, 2)), ("b", (3, 4, 5))):
+        write_speech(tiny / name, speakers)
+    speech = (f"speech.cache_dir={tiny / 'cache'}", "speech.eval=a", "eval.num_clips=2", "train.steps=1")
+    assert start("train.out=first", "speech.train=a", *speech) == 0
+    assert start("train.out=second", "speech.train=b", "train.init=first", *speech) == 0
+    assert json.loads((tiny / "second" / "result.json").read_text())["leaked_talkers"] == 3
+
+
+@pytest.mark.parametrize("change, rule", [
+    (["model.dim=8"], "error: train.init=run does not fit the configuration: size mismatch"),
+    (["train.init=nowhere"], "error: cannot read checkpoint nowhere: No such file"),
+    (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
+])
+def test_weights_that_cannot_be_started_from_are_one_line(change, rule, tiny, capsys):
+    assert start("train.out=run", "train.steps=1", *POOL) == 0
+    capsys.readouterr()
+    assert start("train.out=more", "train.steps=1", *POOL, "train.init=run", *change) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(rule) and not (tiny / "more").exists()
+
+
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
     """One step ahead, as on a GPU: the weights of a run without, also where it stops and goes on."""
     common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1")
@@ -175,7 +227,7 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
             super().__init__(device, False)
             self.lanes = count
 
-    common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]")
+    common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32")
     assert start("train.out=plain", *common) == 0
     monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
