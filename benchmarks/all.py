@@ -67,10 +67,10 @@ def parts_of(on_gpu: bool, quick: bool) -> list[Part]:
                 benchmark("train", "--model", "librispeech", "original"),
                 benchmark("peers", "--scenes", "256", module="peers")]
     return [tests,
-            benchmark("rir", "--batch", "64", "512", "2048", "--compile", "both"),
+            benchmark("rir", "--batch", "64", "512", "2048", "--compile", "both", "--fused", "both"),
             benchmark("convolve", "--batch", "64", "512"),
             benchmark("simulate", "--batch", "64", "256", "512", "1024", "2048", "4096", "--arrays", *ARRAYS,
-                      "--array-batch", "512", "--compile", "both"),
+                      "--array-batch", "512", "--compile", "both", "--fused", "both"),
             benchmark("train", "--model", "librispeech", "original", "original-fft", "original-nchw", "--compile",
                       "both", "--overlap", "both", "--seconds", "5", "--set", "train.precision=bfloat16"),
             benchmark("peers", "--scenes", "4096", "--batch", "1024", "--patience", "30", module="peers")]
@@ -148,35 +148,36 @@ def memory(rows: list[dict[str, Any]]) -> Verdict:
 
 
 def flat(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Time per scene over the batch size, eager and compiled."""
+    """Time per scene over the batch size, eager and compiled, fused and not."""
     found = []
-    for kind in sorted({bool(row["compiled"]) for row in rows}) or [False]:
+    for kind in sorted({compiled(row) for row in rows}) or [""]:
         low, high = FLAT_BATCHES
-        same = [row for row in rows if bool(row["compiled"]) == kind and low <= row["batch"] <= high]
+        same = [row for row in rows if compiled(row) == kind and low <= row["batch"] <= high]
         target = f"time per scene flat to {100 * FLAT:.0f} % for batches of {low} to {high:,}"
         if len({row["batch"] for row in same} & set(FLAT_BATCHES)) < 2:
             found.append(Verdict(target, None, False))
             continue
         times = {row["batch"]: 1e6 * row["median_s"] / row["batch"] for row in same}
         text = ", ".join(f"{batch}: {time:.3g} us" for batch, time in sorted(times.items()))
-        found.append(Verdict(target, text + compiled(same[0]), max(times.values()) <= (1 + FLAT) * min(times.values())))
+        found.append(Verdict(target, text + kind, max(times.values()) <= (1 + FLAT) * min(times.values())))
     return found
 
 
 def linear(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Time per microphone and source of larger scenes, over that of 2x2 in the same batch."""
+    """Time per microphone and source of larger scenes, over that of 2x2 in the same batch, fused and not."""
     found = []
     for name in ARRAYS:
         target = f"{name} microphones x sources at most {100 * LINEAR:.0f} % above 2x2, per pair"
-        wide = [row for row in rows if row["name"] == f"endless rooms, {name}"]
-        base = [row for row in rows if row["name"] == "endless rooms" and wide and row["batch"] == wide[0]["batch"]
-                and row["compiled"] == wide[0]["compiled"]]
-        if not base:
+        pairs = [(wide, base) for wide in rows if wide["name"] == f"endless rooms, {name}"
+                 for base in rows if base["name"] == "endless rooms" and base["batch"] == wide["batch"]
+                 and compiled(base) == compiled(wide)]
+        if not pairs:
             found.append(Verdict(target, None, False))
-            continue
-        mics, srcs = map(int, name.split("x"))
-        ratio = wide[0]["median_s"] / base[0]["median_s"] / (mics * srcs / 4)
-        found.append(Verdict(target, f"{ratio:.2f} times, batch {base[0]['batch']}", ratio <= 1 + LINEAR))
+        for wide, base in pairs:
+            mics, srcs = map(int, name.split("x"))
+            ratio = wide["median_s"] / base["median_s"] / (mics * srcs / 4)
+            found.append(Verdict(target, f"{ratio:.2f} times, batch {base['batch']}{compiled(wide)}",
+                                 ratio <= 1 + LINEAR))
     return found
 
 
@@ -197,8 +198,8 @@ def training(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def compiled(row: dict[str, Any]) -> str:
-    """What is said of a compiled row."""
-    return ", compiled" if row["compiled"] else ""
+    """What is said of a row that is compiled or fused."""
+    return ", compiled" * bool(row["compiled"]) + ", fused" * bool(row.get("fused"))
 
 
 def summary(name: str, outcomes: dict[str, tuple[bool, float]], found: list[Verdict]) -> str:

@@ -20,11 +20,11 @@ from ssl_gpu.synthesis import RirBatch
 DRAW = "draw scenes and images"
 
 
-def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render=render_rir,
+def render_chunks(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, render=render_rir, fused: bool = False,
                   chunk: int | None = None) -> list[RirBatch]:
     """RIRs of a batch, `chunk` scenes at a time, or as many as the Simulator takes."""
     chunk = SimulatorConfig(chunk).chunk_on(scenes.rt60.device, scenes.mic_pos.shape[1] * scenes.src_pos.shape[1])
-    return [render(cfg, scenes[i:i + chunk], images[i:i + chunk]) for i in range(0, len(scenes), chunk)]
+    return [render(cfg, scenes[i:i + chunk], images[i:i + chunk], fused) for i in range(0, len(scenes), chunk)]
 
 
 @torch.no_grad()
@@ -42,35 +42,35 @@ def draw(batch: int, generator: torch.Generator) -> tuple[SceneBatch, ImageBatch
 
 
 @torch.no_grad()
-def render_rooms(task: tuple[str, int, bool], cfg: RirConfig, anew: bool, check: int, device: torch.device,
-                 seconds: float) -> tuple[dict[str, Any], common.Check | None]:
-    """The row of a name, batch size and compiled or not, and the comparison of its first `check` scenes with the
+def render_rooms(name: str, batch: int, way: dict[str, bool], cfg: RirConfig, anew: bool, check: int,
+                 device: torch.device, seconds: float) -> tuple[dict[str, Any], common.Check | None]:
+    """The row of a name, batch size and way (common.ways), and the comparison of its first `check` scenes with the
     oracle; anew: draw them in every call."""
-    name, batch, compile = task
-    render, generator = runtime.compiled(render_rir, compile), common.generator(device)
+    render, generator = runtime.compiled(render_rir, way["compiled"]), common.generator(device)
     scenes, images = draw(batch, generator)
     audio_s = float(scenes.rt60.sum())
 
     def call() -> list[RirBatch]:
-        return render_chunks(cfg, *(draw(batch, generator) if anew else (scenes, images)), render)
+        return render_chunks(cfg, *(draw(batch, generator) if anew else (scenes, images)), render, way["fused"])
 
-    row = common.row(name, batch, common.measure(call, device, seconds), audio_s, device, compiled=compile)
+    row = common.row(name, batch, common.measure(call, device, seconds), audio_s, device, **way)
     if check == 0:
         return row, None
-    found = render_chunks(cfg, scenes, images, render)[0].full[:check].cpu()
+    found = render_chunks(cfg, scenes, images, render, way["fused"])[0].full[:check].cpu()
     few, their_images = scenes[:len(found)].to("cpu"), images[:len(found)].to("cpu")
     return row, lambda: common.rir_error(found, few, their_images, cfg.sample_rate)
 
 
-def tasks(batch: int, compile: bool, device: torch.device, args) -> list[common.Task]:
-    """The rows of one batch size, eager or compiled."""
+def tasks(batch: int, way: dict[str, bool], device: torch.device, args) -> list[common.Task]:
+    """The rows of one batch size and way."""
     both = RirConfig()
     full = replace(both, early=False)
     kinds = [("render", full, False), ("render, early part too", both, False), ("draw and render", full, True)]
-    drawing = [] if compile else [common.Task(DRAW, batch, False, partial(draw_rooms, batch, device, args.seconds))]
-    return drawing + [
-        common.Task(name, batch, compile, partial(render_rooms, (name, batch, compile), *kind, args.check, device,
-                                                  args.seconds))
+    drawing = [common.Task(DRAW, batch, False, partial(draw_rooms, batch, device, args.seconds))]
+    return drawing * (not any(way.values())) + [
+        common.Task(name, batch, way["compiled"],
+                    partial(render_rooms, name, batch, way, *kind, args.check, device, args.seconds),
+                    {"fused": way["fused"]})
         for name, *kind in kinds]
 
 
@@ -82,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
     results = common.Results("bench_rir", device, arguments, args.json)
-    for compile, batch in product(common.CHOICES[args.compile], batches):  # eager first: compilation fails most
-        if compile:
+    for way, batch in product(common.ways(args), batches):
+        if way["compiled"]:
             torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
-        results.measure(tasks(batch, compile, device, args))
+        results.measure(tasks(batch, way, device, args))
     return results.finish()
 
 

@@ -27,16 +27,15 @@ NOISY = MixtureConfig(sensor_snr_db=(10.0, 30.0), diffuse_snr_db=(10.0, 30.0))
 
 
 @torch.no_grad()
-def measure(task: tuple[str, int, bool], cfg: SceneConfig, mixture: MixtureConfig, compare: int, device: torch.device,
-            seconds: float) -> tuple[dict[str, Any], common.Check | None]:
-    """The row of a name, batch size and compiled or not, and the comparison of its first `compare` scenes."""
-    name, batch, compile = task
+def measure(name: str, batch: int, way: dict[str, bool], cfg: SceneConfig, mixture: MixtureConfig, compare: int,
+            device: torch.device, seconds: float) -> tuple[dict[str, Any], common.Check | None]:
+    """The row of a name, batch size and way (common.ways), and the comparison of its first `compare` scenes."""
     generator, dry = common.generator(device), common.noise(batch, cfg.num_src, SAMPLES, device)
-    simulator = Simulator(cfg, RIR, mixture, SimulatorConfig(compile=compile))
+    simulator = Simulator(cfg, RIR, mixture, SimulatorConfig(compile=way["compiled"], fused=way["fused"]))
     if cfg.bank is not None:
         simulator.fill_bank(generator=generator)
     timing = common.measure(lambda: simulator(dry, generator=generator), device, seconds)
-    row = common.row(name, batch, timing, batch * common.CLIP_S, device, compiled=compile)
+    row = common.row(name, batch, timing, batch * common.CLIP_S, device, **way)
     return row, comparison(simulator, dry, min(compare, batch)) if compare else None
 
 
@@ -58,21 +57,21 @@ def comparison(simulator: Simulator, dry: Tensor, few: int) -> common.Check:
     return error
 
 
-def tasks(batch: int, compile: bool, device: torch.device, args) -> list[common.Task]:
-    """The rows of one batch size, eager or compiled."""
+def tasks(batch: int, way: dict[str, bool], device: torch.device, args) -> list[common.Task]:
+    """The rows of one batch size and way."""
     kinds = [("endless rooms", SceneConfig(), MixtureConfig(), args.check),
              ("endless rooms, sensor and diffuse noise", SceneConfig(), NOISY, 0),
              ("bank of rooms", SceneConfig(bank=BANK), MixtureConfig(), args.check)]
-    return [common.Task(name, batch, compile, partial(measure, (name, batch, compile), *kind, device, args.seconds))
-            for name, *kind in kinds]
+    return [common.Task(name, batch, way["compiled"], partial(measure, name, batch, way, *kind, device, args.seconds),
+                        {"fused": way["fused"]}) for name, *kind in kinds]
 
 
-def task_of_array(array: str, batch: int, device: torch.device, args) -> common.Task:
-    """Endless rooms with `array` microphones x sources, a name such as 2x4, eager: to be compared with 2x2."""
+def task_of_array(array: str, batch: int, way: dict[str, bool], device: torch.device, args) -> common.Task:
+    """Endless rooms with `array` microphones x sources, a name such as 2x4, to be compared with 2x2."""
     mics, srcs = map(int, array.split("x"))
     name, cfg = f"endless rooms, {array}", SceneConfig(num_mics=mics, num_src=srcs)
-    return common.Task(name, batch, False, partial(measure, (name, batch, False), cfg, MixtureConfig(), 0, device,
-                                                   args.seconds))
+    return common.Task(name, batch, way["compiled"], partial(measure, name, batch, way, cfg, MixtureConfig(), 0, device,
+                                                             args.seconds), {"fused": way["fused"]})
 
 
 def array_name(text: str) -> str:
@@ -94,13 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
     results = common.Results("bench_simulate", device, arguments, args.json)
-    for compile in common.CHOICES[args.compile]:  # eager first: compilation takes longest, and fails most
+    for way in common.ways(args):
         for batch in batches:
-            if compile:
+            if way["compiled"]:
                 torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
-            results.measure(tasks(batch, compile, device, args))
-        if not compile:
-            results.measure(task_of_array(array, args.array_batch or batches[-1], device, args)
+            results.measure(tasks(batch, way, device, args))
+        if not way["compiled"]:
+            results.measure(task_of_array(array, args.array_batch or batches[-1], way, device, args)
                             for array in args.arrays)
     return results.finish()
 

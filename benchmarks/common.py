@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,8 +171,16 @@ def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
     """--batch, --compile and --check, of benchmarks of the simulation."""
     arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
     arguments.add_argument("--compile", choices=CHOICES, default="no", help="render through torch.compile (default no)")
+    arguments.add_argument("--fused", choices=CHOICES, default="no",
+                           help="add up arrivals by one Triton kernel, which a CPU does not (default no)")
     arguments.add_argument("--check", type=int, default=2, metavar="N",
                            help="compare so many scenes with the float64 oracle (default 2)")
+
+
+def ways(args: argparse.Namespace) -> list[dict[str, bool]]:
+    """What --compile and --fused ask for, as keys of a row: eager first, as compilation takes longest, fails most."""
+    return [{"compiled": compiled, "fused": fused}
+            for compiled, fused in product(CHOICES[args.compile], CHOICES[args.fused])]
 
 
 def positive(text: str) -> int:

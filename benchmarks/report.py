@@ -55,7 +55,7 @@ def simulation_table(results: dict[str, Any]) -> list[str]:
     head = ["", "batch", "ms per scene (p10 to p90)", "scenes/s", "s of audio per s", "peak MiB", "error"]
     rows = []
     for row in results["rows"]:
-        name = f"{row['name']}{', compiled' if row.get('compiled') else ''}"
+        name = f"{row['name']}{', compiled' if row.get('compiled') else ''}{', fused' if row.get('fused') else ''}"
         rows.append(failure(name, row, head) if "failed" in row else [
             name, row["batch"], spread(row, 1e3 / row["batch"]), number(row["scenes_per_s"]),
             number(row["audio_s_per_s"]), mebibytes(row["peak_bytes"]),

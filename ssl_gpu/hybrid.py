@@ -66,14 +66,17 @@ def draw_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generat
     return TailBatch(direction, place, sign, src_cosine)
 
 
-def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> RirBatch:
-    """RIRs of direct path, exact images up to cfg.hybrid_order and a tail already drawn. Deterministic.
+def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch,
+                  fused: bool = False) -> RirBatch:
+    """RIRs of direct path, exact images up to cfg.hybrid_order and a tail already drawn. Deterministic. fused: as for
+    scatter.add_kernels.
 
     Never waits for the device, so it cannot refuse an infeasible RT60 but takes walls of absorption 0.99 for it:
     check_law (as Simulator does) or check_feasible beforehand.
     """
     arrivals = find_hybrid_arrivals(cfg, rir_cfg, scenes, tail)
-    return synthesize(rir_cfg.sample_rate, arrivals, slots_in_rir(rir_cfg.sample_rate, scenes.rt60), scenes.max_rt60)
+    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
 
 
 def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> Arrivals:

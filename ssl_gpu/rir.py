@@ -356,8 +356,9 @@ def _gain(law: LookVector, pattern: Pattern, orientation: Tensor, offset: Tensor
     return pattern_gain(pattern, cosine)
 
 
-def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBatch:
-    """FRA-RIR of every source at every microphone of every scene, from images already drawn.
+def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, fused: bool = False) -> RirBatch:
+    """FRA-RIR of every source at every microphone of every scene, from images already drawn. fused: as for
+    scatter.add_kernels.
 
     The whole RIR is within 3e-7 (relative L2) of the reference's chain computed in float64, with two exceptions: its
     last 6 taps, where the reference cuts its 8x signal (3e-6 of the peak in the median, 7e-5 at most; more where an
@@ -370,12 +371,12 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> RirBat
                          f"{cfg.hybrid_share}, rir.ism_share={cfg.ism_share}; rooms.render_rooms renders any")
     arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg.sample_rate, scenes.rt60)
     if cfg.in_bands:
-        return _render_bands(cfg, scenes, images, arrivals, slots)
-    return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60)
+        return _render_bands(cfg, scenes, images, arrivals, slots, fused)
+    return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
 
 
-def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals,
-                  slots: Tensor) -> RirBatch:
+def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals, slots: Tensor,
+                  fused: bool) -> RirBatch:
     """Every octave band on its own, its arrivals as much weaker as walls and air make them on their way."""
     reach = SPEED_OF_SOUND * scenes.rt60
     travelled = arrivals.slot / (scenes.rt60 * (OVERSAMPLING * cfg.sample_rate))[:, None, None, None]
@@ -384,7 +385,7 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
-        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60))
+        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60, fused))
         rates.append(decay_rate(air, ratio, reach))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
     full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, rates, cfg.sample_rate), 0.0)

@@ -57,8 +57,10 @@ def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, genera
     return RoomDraw(images, tail, method)
 
 
-def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw) -> RirBatch:
+def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw,
+                 fused: bool = False) -> RirBatch:
     """RIRs of every scene by its method. Deterministic; waits for the device only where the exact method is asked for.
+    fused: as for scatter.add_kernels, of all but exact rooms.
 
     In a mixed batch FRA-RIR and the hybrid method both find their arrivals for every scene, and `where` picks: finding
     them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. Exact
@@ -68,15 +70,15 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     if rir_cfg.method is Method.ISM:
         return render_ism(cfg, rir_cfg, scenes)
     if rir_cfg.method is Method.HYBRID:
-        return render_hybrid(cfg, rir_cfg, scenes, draw.tail)
+        return render_hybrid(cfg, rir_cfg, scenes, draw.tail, fused)
     if not rir_cfg.is_mixed:
-        return render_rir(rir_cfg, scenes, draw.images)
+        return render_rir(rir_cfg, scenes, draw.images, fused)
     arrivals = find_arrivals(rir_cfg, scenes, draw.images)
     if draw.tail is not None:
         arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
                          find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
     slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
-    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60)
+    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
 
 

@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -31,16 +32,22 @@ class SimulatorConfig:
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
         for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
         twice as slow with it (docs/performance.md).
+    fused: on a GPU, add up the arrivals of a chunk by one Triton kernel (ssl_gpu.fused), to a few roundings the same;
+        with compile or without. No GPU has run it yet, hence the default.
 
-    Raises ValueError when chunk < 1.
+    Raises ValueError when chunk < 1, and for fused where there is no Triton.
     """
 
     chunk: int | None = None
     compile: bool = False
+    fused: bool = False
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
+        if self.fused and importlib.util.find_spec("triton") is None:
+            raise ValueError("simulator.fused must be false where there is no Triton, got true; it comes with torch on "
+                             "Linux")
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
@@ -134,7 +141,7 @@ class Simulator:
                 drawn = RoomDraw(images, None, None).to(device)
             else:
                 drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
-            rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk])
+            rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], self.config.fused)
                       for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
@@ -185,7 +192,7 @@ class Simulator:
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
-                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part])
+                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], self.config.fused)
             parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part]))
         # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
         valid = draw.scenes.valid[:, None, None]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssl_gpu.convolve import fast_length
 from ssl_gpu.runtime import constant
+from ssl_gpu.scatter import add_kernels
 
 OVERSAMPLING = 64  # slots per sample
 HIGHPASS_HZ, HIGHPASS_Q = 80.0, 0.707
@@ -140,27 +141,16 @@ def taps_for(sample_rate: int, max_rt60: float) -> int:
     return -(-(-(-max_slots // 8)) // 8)
 
 
-def synthesize(sample_rate: int, arrivals: Arrivals, slots: Tensor, max_rt60: float) -> RirBatch:
+def synthesize(sample_rate: int, arrivals: Arrivals, slots: Tensor, max_rt60: float, fused: bool = False) -> RirBatch:
     """Arrivals to RIRs: scatter the kernel of each arrival at the target rate, then the high-pass in frequency.
 
-    slots [batch] int64, the length of each RIR on the 64x grid; max_rt60 s fixes the number of taps.
+    slots [batch] int64, the length of each RIR on the 64x grid; max_rt60 s fixes the number of taps. fused: as for
+    scatter.add_kernels.
     """
-    device = arrivals.slot.device
-    width = taps_for(sample_rate, max_rt60) + LEAD + TAIL + 1
-    parts = 1 if arrivals.early is None else 2                          # an early arrival goes to the second part
-    shape = arrivals.slot.shape[:3]
-    table = _kernel_on(sample_rate, device)
-    # slot % 64 and slot // 64, but divisions of int64 take ten times as long.
-    phase, start = (arrivals.slot & (OVERSAMPLING - 1)).flatten(), arrivals.slot >> (OVERSAMPLING.bit_length() - 1)
-    if arrivals.early is not None:
-        start = start + arrivals.early * width
-    train = torch.zeros(2, *shape, parts * width, device=device)        # main, remainder
-    for tap in range(MAIN_TAPS + 2):
-        part, shift = (0, tap) if tap < MAIN_TAPS else (1, tap)
-        room = train[part].narrow(-1, shift, parts * width - shift)
-        weight = table[tap].index_select(0, phase).view_as(start)      # on a CPU five times as fast as [phase]
-        room.scatter_add_(-1, start, weight.mul_(arrivals.amplitude))
-    return _filter(sample_rate, train.view(2, *shape, parts, width), slots)
+    taps = taps_for(sample_rate, max_rt60)
+    train = add_kernels(_kernel_on(sample_rate, arrivals.slot.device), arrivals.slot, arrivals.amplitude,
+                        arrivals.early, _fft_length(sample_rate, taps), MAIN_TAPS, fused)
+    return _filter(sample_rate, train, taps, slots)
 
 
 def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch:
@@ -170,24 +160,28 @@ def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch
     """
     shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
     products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(sample_rate, train.device).T
-    spread = train.new_zeros(2, *shape, taps + LEAD + TAIL + 1)         # main, remainder
+    spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps))  # main, remainder
     for tap in range(MAIN_TAPS + 2):
         spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
-    return _filter(sample_rate, spread, slots)
+    return _filter(sample_rate, spread, taps, slots)
 
 
-def _filter(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch:
-    """Kernels added up, [main or remainder, batch, mic, src, late or early, LEAD + tap + TAIL + 1], to RIRs."""
-    width = train.shape[-1]
-    max_taps = width - LEAD - TAIL - 1
-    n_fft = fast_length(width + math.ceil(RINGING_S * sample_rate))
+def _fft_length(sample_rate: int, taps: int) -> int:
+    """Points of the transform that filters RIRs: their taps, what the kernel reaches beyond them, and its ringing."""
+    return fast_length(taps + LEAD + TAIL + 1 + math.ceil(RINGING_S * sample_rate))
+
+
+def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor) -> RirBatch:
+    """Kernels added up, [main or remainder, batch, mic, src, late or early, sample] from LEAD samples before the first
+    tap to the end of the transform, to RIRs."""
+    n_fft = train.shape[-1]
     main, rest = _response_on(sample_rate, n_fft, train.device)
     length = taps_in_rir(slots)
-    inside = torch.arange(max_taps, device=train.device) < length[:, None, None, None]
+    inside = torch.arange(taps, device=train.device) < length[:, None, None, None]
 
-    def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, width]
-        spectrum = torch.fft.rfft(train[0], n_fft).mul_(main).addcmul_(torch.fft.rfft(train[1], n_fft), rest)
-        return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + max_taps], 0.0)
+    def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, sample]
+        spectrum = torch.fft.rfft(train[0]).mul_(main).addcmul_(torch.fft.rfft(train[1]), rest)
+        return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + taps], 0.0)
 
     if train.shape[-2] == 1:
         return RirBatch(finish(train.squeeze(-2)), None, length, sample_rate)

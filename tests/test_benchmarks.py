@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (ablations, accuracy_tables, bench_convolve, bench_rir, bench_simulate,  # noqa: E402
                         bench_train, common, floors, lanes, localize_windows, peers, report, traffic)
-from ssl_gpu import train  # noqa: E402
+from ssl_gpu import synthesis, train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
@@ -193,8 +193,22 @@ def test_compiled_rows_are_marked(tmp_path, monkeypatch):
         del asked[:]
 
 
-def mixtures(batch, us_per_scene, name="endless rooms", compiled=False, peak=2e9):
-    return {"name": name, "batch": batch, "median_s": 1e-6 * us_per_scene * batch, "compiled": compiled,
+@pytest.mark.parametrize("benchmark, rows", [(bench_rir, 7), (bench_simulate, 8)])
+def test_fused_rows_are_marked_and_asked_for(benchmark, rows, tmp_path, monkeypatch, capsys):
+    """Arrays are measured either way, too. On a CPU the numbers are those of the plain path, and so is the error."""
+    pytest.importorskip("triton")
+    asked, real = [], synthesis.add_kernels
+    monkeypatch.setattr(synthesis, "add_kernels", lambda *args: asked.append(args[-1]) or real(*args))
+    arrays = ("--arrays", "1x1") if benchmark is bench_simulate else ()
+    results = run(benchmark, tmp_path, "--batch", "1", "--seconds", "0", "--check", "1", "--fused", "both", *arrays)
+    fused = [row for row in results["rows"] if row.get("fused")]
+    assert len(results["rows"]) == rows and len(fused) == rows // 2 and asked == sorted(asked) and {*asked} == {0, 1}
+    assert all(row["error"] < 1e-5 for row in fused if row["name"] in ("render", "endless rooms"))
+    assert capsys.readouterr().out.count(", fused |") == len(fused)
+
+
+def mixtures(batch, us_per_scene, name="endless rooms", compiled=False, peak=2e9, fused=False):
+    return {"name": name, "batch": batch, "median_s": 1e-6 * us_per_scene * batch, "compiled": compiled, "fused": fused,
             "scenes_per_s": 1e6 / us_per_scene, "peak_bytes": peak}
 
 
@@ -225,6 +239,14 @@ def test_targets_are_met_or_missed_by_what_was_measured():
            "train": {"rows": [training_row(9_000, 0.11, True), {**training_row(99_000, 0.0, True), "bfloat16": False}]}}
     found = benchmark_all.verdicts(bad)
     assert not any(verdict.met for verdict in found) and all(verdict.measured for verdict in found)
+    fused = {"simulate": {"rows": [mixtures(*row, fused=way) for way, us in ((False, 9.0), (True, 5.0)) for row in (
+        (256, us), (512, us), (4096, us), (512, 2 * us, "endless rooms, 2x4"))]}}
+    found = benchmark_all.verdicts(fused)
+    assert found[0].measured == "200,000 scenes/s, batch 512, fused"
+    assert [verdict.measured for verdict in found if "flat" in verdict.target] == [
+        "256: 9 us, 512: 9 us, 4096: 9 us", "256: 5 us, 512: 5 us, 4096: 5 us, fused"]
+    assert [verdict.measured for verdict in found if "2x4" in verdict.target] == [
+        "1.00 times, batch 512", "1.00 times, batch 512, fused"]
     found = benchmark_all.verdicts({})
     assert len(found) == 7 and not any(verdict.met or verdict.measured for verdict in found)
     assert "| not measured | - |" in benchmark_all.summary("a GPU", {"rir": (False, 1.0)}, found)
@@ -266,7 +288,8 @@ def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_
     assert lengths == [*range(1, rows + 1), rows] and results["complete"]
     assert [index for index, row in enumerate(results["rows"]) if "failed" in row] == [1]
     bad, line = results["rows"][1], "RuntimeError: CUDA error: an illegal | access"
-    assert bad == {"name": bad["name"], "batch": 1, "compiled": False, "failed": line, **overlap}
+    more = {"fused": False} if benchmark in (bench_rir, bench_simulate) else overlap
+    assert bad == {"name": bad["name"], "batch": 1, "compiled": False, "failed": line, **more}
     assert [bool(row.get("compiled")) for row in results["rows"]] == sorted(bool(row.get("compiled"))
                                                                             for row in results["rows"])
     out, err = capsys.readouterr()
@@ -359,6 +382,9 @@ def test_traffic_of_a_batch_grows_with_its_scenes(capsys):
     assert more.bytes["scatter_add_"] == 3 * few.bytes["scatter_add_"]
     assert traffic.main(["--scenes", "2"]) == 0
     assert f"{few.bytes.total() / 1e9:.3f} GB {few.calls.total():5d} in all\n" in capsys.readouterr().out
+    fused = traffic.count(2, fused=True)
+    assert fused.calls["add_kernels"] == 1 and not fused.calls["scatter_add_"] + fused.calls["index_select"]
+    assert 0.5 * few.bytes.total() < fused.bytes.total() < 0.7 * few.bytes.total()
     # What was counted on fakes has left no fake behind in the tables.
     mixture = Simulator(rir=bench_simulate.RIR)(torch.zeros(2, 2, 48000), generator=torch.Generator().manual_seed(0))
     assert type(mixture.audio) is torch.Tensor and mixture.audio.isfinite().all()

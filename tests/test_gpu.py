@@ -62,6 +62,19 @@ def test_compiled_simulator_gives_the_same_mixtures(name):
     assert relative(found.audio, expected.audio) < 1e-4 and relative(found.early, expected.early) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["fra", "mixed"])
+def test_fused_simulator_gives_the_same_mixtures(name, compile):
+    torch.compiler.reset()
+    plain, fused = (Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"), config=config)
+                    for config in (SimulatorConfig(4), SimulatorConfig(4, compile, fused=True)))
+    dry, draw = torch.randn(8, 2, 16000, device=GPU), plain.draw(8, 16000, generator=seeded(1, GPU))
+    expected, found = plain.render(dry, draw), fused.render(dry, draw)
+    most = 1e-4 if compile else 1e-5
+    assert relative(found.audio, expected.audio) < most and relative(found.early, expected.early) < most
+
+
 @pytest.mark.parametrize("drop", [True, False])
 def test_batches_made_ahead_are_those_made_in_turn(drop):
     """Beside a busy stream; also where each is dropped while the GPU still reads it, which would let the next one

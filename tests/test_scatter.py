@@ -1,0 +1,104 @@
+"""Adding up the kernels of arrivals: against a loop, and the Triton kernel against the plain path, without a GPU."""
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from ssl_gpu.scatter import add_kernels
+from ssl_gpu.simulator import Simulator, SimulatorConfig
+from ssl_gpu.synthesis import MAIN_TAPS, _kernel_on
+
+LENGTH = 200  # samples
+TABLE = _kernel_on(16000, torch.device("cpu"))
+
+
+def arrivals(count=70, shape=(2, 2, 1)):
+    """Slots, with several in one sample, amplitudes, of which some are 0, and flags."""
+    generator = torch.Generator().manual_seed(count)
+    slot = torch.randint(0, 64 * (LENGTH - 16), (*shape, count), generator=generator)
+    slot[..., :5] = torch.tensor([0, 63, 64, 64, 64 * (LENGTH - 16) - 1])
+    amplitude = torch.randn(slot.shape, generator=generator)
+    amplitude[..., count // 2:count // 2 + 9] = 0
+    return slot, amplitude, torch.rand(slot.shape, generator=generator) < 0.3
+
+
+@pytest.mark.parametrize("with_early", [False, True])
+def test_kernels_are_added_up_where_the_arrivals_are(with_early):
+    slot, amplitude, early = arrivals()
+    expected = torch.zeros(2, 2, 2, 1, 2, LENGTH, dtype=torch.float64)
+    for index in torch.cartesian_prod(*map(torch.arange, slot.shape)).tolist():
+        *place, _ = index
+        part = int(early[tuple(index)]) if with_early else 0
+        begin, phase = divmod(int(slot[tuple(index)]), 64)
+        for tap in range(16):
+            expected[(int(tap >= MAIN_TAPS), *place, part, begin + tap)] += \
+                TABLE[tap, phase].double() * amplitude[tuple(index)].double()
+    found = add_kernels(TABLE, slot, amplitude, early if with_early else None, LENGTH, MAIN_TAPS)
+    assert_close(found, expected[..., :1 + with_early, :].float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [7, 64, 70])  # arrivals: less than a program takes, as many, more
+@pytest.mark.parametrize("with_early", [False, True])
+def test_triton_kernel_adds_the_same(count, with_early):
+    """In Triton's interpreter, also where slots and amplitudes are views."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from ssl_gpu import fused
+    slot, amplitude, early = (x.transpose(0, 1) for x in arrivals(count, (2, 3, 1)))
+    early = early if with_early else None
+    expected = add_kernels(TABLE, slot, amplitude, early, LENGTH, MAIN_TAPS)
+    found = torch.zeros_like(expected).flatten(-2)
+    fused.launch(InterpretedFunction(fused.add_kernels_program.fn), found, TABLE.T.contiguous(), slot, amplitude, early,
+                 MAIN_TAPS)
+    assert_close(found.view_as(expected), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("with_early", [False, True])
+def test_triton_kernel_compiles_for_a_hopper_gpu(with_early):
+    """To machine code, by Triton's own assembler: additions without an answer (RED), nothing spilled."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssl_gpu import fused
+    constants = {"has_early": with_early, "phases": 64, "taps": 16, "main_taps": MAIN_TAPS, "block": fused.BLOCK}
+    kinds = {"total": "*fp32", "table": "*fp32", "slot": "*i64", "amplitude": "*fp32",
+             "early": "*u8" if with_early else "*i64", "arrivals": "i32", "row_length": "i32", "parts_apart": "i64"}
+    source = ASTSource(fused.add_kernels_program, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    except (RuntimeError, OSError) as error:  # an installation without the assembler
+        pytest.skip(f"Triton cannot compile for a GPU here: {error}")
+    assert kernel.metadata.shared == 0 and len(kernel.asm["cubin"]) > 1000
+    assert kernel.asm["ptx"].count("atom.global.gpu.relaxed.add.f32") == fused.BLOCK * 16 // 128  # of each thread
+    assert "local" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("with_early", [False, True])
+def test_fused_scatter_is_taken_on_a_gpu_alone(with_early, monkeypatch):
+    """On fake tensors: the operation that Triton has, and no scatter_add_; on a CPU as without."""
+    pytest.importorskip("triton")
+    from ssl_gpu import fused
+    calls, real = [], fused.add_kernels_fused
+    monkeypatch.setattr(fused, "add_kernels_fused", lambda *args: (calls.append(args), real(*args)))
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)
+    slot, amplitude, early = arrivals()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        slot, amplitude, early, table = (torch.empty_like(x, device="cuda") for x in (slot, amplitude, early, TABLE))
+        found = add_kernels(table, slot, amplitude, early if with_early else None, LENGTH, MAIN_TAPS, fused=True)
+        assert found.shape == (2, 2, 2, 1, 1 + with_early, LENGTH) and found.is_cuda and len(calls) == 1
+    monkeypatch.undo()
+    dry, plain = torch.randn(2, 2, 400), Simulator(config=SimulatorConfig(fused=False))
+    draw = plain.draw(2, 400, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Simulator(config=SimulatorConfig(fused=True)).render(dry, draw).audio,
+                       plain.render(dry, draw).audio)
+
+
+def test_no_triton_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="simulator.fused must be false where there is no Triton, got true"):
+        SimulatorConfig(fused=True)
+    SimulatorConfig(fused=False)
