@@ -97,6 +97,22 @@ def test_fused_scatter_is_taken_on_a_gpu_alone(with_early, monkeypatch):
                        plain.render(dry, draw).audio)
 
 
+def test_fused_scatter_is_one_node_of_a_compiled_graph():
+    """Of that of a GPU, traced on fake tensors; its code is generated on a GPU alone (tests/test_gpu.py)."""
+    pytest.importorskip("triton")
+    graphs = []
+    compiled = torch.compile(add_kernels, fullgraph=True,
+                             backend=lambda module, inputs: graphs.append(module.graph) or module.forward)
+    slot, amplitude, _ = arrivals()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        slot, amplitude, table = (torch.empty_like(x, device="cuda") for x in (slot, amplitude, TABLE))
+        compiled(table, slot, amplitude, None, LENGTH, MAIN_TAPS, True)
+    (graph,) = graphs
+    calls = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert calls.count(torch.ops.ssl_gpu.add_kernels.default) == 1
+    assert not [node for node in graph.nodes if "scatter" in str(node.target)]
+
+
 def test_no_triton_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="simulator.fused must be false where there is no Triton, got true"):

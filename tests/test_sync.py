@@ -8,6 +8,7 @@ import contextlib
 import sys
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ LAWS = {
     "octaves": dict(rir=RirConfig(band_rt60_ratio=((0.5, 1.0),) * 7, air=(20.0, 50.0))),
     "hybrid": dict(rir=RirConfig(method="hybrid"), ism=IsmConfig("eyring")),
     "mixed": dict(rir=RirConfig(hybrid_share=0.5), ism=IsmConfig("eyring"), mixture=NOISY),
+    "fused": dict(config=SimulatorConfig(2, fused=find_spec("triton") is not None)),
 }
 
 
