@@ -41,6 +41,8 @@ class SceneConfig:
     room_min_m, room_max_m: corners of the uniform law of the room's (length, width, height).
     rt60_s: range of the uniform law of the nominal reverberation time.
     src_dist_m: range allowed for the distance from a source to the centre of the array.
+    planar_share: probability that all sources of a scene are at the height of the centre of the array, as talkers at a
+        table are, the one way for them to be near the line of the microphones; else each has a height of its own.
     wall_dist_m: the least distance of sources and microphones to the walls.
     num_src: talkers per scene.
     num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
@@ -68,6 +70,7 @@ class SceneConfig:
     room_max_m: tuple[float, float, float] = (10.0, 6.0, 4.0)
     rt60_s: tuple[float, float] = (0.1, 0.7)
     src_dist_m: tuple[float, float] = (0.2, 5.0)
+    planar_share: float = 0.0
     wall_dist_m: float = 0.5
     num_src: int = 2
     num_mics: int = 2
@@ -101,6 +104,8 @@ class SceneConfig:
                 raise ValueError(f"scene.{name} must be >= 1, got {getattr(self, name)}")
         if self.bank is not None and self.bank < 1:
             raise ValueError(f"scene.bank must be >= 1 room, or null for endless rooms, got {self.bank}")
+        if not 0 <= self.planar_share <= 1:
+            raise ValueError(f"scene.planar_share must be in 0..1, got {self.planar_share}")
         if not self.wall_dist_m >= 0:
             raise ValueError(f"scene.wall_dist_m must be >= 0, got {self.wall_dist_m}")
         for name in ("src_orientation_deg", "mic_orientation_deg"):
@@ -323,7 +328,8 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     """Draw `batch` scenes on the generator's device, without a device sync.
 
     Room, RT60 and array centre are uniform; each source is uniform in the room less the walls' margin, redrawn until
-    src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly.
+    src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly. Where
+    a scene is planar its candidates are in one plane.
     """
     device = generator.device
     low, high = (_table(tuple(corner), device) for corner in (cfg.room_min_m, cfg.room_max_m))
@@ -342,6 +348,10 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     shape = (batch, cfg.num_src, CANDIDATES, 3)
     wall = cfg.wall_dist_m
     candidate = _uniform(shape, wall, room[:, None, None] - wall, generator)
+    if cfg.planar_share > 0:
+        planar = torch.rand((batch, 1, 1), generator=generator, device=device) < cfg.planar_share
+        height = torch.where(planar, centre[:, None, None, 2], candidate[..., 2])
+        candidate = torch.cat((candidate[..., :2], height[..., None]), -1)
     dist = torch.linalg.vector_norm(candidate - centre[:, None, None], dim=-1)
     to_mic = torch.linalg.vector_norm(candidate[:, :, :, None] - mic_pos[:, None, None], dim=-1).amin(-1)
     valid = (dist >= cfg.src_dist_m[0]) & (dist <= cfg.src_dist_m[1]) & (to_mic >= MIN_SRC_MIC_DIST)

@@ -156,6 +156,20 @@ def test_cosine_of_the_cone_is_that_of_azimuth_times_that_of_elevation():
     assert (scenes.azimuth >= -math.pi).all() and (scenes.azimuth <= math.pi).all()
 
 
+def test_planar_scenes_have_all_sources_at_the_height_of_the_array():
+    """As many as are asked for; in the others nothing is so. Distances keep to the law, and angles near the line of the
+    microphones become frequent."""
+    mixed, none, every = (draw(SceneConfig(planar_share=share), batch=4000) for share in (0.3, 0.0, 1.0))
+    flat = mixed.elevation.abs() < 1e-9
+    planar = flat.all(1)
+    assert torch.equal(planar, flat.any(1)) and abs(float(planar.double().mean()) - 0.3) < 5 * (0.21 / 4000) ** 0.5
+    assert not (none.elevation.abs() < 1e-9).any() and (every.elevation.abs() < 1e-9).all() and every.valid.all()
+    assert (every.distance >= 0.2).all() and (every.distance <= 5).all()
+    assert_close(every.cone_angle, every.azimuth.abs(), rtol=0, atol=1e-6)
+    ends = [float((scenes.cone_angle < math.radians(10)).double().mean()) for scenes in (none, every)]
+    assert ends[1] > 3 * ends[0]
+
+
 def test_labels_of_sources_in_known_places():
     """Array along +y: a source beyond the last microphone is at 0, to its left (-x) at 90 degrees, above it at 90."""
     scenes = make_scenes([[8, 8, 4]], [0.5], [[[4, 3.9, 2], [4, 4.1, 2]]],
@@ -268,10 +282,10 @@ def test_batches_of_different_laws_are_put_one_after_the_other():
 
 
 CHANGES = dict(
-    room_min_m=(4.0, 3.0, 2.5), room_max_m=(10.0, 6.0, 5.0), rt60_s=(0.2, 0.7), src_dist_m=(0.2, 2.0), wall_dist_m=0.3,
-    num_src=3, num_mics=3, mic_spacing_m=0.2, spacing_jitter_m=0.002, mic_array_m=((0.0, 0.0, 0.0), (0.0, 0.1, 0.0)),
-    array_radius_m=0.2,
-    rotate=True, src_orientation_deg=(10.0, 20.0), mic_orientation_deg=(10.0, 20.0))
+    room_min_m=(4.0, 3.0, 2.5), room_max_m=(10.0, 6.0, 5.0), rt60_s=(0.2, 0.7), src_dist_m=(0.2, 2.0),
+    planar_share=0.5, wall_dist_m=0.3, num_src=3, num_mics=3, mic_spacing_m=0.2, spacing_jitter_m=0.002,
+    mic_array_m=((0.0, 0.0, 0.0), (0.0, 0.1, 0.0)), array_radius_m=0.2, rotate=True,
+    src_orientation_deg=(10.0, 20.0), mic_orientation_deg=(10.0, 20.0))
 
 
 IN_TEST_SIMULATOR = ("bank", "pool")
@@ -318,6 +332,8 @@ NAN = float("nan")
     (dict(pool="original"), "scene.bank must be in 1..3000 rooms with scene.pool=original, got null"),
     (dict(pool="original", bank=3001), "scene.bank must be in 1..3000 rooms with scene.pool=original, got 3001"),
     (dict(pool="theirs"), "scene.pool must be one of law, original, got 'theirs'"),
+    (dict(planar_share=1.1), "scene.planar_share must be in 0..1, got 1.1"),
+    (dict(planar_share=NAN), "scene.planar_share must be in 0..1, got nan"),
     (dict(wall_dist_m=-0.1), "scene.wall_dist_m must be >= 0, got -0.1"),
     (dict(wall_dist_m=NAN), "scene.wall_dist_m must be >= 0, got nan"),
     (dict(wall_dist_m=1.25), "scene.room_min_m: a height of 2.5 m leaves no place for an array of radius 0.05 m at "
