@@ -14,25 +14,26 @@ BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight fo
 
 @triton.jit
 def add_kernels_program(total, table, slot, amplitude, early, arrivals, row_length, parts_apart,
-                        has_early: tl.constexpr, phases: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr,
+                        has_early: tl.constexpr, phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr,
                         block: tl.constexpr):
-    """`block` arrivals of one RIR, program_id(0). Sums total [2, row, row_length] lie parts_apart elements apart;
-    table [phase, tap]; slot, amplitude, early [row, arrival]. The taps of an arrival lie side by side in both, so that
-    the threads of a warp add to neighbouring addresses. An arrival of amplitude 0, as those that pad a batch, adds
-    nothing and is left out."""
+    """`block` arrivals of one RIR, program_id(0). The two sums in total [2, row, row_length] lie parts_apart elements
+    apart; table [2^phase_bits, tap]; slot, amplitude, early [row, arrival]. The taps of an arrival lie side by side in
+    both, so that the threads of a warp add to neighbouring addresses. An arrival of amplitude 0, as those that pad a
+    batch, adds nothing and is left out; so is one outside its row, which no law has: it would write into others."""
     row = tl.program_id(0).to(tl.int64)
     arrival = tl.program_id(1) * block + tl.arange(0, block)
     inside = arrival < arrivals
     place = tl.load(slot + row * arrivals + arrival, mask=inside, other=0)
     strength = tl.load(amplitude + row * arrivals + arrival, mask=inside, other=0.0)
-    start = place // phases
+    start = place >> phase_bits
     if has_early:
         flag = tl.load(early + row * arrivals + arrival, mask=inside, other=0)
         start += flag.to(tl.int64) * (row_length // 2)
     tap = tl.arange(0, taps)[None, :]
-    weight = tl.load(table + (place % phases)[:, None] * taps + tap)
+    weight = tl.load(table + (place & ((1 << phase_bits) - 1))[:, None] * taps + tap)
     target = total + row * row_length + start[:, None] + tap + tl.where(tap < main_taps, 0, parts_apart)
-    tl.atomic_add(target, weight * strength[:, None], mask=(strength != 0)[:, None] & (tap < taps), sem="relaxed")
+    counts = (strength != 0) & (start >= 0) & (start + taps <= row_length)
+    tl.atomic_add(target, weight * strength[:, None], mask=counts[:, None], sem="relaxed")
 
 
 @triton_op("ssl_gpu::add_kernels", mutates_args={"total"})
@@ -52,5 +53,5 @@ def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tenso
     flags = slot if early is None else early.contiguous().view(torch.uint8)  # never read where there is none
     grid = (slot.numel() // arrivals, triton.cdiv(arrivals, BLOCK))
     program[grid](total, table, slot.contiguous(), amplitude.contiguous(), flags, arrivals, total.shape[-1],
-                  total.stride(0), has_early=early is not None, phases=phases, taps=taps, main_taps=main_taps,
-                  block=BLOCK)
+                  total.stride(0), has_early=early is not None, phase_bits=phases.bit_length() - 1, taps=taps,
+                  main_taps=main_taps, block=BLOCK)

@@ -56,6 +56,20 @@ def test_triton_kernel_adds_the_same(count, with_early):
     assert_close(found.view_as(expected), expected, rtol=0, atol=1e-7)
 
 
+def test_triton_kernel_writes_nowhere_else():
+    """Where a slot is outside the rows, as after a bug elsewhere: the sums of other rows stay as they are."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from ssl_gpu import fused
+    slot = torch.tensor([-1, -64 * 30, 64 * (LENGTH - 15), 64 * 3 * LENGTH, 640]).expand(1, 3, 1, 5)
+    found = torch.zeros(2, 1, 3, 1, LENGTH)
+    fused.launch(InterpretedFunction(fused.add_kernels_program.fn), found, TABLE.T.contiguous(), slot,
+                 torch.ones(slot.shape), None, MAIN_TAPS)
+    only = add_kernels(TABLE, slot[..., 4:], torch.ones(1, 3, 1, 1), None, LENGTH, MAIN_TAPS)
+    assert_close(found, only.squeeze(-2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("with_early", [False, True])
 def test_triton_kernel_compiles_for_a_hopper_gpu(with_early):
     """To machine code, by Triton's own assembler: additions without an answer (RED), nothing spilled."""
@@ -64,7 +78,7 @@ def test_triton_kernel_compiles_for_a_hopper_gpu(with_early):
     from triton.compiler import ASTSource
 
     from ssl_gpu import fused
-    constants = {"has_early": with_early, "phases": 64, "taps": 16, "main_taps": MAIN_TAPS, "block": fused.BLOCK}
+    constants = {"has_early": with_early, "phase_bits": 6, "taps": 16, "main_taps": MAIN_TAPS, "block": fused.BLOCK}
     kinds = {"total": "*fp32", "table": "*fp32", "slot": "*i64", "amplitude": "*fp32",
              "early": "*u8" if with_early else "*i64", "arrivals": "i32", "row_length": "i32", "parts_apart": "i64"}
     source = ASTSource(fused.add_kernels_program, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
