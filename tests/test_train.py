@@ -449,7 +449,7 @@ MISTAKES = {
     "pool without a bank": (["scene.pool=original"], "scene.bank must be in 1..3000 rooms"),
     "pool of another law": (["scene.pool=original", "scene.bank=3", "scene.rt60_s=[0.2, 0.7]"], "scene.rt60_s"),
     "pool by walls": (["scene.pool=original", "scene.bank=3", "rir.num_images=[1024, 4096]", "rir.hybrid_share=0.5"],
-                      "rir.hybrid_share must be 0.0 with scene.pool=original"),
+                      "rir.hybrid_share must be 0.0, got 0.5"),
     "pool with image counts": (["scene.pool=original", "scene.bank=3"], "rir.num_images must be (1024, 4096)"),
     "occupied folder": (["train.out=alone"], "train.out"),
 }
