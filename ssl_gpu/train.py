@@ -408,6 +408,14 @@ def newest_run(name: str) -> Path:
     return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
 
 
+def check_resumable(out: Path) -> None:
+    """Raises ValueError for a folder without a checkpoint to go on from."""
+    if not (out / "checkpoint.pt").is_file():
+        emptied = " once it is empty" if out.exists() and (not out.is_dir() or any(out.iterdir())) else ""
+        raise ValueError(f"--resume found nothing to resume in train.out={out}, which has no checkpoint.pt; the same "
+                         f"command without --resume starts anew{emptied}")
+
+
 def setup(args: argparse.Namespace) -> Run:
     """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user.
 
@@ -417,6 +425,7 @@ def setup(args: argparse.Namespace) -> Run:
     name, resumed = Path(args.config).stem, None
     if args.resume:
         out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
+        check_resumable(out)
         resumed = load_checkpoint(out / "checkpoint.pt")
         cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
     folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")

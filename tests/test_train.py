@@ -264,6 +264,19 @@ def test_resume_finds_the_newest_run(tiny):
     assert load_checkpoint(run / "checkpoint.pt").step == 3
 
 
+@pytest.mark.parametrize("content, left", [(None, ""), ("", ""), ("metrics.jsonl", " once it is empty")])
+def test_a_folder_with_nothing_to_resume_says_how_to_start(content, left, tiny, capsys):
+    """Also that of a run that was killed before its first checkpoint, which has begun a log."""
+    if content is not None:
+        (tiny / "run").mkdir()
+    if content:
+        (tiny / "run" / content).touch()
+    assert start("train.out=run", "--resume") == 2
+    assert capsys.readouterr().err == (
+        "error: --resume found nothing to resume in train.out=run, which has no checkpoint.pt; the same command "
+        f"without --resume starts anew{left}\n")
+
+
 def test_resumed_run_keeps_its_configuration_and_takes_overrides(tiny):
     assert start("train.out=run", "train.steps=2", "train.seed=5", "scene.src_dist_m=[1, 2]") == 0
     assert start("train.out=run", "train.steps=3", "--resume") == 0
