@@ -32,7 +32,8 @@ from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
+from ssl_gpu.optim import (Averaged, Precision, TrainConfig, build_optimizer, learning_rate, noise_share,
+                           restore_optimizer)
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
@@ -147,17 +148,25 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
 def restore(run: Run, resumed: Checkpoint) -> None:
     """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
     check_rooms_kept(resumed.config, run.cfg.scene)
-    run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
+    run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
     run.first = resumed.extra.get("first", 0)
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
-    minutes = run.cfg.train.max_minutes
-    if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
-        run.share = min(run.share, run.elapsed_s / (60 * minutes))
     run.localizer.load_state_dict(resumed.model)
     restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
         run.averaged.model.load_state_dict(resumed.ema or resumed.model)
         run.averaged.updates = run.step - run.first
+
+
+def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
+    """The share of a run that was over at its checkpoint, by a configuration that may have given it more since."""
+    by_step = 0.0 if train.steps is None else (resumed.step - resumed.extra.get("first", 0)) / train.steps
+    if train.max_minutes is None:
+        return by_step
+    share, before = resumed.extra.get("share", 0.0), resumed.config["train"]
+    if (train.steps, train.max_minutes) != (before.get("steps"), before.get("max_minutes")):
+        share = min(share, resumed.extra.get("elapsed_s", 0.0) / (60 * train.max_minutes))
+    return max(by_step, share)
 
 
 def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
@@ -416,8 +425,9 @@ def check_resumable(out: Path) -> None:
                          f"command without --resume starts anew{emptied}")
 
 
-def setup(args: argparse.Namespace) -> Run:
-    """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user.
+def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]:
+    """What the command line asks for: configuration, run folder, and the checkpoint to resume, if any. Raises
+    ValueError with a line for the user.
 
     A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
     """
@@ -432,11 +442,22 @@ def setup(args: argparse.Namespace) -> Run:
                if (value := getattr(cfg.speech, key)) is not None}
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
     if resumed is not None:
-        return prepare(cfg, out, resumed)
+        return cfg, out, resumed
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
-    return prepare(cfg, out, None)
+    return cfg, out, None
+
+
+def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
+    """A line where a run is over and has its result; None where there is something to do."""
+    if share_done(cfg.train, resumed) < 1 or not (out / "result.json").is_file():
+        return None
+    steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
+    by_time = steps is None or done < steps
+    more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
+    return (f"{out} is finished, after {resumed.step} steps; {out}/result.json stays as it is. Go on with {more}, or "
+            f"begin a new run with train.init={out}")
 
 
 def interrupt(signum, frame):
@@ -454,9 +475,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration")
     args = parser.parse_intermixed_args(arguments)
     try:
-        run = setup(args)
+        cfg, out, resumed = setup(args)
+        finished = None if resumed is None else told_finished(cfg, out, resumed)
+        if finished is not None:
+            print(finished)
+            return 0
+        run = prepare(cfg, out, resumed)
         run.out.mkdir(parents=True, exist_ok=True)
-        if args.resume:
+        if resumed is not None:
             (run.out / "result.json").unlink(missing_ok=True)          # it will be another one
         elif any(run.out.iterdir()):
             raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")

@@ -302,17 +302,40 @@ def test_resume_is_not_led_astray_by_a_longer_name(tiny):
     assert start("train.steps=3", "--resume") == 2
 
 
-def test_finished_run_is_not_trained_again(tiny):
-    """The same command with --resume evaluates again, and that is all."""
-    arguments = ("train.out=run", "train.steps=null", "train.max_minutes=600")
-    cfg = load_config(RunConfig, "tiny.yaml", arguments)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("by", ["steps", "max_minutes"])
+def test_finished_run_is_left_as_it_is(by, tiny, capsys):
+    """The same command with --resume says so and how to go on; without a result it evaluates, and that is all."""
+    length = {"steps": ("train.steps=2",), "max_minutes": ("train.steps=null", "train.max_minutes=600")}[by]
     assert start("train.out=run", "train.steps=2") == 0
-    checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
-    checkpoint["extra"]["share"] = 1.0
-    checkpoint["config"]["train"] |= {"steps": None, "max_minutes": 600.0}
-    torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
-    assert cfg.train.max_minutes == 600 and start(*arguments, "--resume") == 0
-    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == 2
+    if by == "max_minutes":
+        checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
+        checkpoint["extra"]["share"] = 1.0
+        checkpoint["config"]["train"] |= {"steps": None, "max_minutes": 600.0}
+        torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
+    before = contents(tiny / "run")
+    capsys.readouterr()
+    assert start("train.out=run", *length, "--resume") == 0
+    more = {"steps": "train.steps > 2", "max_minutes": "train.max_minutes > 600"}[by]
+    assert tuple(capsys.readouterr()) == (f"run is finished, after 2 steps; run/result.json stays as it is. Go on with "
+                                          f"{more}, or begin a new run with train.init=run\n", "")
+    assert contents(tiny / "run") == before
+    (tiny / "run" / "result.json").unlink()
+    assert start("train.out=run", *length, "--resume") == 0
+    again, result = (json.loads(text) for text in ((tiny / "run" / "result.json").read_text(), before["result.json"]))
+    assert again["cone_mae_deg"] == result["cone_mae_deg"]
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == again["steps"] == 2
+
+
+def test_a_run_that_reached_its_steps_before_its_minutes_takes_more_steps(tiny):
+    assert start("train.out=run", "train.steps=2", "train.max_minutes=600") == 0
+    assert start("train.out=run", "train.steps=3", "--resume") == 0
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == 3
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
 
 
 def test_divergence_is_one_line(tiny, capsys):
