@@ -230,11 +230,31 @@ def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     by_step = 0.0 if train.steps is None else (step - run.first) / train.steps
     if train.max_minutes is None:
         return by_step
-    # The step under way, the last evaluation and the checkpoint come out of the budget: twice the measured times, as
-    # machines are shared, and 100 MB/s for weights, averages and two moments.
-    save_s = 16e-8 * sum(p.numel() for p in run.localizer.parameters())
-    left_s = max(60 * train.max_minutes - 2 * (run.eval_s + run.step_s) - save_s - 2 - started_s, 1e-3)
+    left_s = max(60 * train.max_minutes - end_s(run) - started_s, 1e-3)
     return max(by_step, share + (1 - share) * (elapsed_s(run) - started_s) / left_s)
+
+
+def end_s(run: Run) -> float:
+    """Seconds of train.max_minutes kept for the step under way, the last evaluation and the checkpoint: twice the
+    measured times, as machines are shared, and 100 MB/s for weights, averages and two moments."""
+    return 2 * (run.eval_s + run.step_s) + 16e-8 * sum(p.numel() for p in run.localizer.parameters()) + 2
+
+
+def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | None:
+    """A line where less than half of what train.max_minutes left to this process is for its steps, and that ends the
+    run before train.steps. steps: done by it; ready_s: elapsed at the end of its first; step_s: of its last."""
+    train = run.cfg.train
+    if train.max_minutes is None:
+        return None
+    budget_s, took_s = 60 * train.max_minutes - run.elapsed_s, ready_s - run.elapsed_s
+    over, left_s = run.share >= 1, 60 * train.max_minutes - elapsed_s(run) - end_s(run)
+    count = steps if over else steps + max(1, round((left_s - (train.evaluations - 1) * run.eval_s) / step_s))
+    enough = train.steps is not None and run.step - run.first + count - steps >= train.steps
+    if enough or took_s + end_s(run) <= 0.5 * budget_s:
+        return None
+    return (f"preparation and the first step took {took_s / 60:.2f} of the {max(budget_s, 0) / 60:.2f} min left in "
+            f"train.max_minutes, the end {'took' if over else 'takes'} up to {end_s(run) / 60:.2f}: there "
+            f"{'was time for only' if over else 'is time for about'} {count} step{'s' * (count > 1)}")
 
 
 def evaluate_now(run: Run) -> dict[str, Any]:
@@ -292,6 +312,10 @@ class Log:
         """A line above the progress bar."""
         self.bar.write(text)
 
+    def warn(self, text: str) -> None:
+        """The same on stderr, as a warning."""
+        self.bar.write(f"warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Closes the files and leaves the bar on the screen."""
         self.bar.close()
@@ -311,6 +335,7 @@ def train(run: Run, log: Log) -> int:
                                 most_lanes=cfg.batch_size if separable(network) else 1)
     batches = timed_batches(run, timer)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
+    begun, ready_s = step, 0.0
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
@@ -339,8 +364,14 @@ def train(run: Run, log: Log) -> int:
         run.step, run.examples = step, run.examples + cfg.batch_size
         timer.step()
         tuner.step()
-        run.step_s = max(time.perf_counter() - step_began, 0.9 * run.step_s)
+        last_s = time.perf_counter() - step_began
+        run.step_s = max(last_s, 0.9 * run.step_s)
         run.share = share = progress(run, step, began)
+        if step == begun + 1:
+            ready_s = elapsed_s(run)                                   # with the compilation, where there is one
+        if step == begun + 2 or (step == begun + 1 and share >= 1):    # the second tells how long a step takes
+            if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
+                log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, loss, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
@@ -353,7 +384,7 @@ def train(run: Run, log: Log) -> int:
             try:
                 save(run, step)
             except CheckpointError as error:
-                log.say(f"warning: {error}; the next one is due in {cfg.checkpoint_minutes:g} min")
+                log.warn(f"{error}; the next one is due in {cfg.checkpoint_minutes:g} min")
             saved = time.monotonic()
             timer.restart()
             tuner.restart()

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,6 +410,38 @@ def test_budget_of_minutes_is_kept(tiny):
     lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates[-1] < 0.1 * max(rates)
+
+
+@pytest.mark.parametrize("age_s, change, expected", [
+    (100, (), r"took (1\.[7-9]|[2-9]\.)\d* of the 1\.00 min left in train.max_minutes, .* time for only 1 step$"),
+    (100, ("train.steps=1",), None), (0, ("train.max_minutes=600", "train.steps=3"), None)])
+def test_a_budget_eaten_by_preparation_is_told(age_s, change, expected, tiny, monkeypatch, capsys):
+    """Of a process that is `age_s` old; not where train.steps ends the run anyway, nor in a budget with room."""
+    began = time.time() - age_s
+    monkeypatch.setattr(train_cli.runtime, "process_start_time", lambda: began)
+    assert start("train.out=run", "train.steps=null", "train.max_minutes=1", *change) == 0
+    warnings = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("warning: ")]
+    assert len(warnings) == (expected is not None)
+    if expected is not None:
+        assert re.search(expected, warnings[0]) and load_checkpoint(tiny / "run" / "checkpoint.pt").step == 1
+
+
+@pytest.mark.parametrize("elapsed_s, before_s, change, expected", [
+    (60, 0, {}, "preparation and the first step took 0.97 of the 2.00 min left in train.max_minutes, the end takes up "
+                "to 0.13: there is time for about 26 steps"),           # 120 - 60 - 8 s, 3 of evaluation, and 2 done
+    (360, 300, {"max_minutes": 7}, "preparation and the first step took 0.97 of the 2.00 min left in "
+                                   "train.max_minutes, the end takes up to 0.13: there is time for about 26 steps"),
+    (60, 0, {"steps": 26}, None), (60, 0, {"steps": 27}, "about 26 steps"),
+    (60, 0, {"max_minutes": 2.5}, None),                                # 66 of 150 s: more than half is left
+    (40, 0, {"max_minutes": 0.5}, "there is time for about 3 steps")])
+def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, expected, monkeypatch):
+    """After two steps, of 2 s each."""
+    monkeypatch.setattr(train_cli, "elapsed_s", lambda run: elapsed_s)
+    train = replace(from_mapping(RunConfig, {"train": {"max_minutes": 2}}).train, **change)
+    run = SimpleNamespace(cfg=SimpleNamespace(train=train), elapsed_s=before_s, eval_s=1.0, step_s=2.0, share=0.1,
+                          step=12, first=10, localizer=torch.nn.Linear(1, 1))
+    told = train_cli.short_of_time(run, 2, elapsed_s - 2, 2.0)
+    assert (told is None) if expected is None else told.endswith(expected)
 
 
 def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
