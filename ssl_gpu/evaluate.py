@@ -28,7 +28,7 @@ from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in
-from ssl_gpu.report import result_table, sets_table
+from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 from ssl_gpu.webpage import page
@@ -44,7 +44,8 @@ def eval_speech(cfg: RunConfig) -> SpeechBank:
     if cfg.speech.eval is not None:
         return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu")
     generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
-    return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    with announced("making synthetic voices for the evaluation"):
+        return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
 
 
 def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | None:
@@ -72,11 +73,14 @@ def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | 
     heard: as for leaked_talkers.
     Raises ValueError where speech or scene law are unusable.
     """
-    law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
     bank = eval_speech(cfg)
     leaked = leaked_talkers(heard, bank)
-    eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
-    fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest,
+    with announced(f"making the evaluation set of {cfg.eval.num_clips} clips"):
+        law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
+        eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
+    with announced("GCC-PHAT on the evaluation set"):
+        baseline = score_baseline(eval_set)
+    fixed = {"baseline": baseline, "chance": score_chance(eval_set), "eval_digest": eval_set.digest,
              "leaked_talkers": leaked}
     return eval_set, fixed
 
@@ -91,7 +95,8 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     device = runtime.pick_device(cfg.train.device)
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
-    return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
+    with announced("the model on the evaluation set"):
+        return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
 def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,

@@ -38,7 +38,7 @@ from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
                                 trained_talkers)
-from ssl_gpu.report import result_table
+from ssl_gpu.report import announced, result_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Draw, Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank
@@ -78,7 +78,8 @@ def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
         raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
     if cfg.speech.train is None:
         generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
-        bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+        with announced("making synthetic voices to train with"):
+            bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
     else:
         bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
                          free_bytes=runtime.free_bytes(device))
@@ -125,8 +126,9 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "
               f"e0: results on e0 will be leaked", file=sys.stderr)
     if cfg.scene.bank is not None:
-        simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
-                                                    device=device))
+        generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0, device=device)
+        with announced(f"rendering a bank of {cfg.scene.bank} rooms"):
+            simulator.fill_bank(generator=generator)
     localizer.to(device)
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     optimizer = build_optimizer(cfg.train, localizer)
@@ -141,7 +143,8 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
             raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
                              f"{str(error).strip().splitlines()[-1].strip()}") from error
     if cfg.train.max_minutes is not None:
-        evaluate_now(run)                                               # its time is what the end of the run needs
+        with announced("a first evaluation, for the time it takes"):
+            evaluate_now(run)                                           # which is what the end of the run needs
     return run
 
 

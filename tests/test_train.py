@@ -1,4 +1,5 @@
 """The training run as a user starts it: files, numbers, resumption, and one line for every mistake."""
+import contextlib
 import json
 import math
 import os
@@ -18,11 +19,13 @@ import torch
 import yaml
 
 from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu import report
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.pretrained import build_localizer, export, read_weights
+from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
 
 ROOT = Path(__file__).parent.parent
@@ -442,6 +445,33 @@ def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, e
                           step=12, first=10, localizer=torch.nn.Linear(1, 1))
     told = train_cli.short_of_time(run, 2, elapsed_s - 2, 2.0)
     assert (told is None) if expected is None else told.endswith(expected)
+
+
+def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
+    """Nothing else lies between the reading of the configuration and the progress bar, but for bars of their own."""
+    told = []
+    for module in (train_cli, evaluate_cli):
+        monkeypatch.setattr(module, "announced", lambda what: told.append(what) or contextlib.nullcontext())
+    assert start("train.out=run", "train.steps=1", "train.max_minutes=600", "scene.bank=5") == 0
+    evaluation = ["making synthetic voices for the evaluation", "making the evaluation set of 16 clips",
+                  "GCC-PHAT on the evaluation set"]
+    assert told == ["making synthetic voices to train with", *evaluation, "rendering a bank of 5 rooms",
+                    "a first evaluation, for the time it takes"]
+    told.clear()
+    evaluate_cli.evaluate("run")
+    assert told == [*evaluation, "the model on the evaluation set"]
+
+
+def test_only_long_waits_are_announced(monkeypatch, capsys):
+    with announced("this is quick"):
+        pass
+    with pytest.raises(KeyError), announced("this fails"):
+        raise KeyError
+    monkeypatch.setattr(report, "QUIET_S", 0.01)
+    with announced("this takes long"):
+        time.sleep(0.5)
+    time.sleep(1.2)
+    assert capsys.readouterr().err == "this takes long ...\n"
 
 
 def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
