@@ -127,15 +127,16 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
                          f"the weights has {speech_dir!r}")
     speech = eval_speech(cfg)
+    localizer = None
     if weights is not None:
         check_model(cfg)
+        localizer = load_localizer(weights, cfg, path).to(device).eval()
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
-                 "parameters": sum(p.numel() for p in load_localizer(weights, cfg, path).parameters()),
+                 "parameters": sum(p.numel() for p in localizer.parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech)}
     about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
 
     def localizer_for(spacing: float) -> Localizer:
-        localizer = load_localizer(weights, cfg, path).to(device).eval()
         tell_spacing(localizer, cfg, spacing)
         return localizer
 

@@ -17,7 +17,7 @@ from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
-from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.pretrained import build_localizer, load_localizer
 from ssl_gpu.protocol import SetOptions, read_measured
 from ssl_gpu.runtime import versions
 
@@ -108,6 +108,20 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     assert "LEAKED" not in table
     for shown in (results[0]["e1"]["eval_digest"], "GCC-PHAT, max", "best guess, cone angles known"):
         assert shown in table
+
+
+def test_the_network_is_built_once_and_told_every_spacing(checkpoint, folder, tmp_path, monkeypatch):  # noqa: F811
+    """e3, after another spacing, has the result that it has alone."""
+    monkeypatch.chdir(tmp_path)
+    built = []
+    monkeypatch.setattr(evaluate_cli, "load_localizer", lambda *a: built.append(load_localizer(*a)) or built[-1])
+    arguments = (checkpoint, "--clips", 6, f"e3.dir={folder}", "--json", "a.json", "--sets")
+    results = []
+    for sets in ("e3", "e1,e3,e1p"):
+        assert run(*arguments, sets) == 0
+        results.append(json.loads(Path("a.json").read_text()))
+    assert len(built) == 2 and results[0]["e3"] == results[1]["e3"]
+    assert sum(p.numel() for p in built[0].parameters()) == results[0]["e3"]["parameters"]
 
 
 @pytest.fixture(scope="module")
