@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Collection, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
@@ -170,15 +172,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.checkpoint is not None and "=" in args.checkpoint:  # an override, since there is no checkpoint
         args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
-        print(run(args))
+        words = sys.argv[1:] if arguments is None else arguments
+        print(run(args, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words])))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(args: argparse.Namespace) -> str:
-    """Does what the command line says, and returns the table to be printed. Raises ValueError and OSError."""
+def about_page(path: str | Path | None, command: str, result: Mapping[str, Any]) -> dict[str, str]:
+    """What the head of a page says: of which weights (None: of none) it is, made when and how. result: of any set."""
+    weights = "none, the classical baselines alone"
+    if path is not None:
+        weights = (f"{Path(path).resolve()}: {result['parameters'] / 1e6:.2f} M parameters, {result['steps']} steps, "
+                   f"{result['examples']} examples")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return {"weights": weights, "command": command, "made": f"{datetime.now():%Y-%m-%d %H:%M}, on "
+            f"{result['device']}, {versions}"}
+
+
+def run(args: argparse.Namespace, command: str) -> str:
+    """Does what the command line, in words `command`, says, and returns the table to be printed. Raises ValueError and
+    OSError."""
     only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
     if args.sets is None and only:
         raise ValueError(f"{only[0]} goes with --sets")
@@ -203,7 +218,7 @@ def run(args: argparse.Namespace) -> str:
         result = {name: assessment.result for name, assessment in found.items()}
         table = sets_table(result)
         if args.html is not None:
-            write_text(args.html, page(found, table))
+            write_text(args.html, page(found, table, about_page(path, command, next(iter(result.values())))))
     if args.json:
         write_json(args.json, result)
     return table
