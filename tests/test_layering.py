@@ -16,7 +16,7 @@ ORDER = ["checks", "runtime", "geometry", "acoustics", "rng", "microphones", "co
          "scene", "voices", "corpus", "speech", "synthesis", "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool",
          "measure", "mixture", "conformer", "features", "doa", "metrics", "model", "localizer", "baselines",
          "simulator", "evalset", "lanes", "optim", "checkpoint", "scenelist", "config", "pretrained", "clips",
-         "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "train", "trials", "choices",
+         "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "run", "train", "trials", "choices",
          "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}

@@ -20,6 +20,7 @@ import yaml
 
 from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu import report
+from ssl_gpu import run as run_setup
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
@@ -27,6 +28,7 @@ from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
+from ssl_gpu.simulator import Simulator
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -185,7 +187,7 @@ def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny)
 
 def test_a_run_from_the_packaged_weights(tiny, monkeypatch):
     assert start("train.out=run", "train.steps=1") == 0
-    monkeypatch.setattr(train_cli, "packaged", lambda: tiny / "run")
+    monkeypatch.setattr(run_setup, "packaged", lambda: tiny / "run")
     assert start("train.out=more", "train.steps=1", "train.init=packaged", "scene.mic_spacing_m=0.08") == 0
     assert load_checkpoint(tiny / "more" / "checkpoint.pt").step == 2
 
@@ -236,7 +238,7 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
     assert start("train.out=plain", *common) == 0
     monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
-    begin = train_cli.build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
+    begin = build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
     moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
     for count in (2, 3):
         assert start(f"train.out=lanes{count}", *common) == 0
@@ -247,8 +249,8 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
 
 
 def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny, monkeypatch):
-    shares, draw = [], train_cli.Simulator.draw
-    monkeypatch.setattr(train_cli.Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (
+    shares, draw = [], Simulator.draw
+    monkeypatch.setattr(Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (
         shares.append(noise_share), draw(self, *args, noise_share=noise_share, **kwargs))[1])
     for name, overlap in (("plain", "false"), ("ahead", "true")):
         shares.clear()
@@ -450,7 +452,7 @@ def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, e
 def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
     """Nothing else lies between the reading of the configuration and the progress bar, but for bars of their own."""
     told = []
-    for module in (train_cli, evaluate_cli):
+    for module in (run_setup, evaluate_cli):
         monkeypatch.setattr(module, "announced", lambda what: told.append(what) or contextlib.nullcontext())
     assert start("train.out=run", "train.steps=1", "train.max_minutes=600", "scene.bank=5") == 0
     evaluation = ["making synthetic voices for the evaluation", "making the evaluation set of 16 clips",
