@@ -123,7 +123,7 @@ class Log:
     def __init__(self, out: Path, share: float = 0.0):
         """share: of the run, that is over as it begins, or goes on."""
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.bar = tqdm(total=100, initial=100 * share, mininterval=0.5,
+        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
             from torch.utils.tensorboard import SummaryWriter
