@@ -22,8 +22,9 @@ from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, build_optimizer
 from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.run import Run, training_speech, uses_bfloat16
 from ssl_gpu.simulator import Simulator
-from ssl_gpu.train import Run, timed_batches, training_speech, uses_bfloat16
+from ssl_gpu.train import timed_batches
 
 # Few voices, for they take time to make; endless rooms for both networks, where original.yaml has a bank of 3,000.
 OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.bank=null", "rir.early=false")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Collection, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
@@ -28,7 +30,7 @@ from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in
-from ssl_gpu.report import result_table, sets_table
+from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
 from ssl_gpu.webpage import page
@@ -44,7 +46,8 @@ def eval_speech(cfg: RunConfig) -> SpeechBank:
     if cfg.speech.eval is not None:
         return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu")
     generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
-    return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    with announced("making synthetic voices for the evaluation"):
+        return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
 
 
 def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | None:
@@ -72,11 +75,14 @@ def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | 
     heard: as for leaked_talkers.
     Raises ValueError where speech or scene law are unusable.
     """
-    law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
     bank = eval_speech(cfg)
     leaked = leaked_talkers(heard, bank)
-    eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
-    fixed = {"baseline": score_baseline(eval_set), "chance": score_chance(eval_set), "eval_digest": eval_set.digest,
+    with announced(f"making the evaluation set of {cfg.eval.num_clips} clips"):
+        law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
+        eval_set = build_eval_set(cfg.eval, cfg.scene, cfg.rir, cfg.ism, bank, cfg.speech.clip_s, law, device)
+    with announced("GCC-PHAT on the evaluation set"):
+        baseline = score_baseline(eval_set)
+    fixed = {"baseline": baseline, "chance": score_chance(eval_set), "eval_digest": eval_set.digest,
              "leaked_talkers": leaked}
     return eval_set, fixed
 
@@ -91,7 +97,8 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     device = runtime.pick_device(cfg.train.device)
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
-    return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
+    with announced("the model on the evaluation set"):
+        return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
 def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
@@ -122,15 +129,16 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
                          f"the weights has {speech_dir!r}")
     speech = eval_speech(cfg)
+    localizer = None
     if weights is not None:
         check_model(cfg)
+        localizer = load_localizer(weights, cfg, path).to(device).eval()
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
-                 "parameters": sum(p.numel() for p in load_localizer(weights, cfg, path).parameters()),
+                 "parameters": sum(p.numel() for p in localizer.parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech)}
     about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
 
     def localizer_for(spacing: float) -> Localizer:
-        localizer = load_localizer(weights, cfg, path).to(device).eval()
         tell_spacing(localizer, cfg, spacing)
         return localizer
 
@@ -164,15 +172,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.checkpoint is not None and "=" in args.checkpoint:  # an override, since there is no checkpoint
         args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
-        print(run(args))
+        words = sys.argv[1:] if arguments is None else arguments
+        print(run(args, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words])))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(args: argparse.Namespace) -> str:
-    """Does what the command line says, and returns the table to be printed. Raises ValueError and OSError."""
+def about_page(path: str | Path | None, command: str, result: Mapping[str, Any]) -> dict[str, str]:
+    """What the head of a page says: of which weights (None: of none) it is, made when and how. result: of any set."""
+    weights = "none, the classical baselines alone"
+    if path is not None:
+        weights = (f"{Path(path).resolve()}: {result['parameters'] / 1e6:.2f} M parameters, {result['steps']} steps, "
+                   f"{result['examples']} examples")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return {"weights": weights, "command": command, "made": f"{datetime.now():%Y-%m-%d %H:%M}, on "
+            f"{result['device']}, {versions}"}
+
+
+def run(args: argparse.Namespace, command: str) -> str:
+    """Does what the command line, in words `command`, says, and returns the table to be printed. Raises ValueError and
+    OSError."""
     only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
     if args.sets is None and only:
         raise ValueError(f"{only[0]} goes with --sets")
@@ -197,7 +218,7 @@ def run(args: argparse.Namespace) -> str:
         result = {name: assessment.result for name, assessment in found.items()}
         table = sets_table(result)
         if args.html is not None:
-            write_text(args.html, page(found, table))
+            write_text(args.html, page(found, table, about_page(path, command, next(iter(result.values())))))
     if args.json:
         write_json(args.json, result)
     return table

@@ -11,7 +11,7 @@ from dataclasses import fields
 from enum import Enum
 
 from ssl_gpu import rng
-from ssl_gpu.original import NUM_EVAL_SCENES, SEED
+from ssl_gpu.original import NUM_EVAL_SCENES, NUM_SCENES, SEED
 from ssl_gpu.rir import ImageBatch, RirConfig, draw_images
 from ssl_gpu.scene import Pool, SceneBatch, SceneConfig
 
@@ -30,17 +30,22 @@ def draw_original_images(scenes: SceneBatch, rooms: Sequence[int]) -> ImageBatch
 
 
 def check_pool(scene: SceneConfig, rir: RirConfig) -> None:
-    """Raises ValueError for scene.pool=original with a simulator other than the original's, which would leave it rooms
-    that are not those of e0."""
+    """Raises ValueError, naming every field that is in the way, for scene.pool=original without a bank of its rooms, or
+    with scenes or a simulator other than the original's, which would leave it rooms that are not those of e0."""
     if scene.pool is Pool.LAW:
         return
-    for field in fields(rir):
-        value, default = (x.value if isinstance(x, Enum) else x for x in (getattr(rir, field.name), field.default))
-        if field.name not in OF_OUTPUT and value != default:
-            raise ValueError(f"rir.{field.name} must be {default} with scene.pool=original, whose RIRs are by the "
-                             f"original's law, got {value}")
+    wrong = []
+    if scene.bank is None or scene.bank > NUM_SCENES:
+        wrong.append(f"scene.bank must be in 1..{NUM_SCENES} rooms, got {'null' if scene.bank is None else scene.bank}")
+    for section, cfg, free in (("scene", scene, {"bank", "pool"}), ("rir", rir, OF_OUTPUT)):
+        for field in fields(cfg):
+            value, law = (x.value if isinstance(x, Enum) else x for x in (getattr(cfg, field.name), field.default))
+            if field.name not in free and value != law:
+                wrong.append(f"{section}.{field.name} must be {law}, got {value}")
+    if wrong:
+        raise ValueError(f"scene.pool=original has rooms and RIRs by the original's law: {'; '.join(wrong)}")
 
 
 def eval_rooms_in(scene: SceneConfig) -> int:
     """How many of the original's 200 evaluation rooms, those of e0, are rooms that this configuration trains in."""
-    return min(scene.bank, NUM_EVAL_SCENES) if scene.pool is Pool.ORIGINAL else 0
+    return min(scene.bank or NUM_SCENES, NUM_EVAL_SCENES) if scene.pool is Pool.ORIGINAL else 0

@@ -1,9 +1,28 @@
-"""Tables for people."""
+"""What people read: tables, and a line where they have to wait."""
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from ssl_gpu.original import NUM_EVAL_SCENES
+
+QUIET_S = 1.0  # a wait that needs no words
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """A line on stderr, "what ...", about a block that takes longer than QUIET_S, while it runs."""
+    timer = threading.Timer(QUIET_S, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
 
 ROWS = (
     ("azimuth, class MAE", "azimuth_class_mae_deg", "deg"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_gpu import geometry, runtime
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
 from ssl_gpu.checks import check_range, check_whole, read_enums
-from ssl_gpu.original import NUM_IMAGES, NUM_SCENES, RADIUS, RT60_S, replay
+from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
 # that of redrawing until valid; under the original law all 32 fail with probability 8e-13.
@@ -61,7 +61,7 @@ class SceneConfig:
     pool: which rooms the bank holds: law, rooms of this law; original, the first of original_scenes(), with the RIRs
         that the evaluation set e0 has in its 200 rooms, the first of these: results on e0 are leaked then, and
         ssl_gpu.evaluate says so. It needs a bank of 1..3000 rooms and all other fields at their defaults, the
-        original's law; of which the run's own evaluation set is, in rooms of its own.
+        original's law (pool.check_pool); of which the run's own evaluation set is, in rooms of its own.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -114,8 +114,6 @@ class SceneConfig:
                 raise ValueError(f"scene.{name} must be finite, got {value}")
         self._check_array()
         self._check_room()
-        if self.pool is Pool.ORIGINAL:
-            self._check_pool()
 
     def _check_array(self):
         if self.mic_array_m is not None and self.array_radius_m is not None:
@@ -157,16 +155,6 @@ class SceneConfig:
             raise ValueError(f"scene.rt60_s: {SPEED_OF_SOUND:g} m/s * {self.rt60_s[0]} s = "
                              f"{SPEED_OF_SOUND * self.rt60_s[0]:.3g} m must exceed the largest source distance, "
                              f"{farthest:.3g} m (scene.src_dist_m, scene.room_max_m)")
-
-    def _check_pool(self):
-        if self.bank is None or self.bank > NUM_SCENES:
-            raise ValueError(f"scene.bank must be in 1..{NUM_SCENES} rooms with scene.pool=original, got "
-                             f"{'null' if self.bank is None else self.bank}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("bank", "pool") and value != field.default:
-                raise ValueError(f"scene.{field.name} must be {field.default} with scene.pool=original, whose rooms "
-                                 f"are of the original's law, got {value}")
 
     @property
     def radius(self) -> float:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ssl_gpu.scene import SceneConfig, sample_scenes
 
 DETECTION_DEG = 10.0      # within which an estimate counts as that of a talker
 RESAMPLES = 1000          # of the bootstrap
+LEAST_SOURCES = 10        # of fewer a bootstrap says little
 FLOOR_SAMPLES, NEIGHBOURS = 100_000, 300  # of the Bayes floor: with half of either it moves by less than 0.05 degrees
 DISTANCE_WEIGHT_DEG = 15.0                # a factor e in distance counts as far as so many degrees of cone angle
 
@@ -32,7 +34,8 @@ def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
     detection_at_10: misses (mdr), false alarms (far) and the mean error of hits (fine_error_deg), each talker matched
     in order to at most one estimate within 10 degrees;
     interval_95: of cone_mae_deg, azimuth_class_mae_deg (each [low, high] per source) and acc_at_10, by a bootstrap over
-    scenes, or over what else clips share (truth.scene); by: by circumstance, see BINS.
+    scenes, or over what else clips share (truth.scene); by: by circumstance, see BINS, with such an interval of
+    cone_mae_deg, None where there are fewer than 10 sources.
     """
     azimuth, cone = (sorted_angles(angle.double().cpu()) for angle in (azimuth, cone))
     error = torch.rad2deg((cone - truth.cone).abs())                    # [clip, src]
@@ -47,7 +50,7 @@ def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
         "interval_95": {"cone_mae_deg": bootstrap(error, truth.scene),
                         "azimuth_class_mae_deg": bootstrap(classes, truth.scene),
                         "acc_at_10": bootstrap(hit.double().mean(-1, keepdim=True), truth.scene)[0]},
-        "by": {name: _by_bin(error, values, BINS[name]) for name, values in truth.conditions.items() if name in BINS}}
+        "by": by_condition(error, truth)}
     return result
 
 
@@ -75,14 +78,16 @@ def detection(cone: Tensor, truth: Tensor) -> dict[str, float | None]:
     return {"mdr": missed, "far": missed, "fine_error_deg": fine}
 
 
-def bootstrap(values: Tensor, scene: Tensor) -> list[list[float]]:
+def bootstrap(values: Tensor, scene: Tensor, count: Tensor | None = None) -> list[list[float]]:
     """95 % intervals of the means of values [clip, column]: whole clusters are drawn, since the clips of one are alike.
+    count [clip, column]: values are sums of so many, 0 and up, of which each column has some; None: of one each.
 
     scene [clip] int64, a cluster per clip; or [clip, k], all k of which it shares with others (two loudspeakers): a
     clip then counts as often as the product of how often each of its clusters was drawn (the crossed bootstrap of Owen,
-    Annals of Applied Statistics 1(2), 2007), a draw without any clip not at all.
+    Annals of Applied Statistics 1(2), 2007). A draw without anything of a column does not count for it.
     [[low, high] per column]; the draws are always the same.
     """
+    count = torch.ones_like(values) if count is None else count
     _, cluster = scene.unique(return_inverse=True)
     number = int(cluster.max()) + 1
     generator = torch.Generator().manual_seed(0)
@@ -90,28 +95,45 @@ def bootstrap(values: Tensor, scene: Tensor) -> list[list[float]]:
     ones = torch.ones_like(chosen, dtype=torch.float64)
     weight = torch.zeros_like(ones).scatter_add_(1, chosen, ones)       # [resample, cluster]
     if cluster.ndim == 1:
-        sums = torch.zeros(number, values.shape[1], dtype=torch.float64).index_add_(0, cluster, values)
-        counts = torch.bincount(cluster, minlength=number).double()
+        sums, counts = (torch.zeros(number, values.shape[1], dtype=torch.float64).index_add_(0, cluster, column)
+                        for column in (values, count))
     else:
         weight = weight[:, cluster].prod(-1)                            # [resample, clip]
-        weight = weight[weight.sum(-1) > 0]
-        sums, counts = values, torch.ones(len(values), dtype=torch.float64)
-    means = (weight @ sums) / (weight @ counts)[:, None]
-    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+        sums, counts = values, count
+    means = (weight @ sums) / (weight @ counts)                         # NaN where there is nothing
+    return torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
 
 
-def _by_bin(error: Tensor, values: Tensor, edges: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Cone errors [clip, src] degrees by a condition [clip, src] or [clip]; bins that hold nothing are left out."""
+def by_condition(error: Tensor, truth: Truth) -> dict[str, list[dict[str, Any]]]:
+    """Cone errors [clip, src] degrees in the bins of every condition of BINS that the truth knows; bins that hold
+    nothing are left out."""
+    found, rows, sums, counts = {}, [], [], []
+    for name, values in truth.conditions.items():
+        if name in BINS:
+            found[name] = []
+            for row, inside in _bins(error, values, BINS[name]):
+                found[name].append(row)
+                rows.append(row)
+                sums.append(torch.where(inside, error, 0.0).sum(-1))
+                counts.append(inside.double().sum(-1))
+    # All bins at once: drawing the clusters takes longer than weighting their sums.
+    intervals = bootstrap(torch.stack(sums, -1), truth.scene, torch.stack(counts, -1)) if rows else []
+    for row, interval in zip(rows, intervals):
+        row["interval_95"] = interval if row["num_sources"] >= LEAST_SOURCES else None
+    return found
+
+
+def _bins(error: Tensor, values: Tensor, edges: tuple[float, ...]) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Metrics of every bin of a condition [clip, src] or [clip] that holds something, and the sources in it
+    [clip, src]."""
     values = values if values.ndim == 2 else values[:, None].expand_as(error)
-    rows = []
     for low, high in zip(edges, edges[1:]):
         inside = (values >= low) & ((values < high) | ((values == high) & (high == edges[-1])))
         if inside.any():
             picked = error[inside]
-            rows.append({"from": low, "to": high if math.isfinite(high) else None, "num_sources": len(picked),
-                         "cone_mae_deg": picked.mean().item(), "cone_median_deg": picked.median().item(),
-                         "acc_at_10": (picked <= DETECTION_DEG).double().mean().item()})
-    return rows
+            yield {"from": low, "to": high if math.isfinite(high) else None, "num_sources": len(picked),
+                   "cone_mae_deg": picked.mean().item(), "cone_median_deg": picked.median().item(),
+                   "acc_at_10": (picked <= DETECTION_DEG).double().mean().item()}, inside
 
 
 def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:

@@ -11,10 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Sequence
 
 if __name__ == "__main__":
     # Before torch loads OpenMP: threads that wait at the end of a parallel region sleep instead of spinning. On two
@@ -25,139 +23,15 @@ import torch
 from tqdm import tqdm
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, write_json
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, save_yaml, to_mapping
-from ssl_gpu.evalset import EvalSet, score_model
-from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.checkpoint import CheckpointError, write_json
+from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, separable, slices
-from ssl_gpu.localizer import Localizer
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import Averaged, Precision, build_optimizer, learning_rate, noise_share, restore_optimizer
-from ssl_gpu.original import NUM_EVAL_SCENES
-from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
-                                trained_talkers)
+from ssl_gpu.optim import learning_rate, noise_share
 from ssl_gpu.report import result_table
-from ssl_gpu.scene import SceneConfig
-from ssl_gpu.simulator import Draw, Simulator
-from ssl_gpu.speech import SpeechBank, SpeechError, draw_crops, gather_crops, load_bank, voices_bank
-
-
-@dataclass(eq=False)
-class Run:
-    """Everything that a run needs, made and checked before the first file is written."""
-
-    cfg: RunConfig
-    out: Path
-    device: torch.device
-    speech: SpeechBank
-    simulator: Simulator
-    eval_set: EvalSet
-    fixed: dict[str, Any]
-    localizer: Localizer
-    averaged: Averaged | None
-    optimizer: torch.optim.Optimizer
-    step: int = 0              # done, with those before train.init
-    first: int = 0             # the step that the run began at: those before train.init
-    examples: int = 0          # mixtures heard, with those before train.init
-    share: float = 0.0         # of the run that is over
-    elapsed_s: float = 0.0     # of earlier parts of a resumed run
-    eval_s: float = 0.0        # the longest that an evaluation took
-    step_s: float = 0.0        # what a step takes, the slowest of late
-    talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
-
-
-def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
-    """The training speech, on the device where it fits: speech.train, or the synthetic voices.
-
-    Raises SpeechError for an unusable folder, fewer speakers than sources, or only one of speech.train and speech.eval.
-    """
-    if (cfg.speech.train is None) != (cfg.speech.eval is None):
-        missing = "train" if cfg.speech.train is None else "eval"
-        raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
-    if cfg.speech.train is None:
-        generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
-        bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
-    else:
-        bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
-                         free_bytes=runtime.free_bytes(device))
-    if bank.num_speakers < cfg.scene.num_src:
-        raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers, one per source, "
-                          f"got {bank.num_speakers}")
-    return bank
-
-
-def initial_weights(cfg: RunConfig) -> Weights | None:
-    """The weights that train.init names. Raises ValueError for some that cannot be read or hide a leak."""
-    if cfg.train.init is None:
-        return None
-    weights = read_weights(packaged() if cfg.train.init == "packaged" else cfg.train.init)
-    check_rooms_kept(weights.config, cfg.scene)
-    return weights
-
-
-def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
-    """Raises ValueError for a run that goes on from one in the original's rooms without them: evaluation finds a leak
-    by the configuration of the last, which this would hide."""
-    trained, goes_on = map(eval_rooms_in, (from_mapping(SceneConfig, before.get("scene", {}), "scene"), scene))
-    if goes_on < trained:
-        raise ValueError(f"scene.pool and scene.bank must keep the {trained} rooms of e0 that it was trained in, "
-                         f"got {goes_on} of them")
-
-
-def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
-    """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
-    device = runtime.pick_device(cfg.train.device)
-    initial = initial_weights(cfg) if resumed is None else None
-    if initial is None:
-        localizer = build_localizer(cfg)
-    else:
-        localizer = load_localizer(initial, cfg, f"train.init={cfg.train.init}")
-    speech = training_speech(cfg, device)
-    before = [] if initial is None else initial.talkers
-    if resumed is not None:
-        before = trained_talkers(resumed.extra, resumed.config)
-    talkers = None if before is None else sorted({*before, *speech.talkers})
-    eval_set, fixed = prepare_eval(cfg, device, talkers)
-    simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
-    if eval_rooms_in(cfg.scene) > 0:
-        print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "
-              f"e0: results on e0 will be leaked", file=sys.stderr)
-    if cfg.scene.bank is not None:
-        simulator.fill_bank(generator=rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0,
-                                                    device=device))
-    localizer.to(device)
-    averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
-    optimizer = build_optimizer(cfg.train, localizer)
-    run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
-              talkers=talkers)
-    if initial is not None:
-        run.step, run.first, run.examples = initial.step, initial.step, initial.examples
-    if resumed is not None:
-        try:
-            restore(run, resumed)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
-                             f"{str(error).strip().splitlines()[-1].strip()}") from error
-    if cfg.train.max_minutes is not None:
-        evaluate_now(run)                                               # its time is what the end of the run needs
-    return run
-
-
-def restore(run: Run, resumed: Checkpoint) -> None:
-    """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
-    check_rooms_kept(resumed.config, run.cfg.scene)
-    run.step, run.share, run.elapsed_s = resumed.step, resumed.extra["share"], resumed.extra["elapsed_s"]
-    run.first = resumed.extra.get("first", 0)
-    run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
-    minutes = run.cfg.train.max_minutes
-    if minutes is not None and minutes != resumed.config["train"]["max_minutes"]:  # it may have been given more time
-        run.share = min(run.share, run.elapsed_s / (60 * minutes))
-    run.localizer.load_state_dict(resumed.model)
-    restore_optimizer(run.optimizer, resumed.optimizer)
-    if run.averaged is not None:
-        run.averaged.model.load_state_dict(resumed.ema or resumed.model)
-        run.averaged.updates = run.step - run.first
+from ssl_gpu.run import Run, elapsed_s, evaluate_now, prepare, save, setup, told_finished, uses_bfloat16
+from ssl_gpu.simulator import Draw
+from ssl_gpu.speech import draw_crops, gather_crops
 
 
 def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
@@ -208,11 +82,6 @@ def in_lanes(run: Run, lanes: Lanes, timer: runtime.StepTimer, count: int) -> tu
     return lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts]), valid
 
 
-def elapsed_s(run: Run) -> float:
-    """Wall-clock seconds of the run so far: since the process started, and those of the parts before a resumption."""
-    return run.elapsed_s + time.time() - runtime.process_start_time()
-
-
 def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     """Share of the run that is over, 1 when it is time to end: by train.steps, by train.max_minutes less what the end
     takes, or by whichever comes first. began: share and elapsed seconds at the first step of this process, so that
@@ -221,34 +90,31 @@ def progress(run: Run, step: int, began: tuple[float, float]) -> float:
     by_step = 0.0 if train.steps is None else (step - run.first) / train.steps
     if train.max_minutes is None:
         return by_step
-    # The step under way, the last evaluation and the checkpoint come out of the budget: twice the measured times, as
-    # machines are shared, and 100 MB/s for weights, averages and two moments.
-    save_s = 16e-8 * sum(p.numel() for p in run.localizer.parameters())
-    left_s = max(60 * train.max_minutes - 2 * (run.eval_s + run.step_s) - save_s - 2 - started_s, 1e-3)
+    left_s = max(60 * train.max_minutes - end_s(run) - started_s, 1e-3)
     return max(by_step, share + (1 - share) * (elapsed_s(run) - started_s) / left_s)
 
 
-def evaluate_now(run: Run) -> dict[str, Any]:
-    """Metrics of the averaged weights, or of the weights themselves where none are averaged."""
-    begin = time.perf_counter()
-    metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
-    run.eval_s = max(run.eval_s, time.perf_counter() - begin)
-    return metrics
+def end_s(run: Run) -> float:
+    """Seconds of train.max_minutes kept for the step under way, the last evaluation and the checkpoint: twice the
+    measured times, as machines are shared, and 100 MB/s for weights, averages and two moments."""
+    return 2 * (run.eval_s + run.step_s) + 16e-8 * sum(p.numel() for p in run.localizer.parameters()) + 2
 
 
-def save(run: Run, step: int) -> None:
-    """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written."""
-    averaged = None if run.averaged is None else run.averaged.model
-    save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
-                    config=to_mapping(run.cfg),
-                    extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
-                           "first": run.first, "examples": run.examples})
-
-
-def uses_bfloat16(run: Run) -> bool:
-    """What train.precision comes to on the run's device."""
-    precision = run.cfg.train.precision
-    return runtime.has_bfloat16(run.device) if precision is Precision.AUTO else precision is Precision.BFLOAT16
+def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | None:
+    """A line where less than half of what train.max_minutes left to this process is for its steps, and that ends the
+    run before train.steps. steps: done by it; ready_s: elapsed at the end of its first; step_s: of its last."""
+    train = run.cfg.train
+    if train.max_minutes is None:
+        return None
+    budget_s, took_s = 60 * train.max_minutes - run.elapsed_s, ready_s - run.elapsed_s
+    over, left_s = run.share >= 1, 60 * train.max_minutes - elapsed_s(run) - end_s(run)
+    count = steps if over else steps + max(1, round((left_s - (train.evaluations - 1) * run.eval_s) / step_s))
+    enough = train.steps is not None and run.step - run.first + count - steps >= train.steps
+    if enough or took_s + end_s(run) <= 0.5 * budget_s:
+        return None
+    return (f"preparation and the first step took {took_s / 60:.2f} of the {max(budget_s, 0) / 60:.2f} min left in "
+            f"train.max_minutes, the end {'took' if over else 'takes'} up to {end_s(run) / 60:.2f}: there "
+            f"{'was time for only' if over else 'is time for about'} {count} step{'s' * (count > 1)}")
 
 
 class Log:
@@ -257,7 +123,7 @@ class Log:
     def __init__(self, out: Path, share: float = 0.0):
         """share: of the run, that is over as it begins, or goes on."""
         self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.bar = tqdm(total=100, initial=100 * share, mininterval=0.5,
+        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -283,6 +149,10 @@ class Log:
         """A line above the progress bar."""
         self.bar.write(text)
 
+    def warn(self, text: str) -> None:
+        """The same on stderr, as a warning."""
+        self.bar.write(f"warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Closes the files and leaves the bar on the screen."""
         self.bar.close()
@@ -302,6 +172,7 @@ def train(run: Run, log: Log) -> int:
                                 most_lanes=cfg.batch_size if separable(network) else 1)
     batches = timed_batches(run, timer)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
+    begun, ready_s = step, 0.0
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
@@ -330,8 +201,14 @@ def train(run: Run, log: Log) -> int:
         run.step, run.examples = step, run.examples + cfg.batch_size
         timer.step()
         tuner.step()
-        run.step_s = max(time.perf_counter() - step_began, 0.9 * run.step_s)
+        last_s = time.perf_counter() - step_began
+        run.step_s = max(last_s, 0.9 * run.step_s)
         run.share = share = progress(run, step, began)
+        if step == begun + 1:
+            ready_s = elapsed_s(run)                                   # with the compilation, where there is one
+        if step == begun + 2 or (step == begun + 1 and share >= 1):    # the second tells how long a step takes
+            if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
+                log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, loss, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
@@ -344,7 +221,7 @@ def train(run: Run, log: Log) -> int:
             try:
                 save(run, step)
             except CheckpointError as error:
-                log.say(f"warning: {error}; the next one is due in {cfg.checkpoint_minutes:g} min")
+                log.warn(f"{error}; the next one is due in {cfg.checkpoint_minutes:g} min")
             saved = time.monotonic()
             timer.restart()
             tuner.restart()
@@ -399,37 +276,6 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
     return result
 
 
-def newest_run(name: str) -> Path:
-    """The run folder runs/<name>-<date> that was written last. Raises ValueError when there is none to resume."""
-    ours = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
-    found = [p.parent for p in Path("runs").glob("*/checkpoint.pt") if ours.fullmatch(p.parent.name)]
-    if not found:
-        raise ValueError(f"--resume found no runs/{name}-*/checkpoint.pt; name the folder with train.out=DIR")
-    return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
-
-
-def setup(args: argparse.Namespace) -> Run:
-    """From the command line to a run that is ready to start. Raises ValueError or OSError with a line for the user.
-
-    A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
-    """
-    cfg = load_config(RunConfig, args.config, args.overrides)
-    name, resumed = Path(args.config).stem, None
-    if args.resume:
-        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
-        resumed = load_checkpoint(out / "checkpoint.pt")
-        cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
-    folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
-               if (value := getattr(cfg.speech, key)) is not None}
-    cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
-    if resumed is not None:
-        return prepare(cfg, out, resumed)
-    out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
-    return prepare(cfg, out, None)
-
-
 def interrupt(signum, frame):
     """SIGTERM, as batch systems send it, ends a run the way Ctrl-C does."""
     raise KeyboardInterrupt
@@ -445,9 +291,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration")
     args = parser.parse_intermixed_args(arguments)
     try:
-        run = setup(args)
+        cfg, out, resumed = setup(args)
+        finished = None if resumed is None else told_finished(cfg, out, resumed)
+        if finished is not None:
+            print(finished)
+            return 0
+        run = prepare(cfg, out, resumed)
         run.out.mkdir(parents=True, exist_ok=True)
-        if args.resume:
+        if resumed is not None:
             (run.out / "result.json").unlink(missing_ok=True)          # it will be another one
         elif any(run.out.iterdir()):
             raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")

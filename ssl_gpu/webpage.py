@@ -8,12 +8,14 @@ import base64
 import html
 import io
 import math
+from collections.abc import Mapping
 
 import torch
 
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
 from ssl_gpu.report import is_leaked
+from ssl_gpu.scoring import LEAST_SOURCES
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
@@ -22,9 +24,15 @@ STYLE = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em
          "img{max-width:100%}td,th{padding:0 1em 0 0;text-align:left}")
 
 
-def page(found: dict[str, Assessment], table: str) -> str:
-    """The page as text. Raises ValueError without matplotlib."""
-    parts = [f"<h1>Localisation of two talkers with two microphones</h1><pre>{html.escape(table)}</pre>"]
+def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> str:
+    """The page as text. about: title -> text, what stands above the results: of which weights, made when and how.
+
+    Needs matplotlib."""
+    head = "".join(f"<tr><th>{html.escape(title)}</th><td>{html.escape(text)}</td></tr>"
+                   for title, text in about.items())
+    parts = [f"<h1>Localisation of two talkers with two microphones</h1><table>{head}</table>"
+             f"<pre>{html.escape(table)}</pre><p>Bars: means with 95 % intervals by a bootstrap over scenes (e3: over "
+             f"loudspeaker positions), where there are at least {LEAST_SOURCES} sources.</p>"]
     for name, assessment in found.items():
         leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")
@@ -76,7 +84,8 @@ def _bins(assessment: Assessment) -> dict[str, dict[str, list]]:
 
 
 def _by_condition(rows: dict[str, dict[str, list]]) -> bytes | None:
-    """Mean cone error in the bins of every condition that has more than one, as bars: model and GCC-PHAT."""
+    """Mean cone error in the bins of every condition that has more than one, as bars with their 95 % intervals: model
+    and GCC-PHAT."""
     from matplotlib.figure import Figure
 
     names = [name for name in CONDITIONS if len(rows["GCC-PHAT"].get(name, ())) > 1]
@@ -88,6 +97,9 @@ def _by_condition(rows: dict[str, dict[str, list]]) -> bytes | None:
             bins = by[name]
             at = torch.arange(len(bins)) + 0.4 * (place - 0.5 * (len(rows) - 1))
             axes.bar(at, [bin["cone_mae_deg"] for bin in bins], 0.38, color=colour, label=who)
+            for x, bin in zip(at.tolist(), bins):
+                if bin["interval_95"] is not None:  # of percentiles: the mean need not lie within
+                    axes.plot((x, x), bin["interval_95"], color="black", linewidth=1.2)
         labels = [f"{bin['from']:g}.." + ("" if bin["to"] is None else f"{bin['to']:g}") for bin in bins]
         axes.set_xticks(range(len(bins)), labels, fontsize=8)
         axes.set(xlabel=CONDITIONS[name], ylabel="cone MAE (degrees)")

@@ -1,6 +1,7 @@
 """A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ssl_gpu.assess import assess
 from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
-from ssl_gpu.pretrained import build_localizer
+from ssl_gpu.pretrained import build_localizer, load_localizer
 from ssl_gpu.protocol import SetOptions, read_measured
 from ssl_gpu.runtime import versions
 
@@ -110,6 +111,20 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
         assert shown in table
 
 
+def test_the_network_is_built_once_and_told_every_spacing(checkpoint, folder, tmp_path, monkeypatch):  # noqa: F811
+    """e3, after another spacing, has the result that it has alone."""
+    monkeypatch.chdir(tmp_path)
+    built = []
+    monkeypatch.setattr(evaluate_cli, "load_localizer", lambda *a: built.append(load_localizer(*a)) or built[-1])
+    arguments = (checkpoint, "--clips", 6, f"e3.dir={folder}", "--json", "a.json", "--sets")
+    results = []
+    for sets in ("e3", "e1,e3,e1p"):
+        assert run(*arguments, sets) == 0
+        results.append(json.loads(Path("a.json").read_text()))
+    assert len(built) == 2 and results[0]["e3"] == results[1]["e3"]
+    assert sum(p.numel() for p in built[0].parameters()) == results[0]["e3"]["parameters"]
+
+
 @pytest.fixture(scope="module")
 def leaked(tmp_path_factory):
     """An untrained network whose configuration says that it was trained in 150 of the original's rooms."""
@@ -191,7 +206,38 @@ def test_page_holds_tables_and_plots(checkpoint, tmp_path):
     assert run(checkpoint, "--sets", "e1", "--clips", 9, "--html", tmp_path / "page.html") == 0
     text = (tmp_path / "page.html").read_text()
     assert text.startswith("<!doctype html>") and text.count("data:image/png;base64,iVBOR") == 2
-    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text and text.count("<tr>") == 1 + 8 and "by SNR" not in text
+    assert "GCC-PHAT, max" in text and "<h2>e1</h2>" in text and text.count("<tr><td>") == 8 and "by SNR" not in text
+
+
+def test_page_says_whose_results_they_are_and_how_it_was_made(checkpoint, tmp_path, monkeypatch):
+    """Also where nothing is given but an override with a blank, and where there are no weights."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, "--sets", "e1", "--clips", 2, "--html", "a page.html") == 0
+    text = Path("a page.html").read_text()
+    parameters = sum(p.numel() for p in build_localizer(from_mapping(RunConfig, TINY)).parameters())
+    assert (f"<tr><th>weights</th><td>{checkpoint}: {parameters / 1e6:.2f} M parameters, 7 steps, "
+            f"{7 * 32} examples</td></tr>") in text
+    assert (f"<tr><th>command</th><td>python -m ssl_gpu.evaluate {checkpoint} --sets e1 --clips 2 --html "
+            "&#x27;a page.html&#x27;</td></tr>") in text
+    assert f"<tr><th>made</th><td>{datetime.now():%Y-%m-%d} " in text and f"torch {versions()['torch']}" in text
+    assert run("train.device=cpu", "--sets", "e1", "--baselines", "--clips", 2, "--html", "b.html") == 0
+    assert "<th>weights</th><td>none, the classical baselines alone</td>" in Path("b.html").read_text()
+
+
+def test_bars_have_their_intervals(monkeypatch):
+    """A line from end to end at the place of each bar, for those of enough sources."""
+    figure = pytest.importorskip("matplotlib.figure")
+    bins = [{"from": low, "to": low + 1, "cone_mae_deg": 2.0 + low, "interval_95": interval}
+            for low, interval in ((0, [1.5, 2.5]), (1, None), (2, [3.0, 4.8]))]
+    drawn = []
+    monkeypatch.setattr(webpage, "_png", drawn.append)
+    webpage._by_condition({who: {"t20_s": bins} for who in ("model", "GCC-PHAT")})
+    assert isinstance(drawn[0], figure.Figure)
+    lines = [line.get_xydata().tolist() for line in drawn[0].axes[0].lines]
+    assert [[y for _, y in line] for line in lines] == 2 * [[1.5, 2.5], [3.0, 4.8]]
+    middles = [patch.get_x() + patch.get_width() / 2 for patch in drawn[0].axes[0].patches]
+    assert [line[0][0] for line in lines] == pytest.approx([middles[i] for i in (0, 2, 3, 5)])
 
 
 def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
@@ -205,10 +251,11 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     t20 = clips.conditions["t20_s"][clip].tolist()[::-1]
     expected = (f"<td>{names[0]}, {names[1]}</td><td>{cone[0]:.1f} / {cone[1]:.1f}°</td>"
                 f"<td>{t20[0]:.2f} / {t20[1]:.2f} s</td>")
-    text = webpage.page(found, "")
+    text = webpage.page(found, "", {})
     assert expected in text and text.count('<img alt="errors by SNR"') == 1 and "off by" not in text
     heard = replace(found["e1"], cone=found["e1"].truth.cone + torch.deg2rad(torch.tensor([1.0, 2.0])))
-    assert (f"<td>{cone[0] + 1:.1f} / {cone[1] + 2:.1f}°</td><td>1.0 / 2.0°</td>") in webpage.page({"e1": heard}, "")
+    assert (f"<td>{cone[0] + 1:.1f} / {cone[1] + 2:.1f}°</td><td>1.0 / 2.0°</td>") in webpage.page(
+        {"e1": heard}, "", {})
 
 
 @pytest.mark.parametrize("arguments, message", [

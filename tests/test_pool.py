@@ -1,15 +1,19 @@
 """The original's pool: its rooms' images are the same wherever they are heard, and nothing else may be heard in it."""
 import hashlib
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from test_scene import CHANGES as SCENE_CHANGES
 
 from ssl_gpu import rng
+from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.pool import check_pool, draw_original_images, eval_rooms_in
 from ssl_gpu.rir import RirConfig, draw_images
 from ssl_gpu.scene import SceneConfig, original_scenes
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TENSORS = ("direction", "ratio", "perturbation", "active")
 
 
@@ -54,14 +58,40 @@ RIR_CHANGES = dict(
     band_rt60_ratio=((0.5, 1.0),) * 7, air=(20.0, 50.0))
 
 
+LAW = "scene.pool=original has rooms and RIRs by the original's law"
+
+
 @pytest.mark.parametrize("name", [f.name for f in fields(RirConfig) if not f.name.startswith("early")])
 def test_rirs_by_another_law_are_refused(name):
     changed = RirConfig(**{name: RIR_CHANGES[name]})
     with pytest.raises(ValueError) as error:
         check_pool(SceneConfig(pool="original", bank=3), changed)
-    assert str(error.value).startswith(f"rir.{name} must be ") and "\n" not in str(error.value)
-    assert "with scene.pool=original, whose RIRs are by the original's law, got " in str(error.value)
+    assert str(error.value).startswith(f"{LAW}: rir.{name} must be ") and str(error.value).count(" must be ") == 1
     check_pool(SceneConfig(bank=3), changed)
+
+
+@pytest.mark.parametrize("name", SCENE_CHANGES)
+def test_scenes_by_another_law_are_refused(name):
+    value, law = SCENE_CHANGES[name], getattr(SceneConfig(), name)
+    with pytest.raises(ValueError) as error:
+        check_pool(SceneConfig(**{name: value}, bank=3, pool="original"), RirConfig())
+    assert str(error.value) == f"{LAW}: scene.{name} must be {law}, got {value}"
+
+
+@pytest.mark.parametrize("bank, shown", [(None, "null"), (3001, "3001")])
+def test_its_rooms_are_as_many_as_there_are(bank, shown):
+    with pytest.raises(ValueError, match=f"^{LAW}: scene.bank must be in 1..3000 rooms, got {shown}$"):
+        check_pool(SceneConfig(pool="original", bank=bank), RirConfig())
+    check_pool(SceneConfig(pool="original", bank=3000), RirConfig())
+
+
+def test_all_that_is_wrong_is_named_at_once():
+    with pytest.raises(ValueError) as error:
+        load_config(RunConfig, CONFIGS / "librispeech.yaml", ["scene.pool=original", "scene.num_src=3"])
+    assert str(error.value) == (
+        f"{LAW}: scene.bank must be in 1..3000 rooms, got null; scene.rt60_s must be (0.1, 0.7), got "
+        "(0.1, 0.8); scene.num_src must be 2, got 3; scene.spacing_jitter_m must be 0.0, got 0.003; "
+        "rir.hybrid_share must be 0.0, got 0.5")
 
 
 def test_early_parts_may_be_asked_for():
@@ -72,4 +102,5 @@ def test_early_parts_may_be_asked_for():
 def test_rooms_of_the_evaluation_are_counted():
     banks = {1: 1, 199: 199, 200: 200, 201: 200, 3000: 200}
     assert {bank: eval_rooms_in(SceneConfig(pool="original", bank=bank)) for bank in banks} == banks
+    assert eval_rooms_in(SceneConfig(pool="original")) == 200  # which check_pool refuses
     assert eval_rooms_in(SceneConfig()) == eval_rooms_in(SceneConfig(bank=3000)) == 0

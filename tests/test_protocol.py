@@ -16,10 +16,11 @@ from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import (NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, eval_rooms_trained_in,
                               num_blocks, read_measured)
 from ssl_gpu.rir import RirConfig
+from ssl_gpu.run import prepare, training_speech
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes, sample_scenes
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import make_bank
-from ssl_gpu.train import draw_batch, prepare, training_speech
+from ssl_gpu.train import draw_batch
 
 CPU = torch.device("cpu")
 

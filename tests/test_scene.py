@@ -299,15 +299,6 @@ def test_every_field_changes_the_scenes(name):
     assert not all(same)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_the_pool_of_the_original_takes_no_other_law(name):
-    value, default = CHANGES[name], getattr(SceneConfig(), name)
-    with pytest.raises(ValueError) as error:
-        SceneConfig(**{name: value}, bank=3, pool="original")
-    assert str(error.value) == (f"scene.{name} must be {default} with scene.pool=original, whose rooms are of the "
-                                f"original's law, got {value}")
-
-
 NAN = float("nan")
 
 
@@ -329,8 +320,6 @@ NAN = float("nan")
     (dict(num_src=0), "scene.num_src must be >= 1, got 0"),
     (dict(num_mics=0), "scene.num_mics must be >= 1, got 0"),
     (dict(bank=0), "scene.bank must be >= 1 room, or null for endless rooms, got 0"),
-    (dict(pool="original"), "scene.bank must be in 1..3000 rooms with scene.pool=original, got null"),
-    (dict(pool="original", bank=3001), "scene.bank must be in 1..3000 rooms with scene.pool=original, got 3001"),
     (dict(pool="theirs"), "scene.pool must be one of law, original, got 'theirs'"),
     (dict(planar_share=1.1), "scene.planar_share must be in 0..1, got 1.1"),
     (dict(planar_share=NAN), "scene.planar_share must be in 0..1, got nan"),

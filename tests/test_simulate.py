@@ -420,6 +420,12 @@ def test_entries_hold_plain_numbers():
         0.5 * (entry["mic_pos"][0][0] + entry["mic_pos"][1][0]))
 
 
+def test_readme_and_help_name_every_file():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name in ("rir_<i>.npy", "scenes.json", "config.yaml", "mix_<i>.wav", "scene_<i>.png"):
+        assert simulate.OURS.fullmatch(name.replace("<i>", "0")) and f"`{name}`" in readme and name in simulate.__doc__
+
+
 # ---- mistakes, and what is left of a folder ----
 
 

@@ -164,8 +164,8 @@ def test_pool_of_the_original_is_its_rooms_whatever_the_chunk_and_the_seed():
 
 
 def test_pool_of_the_original_is_rendered_by_its_law_alone():
-    with pytest.raises(ValueError, match="^rir.hybrid_share must be 0.0 with scene.pool=original, whose RIRs are by "
-                                         "the original's law, got 0.5$"):
+    with pytest.raises(ValueError, match="^scene.pool=original has rooms and RIRs by the original's law: "
+                                         "rir.hybrid_share must be 0.0, got 0.5$"):
         Simulator(SceneConfig(pool="original", bank=2), RirConfig(hybrid_share=0.5))
 
 

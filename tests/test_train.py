@@ -1,4 +1,5 @@
 """The training run as a user starts it: files, numbers, resumption, and one line for every mistake."""
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +19,16 @@ import torch
 import yaml
 
 from ssl_gpu import evaluate as evaluate_cli
+from ssl_gpu import report
+from ssl_gpu import run as run_setup
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.pretrained import build_localizer, export, read_weights
+from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
+from ssl_gpu.simulator import Simulator
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -180,7 +187,7 @@ def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny)
 
 def test_a_run_from_the_packaged_weights(tiny, monkeypatch):
     assert start("train.out=run", "train.steps=1") == 0
-    monkeypatch.setattr(train_cli, "packaged", lambda: tiny / "run")
+    monkeypatch.setattr(run_setup, "packaged", lambda: tiny / "run")
     assert start("train.out=more", "train.steps=1", "train.init=packaged", "scene.mic_spacing_m=0.08") == 0
     assert load_checkpoint(tiny / "more" / "checkpoint.pt").step == 2
 
@@ -231,7 +238,7 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
     assert start("train.out=plain", *common) == 0
     monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
-    begin = train_cli.build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
+    begin = build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
     moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
     for count in (2, 3):
         assert start(f"train.out=lanes{count}", *common) == 0
@@ -242,8 +249,8 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
 
 
 def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny, monkeypatch):
-    shares, draw = [], train_cli.Simulator.draw
-    monkeypatch.setattr(train_cli.Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (
+    shares, draw = [], Simulator.draw
+    monkeypatch.setattr(Simulator, "draw", lambda self, *args, noise_share=1.0, **kwargs: (
         shares.append(noise_share), draw(self, *args, noise_share=noise_share, **kwargs))[1])
     for name, overlap in (("plain", "false"), ("ahead", "true")):
         shares.clear()
@@ -262,6 +269,19 @@ def test_resume_finds_the_newest_run(tiny):
     assert re.fullmatch(r"tiny-\d{8}-\d{6}", run.name)
     assert start("train.steps=3", "--resume") == 0
     assert load_checkpoint(run / "checkpoint.pt").step == 3
+
+
+@pytest.mark.parametrize("content, left", [(None, ""), ("", ""), ("metrics.jsonl", " once it is empty")])
+def test_a_folder_with_nothing_to_resume_says_how_to_start(content, left, tiny, capsys):
+    """Also that of a run that was killed before its first checkpoint, which has begun a log."""
+    if content is not None:
+        (tiny / "run").mkdir()
+    if content:
+        (tiny / "run" / content).touch()
+    assert start("train.out=run", "--resume") == 2
+    assert capsys.readouterr().err == (
+        "error: --resume found nothing to resume in train.out=run, which has no checkpoint.pt; the same command "
+        f"without --resume starts anew{left}\n")
 
 
 def test_resumed_run_keeps_its_configuration_and_takes_overrides(tiny):
@@ -289,17 +309,40 @@ def test_resume_is_not_led_astray_by_a_longer_name(tiny):
     assert start("train.steps=3", "--resume") == 2
 
 
-def test_finished_run_is_not_trained_again(tiny):
-    """The same command with --resume evaluates again, and that is all."""
-    arguments = ("train.out=run", "train.steps=null", "train.max_minutes=600")
-    cfg = load_config(RunConfig, "tiny.yaml", arguments)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("by", ["steps", "max_minutes"])
+def test_finished_run_is_left_as_it_is(by, tiny, capsys):
+    """The same command with --resume says so and how to go on; without a result it evaluates, and that is all."""
+    length = {"steps": ("train.steps=2",), "max_minutes": ("train.steps=null", "train.max_minutes=600")}[by]
     assert start("train.out=run", "train.steps=2") == 0
-    checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
-    checkpoint["extra"]["share"] = 1.0
-    checkpoint["config"]["train"] |= {"steps": None, "max_minutes": 600.0}
-    torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
-    assert cfg.train.max_minutes == 600 and start(*arguments, "--resume") == 0
-    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == 2
+    if by == "max_minutes":
+        checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
+        checkpoint["extra"]["share"] = 1.0
+        checkpoint["config"]["train"] |= {"steps": None, "max_minutes": 600.0}
+        torch.save(checkpoint, tiny / "run" / "checkpoint.pt")
+    before = contents(tiny / "run")
+    capsys.readouterr()
+    assert start("train.out=run", *length, "--resume") == 0
+    more = {"steps": "train.steps > 2", "max_minutes": "train.max_minutes > 600"}[by]
+    assert tuple(capsys.readouterr()) == (f"run is finished, after 2 steps; run/result.json stays as it is. Go on with "
+                                          f"{more}, or begin a new run with train.init=run\n", "")
+    assert contents(tiny / "run") == before
+    (tiny / "run" / "result.json").unlink()
+    assert start("train.out=run", *length, "--resume") == 0
+    again, result = (json.loads(text) for text in ((tiny / "run" / "result.json").read_text(), before["result.json"]))
+    assert again["cone_mae_deg"] == result["cone_mae_deg"]
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == again["steps"] == 2
+
+
+def test_a_run_that_reached_its_steps_before_its_minutes_takes_more_steps(tiny):
+    assert start("train.out=run", "train.steps=2", "train.max_minutes=600") == 0
+    assert start("train.out=run", "train.steps=3", "--resume") == 0
+    assert load_checkpoint(tiny / "run" / "checkpoint.pt").step == 3
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
 
 
 def test_divergence_is_one_line(tiny, capsys):
@@ -372,6 +415,65 @@ def test_budget_of_minutes_is_kept(tiny):
     lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates[-1] < 0.1 * max(rates)
+
+
+@pytest.mark.parametrize("age_s, change, expected", [
+    (100, (), r"took (1\.[7-9]|[2-9]\.)\d* of the 1\.00 min left in train.max_minutes, .* time for only 1 step$"),
+    (100, ("train.steps=1",), None), (0, ("train.max_minutes=600", "train.steps=3"), None)])
+def test_a_budget_eaten_by_preparation_is_told(age_s, change, expected, tiny, monkeypatch, capsys):
+    """Of a process that is `age_s` old; not where train.steps ends the run anyway, nor in a budget with room."""
+    began = time.time() - age_s
+    monkeypatch.setattr(train_cli.runtime, "process_start_time", lambda: began)
+    assert start("train.out=run", "train.steps=null", "train.max_minutes=1", *change) == 0
+    warnings = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("warning: ")]
+    assert len(warnings) == (expected is not None)
+    if expected is not None:
+        assert re.search(expected, warnings[0]) and load_checkpoint(tiny / "run" / "checkpoint.pt").step == 1
+
+
+@pytest.mark.parametrize("elapsed_s, before_s, change, expected", [
+    (60, 0, {}, "preparation and the first step took 0.97 of the 2.00 min left in train.max_minutes, the end takes up "
+                "to 0.13: there is time for about 26 steps"),           # 120 - 60 - 8 s, 3 of evaluation, and 2 done
+    (360, 300, {"max_minutes": 7}, "preparation and the first step took 0.97 of the 2.00 min left in "
+                                   "train.max_minutes, the end takes up to 0.13: there is time for about 26 steps"),
+    (60, 0, {"steps": 26}, None), (60, 0, {"steps": 27}, "about 26 steps"),
+    (60, 0, {"max_minutes": 2.5}, None),                                # 66 of 150 s: more than half is left
+    (40, 0, {"max_minutes": 0.5}, "there is time for about 3 steps")])
+def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, expected, monkeypatch):
+    """After two steps, of 2 s each."""
+    monkeypatch.setattr(train_cli, "elapsed_s", lambda run: elapsed_s)
+    train = replace(from_mapping(RunConfig, {"train": {"max_minutes": 2}}).train, **change)
+    run = SimpleNamespace(cfg=SimpleNamespace(train=train), elapsed_s=before_s, eval_s=1.0, step_s=2.0, share=0.1,
+                          step=12, first=10, localizer=torch.nn.Linear(1, 1))
+    told = train_cli.short_of_time(run, 2, elapsed_s - 2, 2.0)
+    assert (told is None) if expected is None else told.endswith(expected)
+
+
+def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
+    """Nothing else lies between the reading of the configuration and the progress bar, but for bars of their own."""
+    told = []
+    for module in (run_setup, evaluate_cli):
+        monkeypatch.setattr(module, "announced", lambda what: told.append(what) or contextlib.nullcontext())
+    assert start("train.out=run", "train.steps=1", "train.max_minutes=600", "scene.bank=5") == 0
+    evaluation = ["making synthetic voices for the evaluation", "making the evaluation set of 16 clips",
+                  "GCC-PHAT on the evaluation set"]
+    assert told == ["making synthetic voices to train with", *evaluation, "rendering a bank of 5 rooms",
+                    "a first evaluation, for the time it takes"]
+    told.clear()
+    evaluate_cli.evaluate("run")
+    assert told == [*evaluation, "the model on the evaluation set"]
+
+
+def test_only_long_waits_are_announced(monkeypatch, capsys):
+    with announced("this is quick"):
+        pass
+    with pytest.raises(KeyError), announced("this fails"):
+        raise KeyError
+    monkeypatch.setattr(report, "QUIET_S", 0.01)
+    with announced("this takes long"):
+        time.sleep(0.5)
+    time.sleep(1.2)
+    assert capsys.readouterr().err == "this takes long ...\n"
 
 
 def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
@@ -449,7 +551,7 @@ MISTAKES = {
     "pool without a bank": (["scene.pool=original"], "scene.bank must be in 1..3000 rooms"),
     "pool of another law": (["scene.pool=original", "scene.bank=3", "scene.rt60_s=[0.2, 0.7]"], "scene.rt60_s"),
     "pool by walls": (["scene.pool=original", "scene.bank=3", "rir.num_images=[1024, 4096]", "rir.hybrid_share=0.5"],
-                      "rir.hybrid_share must be 0.0 with scene.pool=original"),
+                      "rir.hybrid_share must be 0.0, got 0.5"),
     "pool with image counts": (["scene.pool=original", "scene.bank=3"], "rir.num_images must be (1024, 4096)"),
     "occupied folder": (["train.out=alone"], "train.out"),
 }

@@ -1,0 +1,237 @@
+"""A training run: what it consists of, from the command line to the first step, and to and from its checkpoint."""
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+
+from ssl_gpu import rng, runtime
+from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping
+from ssl_gpu.evalset import EvalSet, score_model
+from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.localizer import Localizer
+from ssl_gpu.optim import Averaged, Precision, TrainConfig, build_optimizer, restore_optimizer
+from ssl_gpu.original import NUM_EVAL_SCENES
+from ssl_gpu.pool import eval_rooms_in
+from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
+                                trained_talkers)
+from ssl_gpu.report import announced
+from ssl_gpu.scene import SceneConfig
+from ssl_gpu.simulator import Simulator
+from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that a run needs, made and checked before the first file is written."""
+
+    cfg: RunConfig
+    out: Path
+    device: torch.device
+    speech: SpeechBank
+    simulator: Simulator
+    eval_set: EvalSet
+    fixed: dict[str, Any]
+    localizer: Localizer
+    averaged: Averaged | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0              # done, with those before train.init
+    first: int = 0             # the step that the run began at: those before train.init
+    examples: int = 0          # mixtures heard, with those before train.init
+    share: float = 0.0         # of the run that is over
+    elapsed_s: float = 0.0     # of earlier parts of a resumed run
+    eval_s: float = 0.0        # the longest that an evaluation took
+    step_s: float = 0.0        # what a step takes, the slowest of late
+    talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
+
+
+def newest_run(name: str) -> Path:
+    """The run folder runs/<name>-<date> that was written last. Raises ValueError when there is none to resume."""
+    ours = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+    found = [p.parent for p in Path("runs").glob("*/checkpoint.pt") if ours.fullmatch(p.parent.name)]
+    if not found:
+        raise ValueError(f"--resume found no runs/{name}-*/checkpoint.pt; name the folder with train.out=DIR")
+    return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
+
+
+def check_resumable(out: Path) -> None:
+    """Raises ValueError for a folder without a checkpoint to go on from."""
+    if not (out / "checkpoint.pt").is_file():
+        emptied = " once it is empty" if out.exists() and (not out.is_dir() or any(out.iterdir())) else ""
+        raise ValueError(f"--resume found nothing to resume in train.out={out}, which has no checkpoint.pt; the same "
+                         f"command without --resume starts anew{emptied}")
+
+
+def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]:
+    """What the command line asks for: configuration, run folder, and the checkpoint to resume, if any. Raises
+    ValueError with a line for the user.
+
+    A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
+    """
+    cfg = load_config(RunConfig, args.config, args.overrides)
+    name, resumed = Path(args.config).stem, None
+    if args.resume:
+        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
+        check_resumable(out)
+        resumed = load_checkpoint(out / "checkpoint.pt")
+        cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
+    folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
+               if (value := getattr(cfg.speech, key)) is not None}
+    cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
+    if resumed is not None:
+        return cfg, out, resumed
+    out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
+    return cfg, out, None
+
+
+def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
+    """A line where a run is over and has its result; None where there is something to do."""
+    if share_done(cfg.train, resumed) < 1 or not (out / "result.json").is_file():
+        return None
+    steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
+    by_time = steps is None or done < steps
+    more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
+    return (f"{out} is finished, after {resumed.step} steps; {out}/result.json stays as it is. Go on with {more}, or "
+            f"begin a new run with train.init={out}")
+
+
+def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
+    """The share of a run that was over at its checkpoint, by a configuration that may have given it more since."""
+    by_step = 0.0 if train.steps is None else (resumed.step - resumed.extra.get("first", 0)) / train.steps
+    if train.max_minutes is None:
+        return by_step
+    share, before = resumed.extra.get("share", 0.0), resumed.config["train"]
+    if (train.steps, train.max_minutes) != (before.get("steps"), before.get("max_minutes")):
+        share = min(share, resumed.extra.get("elapsed_s", 0.0) / (60 * train.max_minutes))
+    return max(by_step, share)
+
+
+def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
+    """The training speech, on the device where it fits: speech.train, or the synthetic voices.
+
+    Raises SpeechError for an unusable folder, fewer speakers than sources, or only one of speech.train and speech.eval.
+    """
+    if (cfg.speech.train is None) != (cfg.speech.eval is None):
+        missing = "train" if cfg.speech.train is None else "eval"
+        raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
+    if cfg.speech.train is None:
+        generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
+        with announced("making synthetic voices to train with"):
+            bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    else:
+        bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
+                         free_bytes=runtime.free_bytes(device))
+    if bank.num_speakers < cfg.scene.num_src:
+        raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers, one per source, "
+                          f"got {bank.num_speakers}")
+    return bank
+
+
+def initial_weights(cfg: RunConfig) -> Weights | None:
+    """The weights that train.init names. Raises ValueError for some that cannot be read or hide a leak."""
+    if cfg.train.init is None:
+        return None
+    weights = read_weights(packaged() if cfg.train.init == "packaged" else cfg.train.init)
+    check_rooms_kept(weights.config, cfg.scene)
+    return weights
+
+
+def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
+    """Raises ValueError for a run that goes on from one in the original's rooms without them: evaluation finds a leak
+    by the configuration of the last, which this would hide."""
+    trained, goes_on = map(eval_rooms_in, (from_mapping(SceneConfig, before.get("scene", {}), "scene"), scene))
+    if goes_on < trained:
+        raise ValueError(f"scene.pool and scene.bank must keep the {trained} rooms of e0 that it was trained in, "
+                         f"got {goes_on} of them")
+
+
+def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
+    """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
+    device = runtime.pick_device(cfg.train.device)
+    initial = initial_weights(cfg) if resumed is None else None
+    if initial is None:
+        localizer = build_localizer(cfg)
+    else:
+        localizer = load_localizer(initial, cfg, f"train.init={cfg.train.init}")
+    speech = training_speech(cfg, device)
+    before = [] if initial is None else initial.talkers
+    if resumed is not None:
+        before = trained_talkers(resumed.extra, resumed.config)
+    talkers = None if before is None else sorted({*before, *speech.talkers})
+    eval_set, fixed = prepare_eval(cfg, device, talkers)
+    simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
+    if eval_rooms_in(cfg.scene) > 0:
+        print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "
+              f"e0: results on e0 will be leaked", file=sys.stderr)
+    if cfg.scene.bank is not None:
+        generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.IMAGES, 0, device=device)
+        with announced(f"rendering a bank of {cfg.scene.bank} rooms"):
+            simulator.fill_bank(generator=generator)
+    localizer.to(device)
+    averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
+    optimizer = build_optimizer(cfg.train, localizer)
+    run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
+              talkers=talkers)
+    if initial is not None:
+        run.step, run.first, run.examples = initial.step, initial.step, initial.examples
+    if resumed is not None:
+        try:
+            restore(run, resumed)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
+                             f"{str(error).strip().splitlines()[-1].strip()}") from error
+    if cfg.train.max_minutes is not None:
+        with announced("a first evaluation, for the time it takes"):
+            evaluate_now(run)                                           # which is what the end of the run needs
+    return run
+
+
+def restore(run: Run, resumed: Checkpoint) -> None:
+    """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
+    check_rooms_kept(resumed.config, run.cfg.scene)
+    run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
+    run.first = resumed.extra.get("first", 0)
+    run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
+    run.localizer.load_state_dict(resumed.model)
+    restore_optimizer(run.optimizer, resumed.optimizer)
+    if run.averaged is not None:
+        run.averaged.model.load_state_dict(resumed.ema or resumed.model)
+        run.averaged.updates = run.step - run.first
+
+
+def elapsed_s(run: Run) -> float:
+    """Wall-clock seconds of the run so far: since the process started, and those of the parts before a resumption."""
+    return run.elapsed_s + time.time() - runtime.process_start_time()
+
+
+def evaluate_now(run: Run) -> dict[str, Any]:
+    """Metrics of the averaged weights, or of the weights themselves where none are averaged."""
+    begin = time.perf_counter()
+    metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
+    run.eval_s = max(run.eval_s, time.perf_counter() - begin)
+    return metrics
+
+
+def save(run: Run, step: int) -> None:
+    """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written."""
+    averaged = None if run.averaged is None else run.averaged.model
+    save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
+                    config=to_mapping(run.cfg),
+                    extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
+                           "first": run.first, "examples": run.examples})
+
+
+def uses_bfloat16(run: Run) -> bool:
+    """What train.precision comes to on the run's device."""
+    precision = run.cfg.train.precision
+    return runtime.has_bfloat16(run.device) if precision is Precision.AUTO else precision is Precision.BFLOAT16
