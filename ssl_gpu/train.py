@@ -202,7 +202,8 @@ def train(run: Run, log: Log) -> int:
         timer.step()
         tuner.step()
         last_s = time.perf_counter() - step_began
-        run.step_s = max(last_s, 0.9 * run.step_s)
+        if not (cfg.compile and step == begun + 1):                    # no other step compiles
+            run.step_s = max(last_s, 0.9 * run.step_s)
         run.share = share = progress(run, step, began)
         if step == begun + 1:
             ready_s = elapsed_s(run)                                   # with the compilation, where there is one

@@ -449,6 +449,16 @@ def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, e
     assert (told is None) if expected is None else told.endswith(expected)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_time_kept_for_the_end_is_not_that_of_a_compilation(compile, tiny, monkeypatch):
+    """Which the first step contains, and no other: it was kept twice, and short runs ended after a step."""
+    kept, progress = [], train_cli.progress
+    monkeypatch.setattr(train_cli.runtime, "compiled", lambda network, enabled: network)
+    monkeypatch.setattr(train_cli, "progress", lambda run, *args: kept.append(run.step_s) or progress(run, *args))
+    assert start("train.out=run", "train.steps=2", f"train.compile={str(compile).lower()}") == 0
+    assert len(kept) == 3 and kept[0] == 0 and (kept[1] == 0) == compile and kept[2] > 0
+
+
 def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
     """Nothing else lies between the reading of the configuration and the progress bar, but for bars of their own."""
     told = []
@@ -482,11 +492,14 @@ def test_interrupt_leaves_a_checkpoint_to_resume(tiny):
                                 "train.steps=100000"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                env=environment, text=True)
     metrics = tiny / "run" / "metrics.jsonl"
-    deadline = time.time() + 60
-    while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    deadline = time.time() + 120
+    try:
+        while time.time() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()                                                 # or it would train on, 100,000 steps
     assert process.returncode == 130
     assert "Traceback" not in stderr and "--resume" in stderr.splitlines()[-1]
     step = load_checkpoint(tiny / "run" / "checkpoint.pt").step
