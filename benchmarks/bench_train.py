@@ -56,7 +56,7 @@ class Steps:
         self.run, self.network = run, network
         self.timer = runtime.StepTimer(run.device)
         self.batches = timed_batches(run, self.timer)
-        self.bfloat16 = uses_bfloat16(run)
+        self.bfloat16 = uses_bfloat16(run.cfg.train, run.device)
 
     def take(self, count: int) -> None:
         """`count` steps more."""

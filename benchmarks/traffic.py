@@ -49,7 +49,8 @@ class Traffic(TorchDispatchMode):
                     main_taps: int, fused: bool) -> torch.Tensor:
         """Stands in for scatter.add_kernels: its fused path is a GPU's, and these tensors are not."""
         total = torch.zeros(2, *slot.shape[:3], 1, length)
-        self.add("add_kernels", (table, slot, amplitude, total))
+        self.add("add_kernels", (table, table))                         # transposed
+        self.add("add_kernels", (table, slot, amplitude, total, total))
         return total
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from ssl_gpu import runtime
+
 BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight for each of its threads
 
 
@@ -18,8 +20,8 @@ def add_kernels_program(total, table, slot, amplitude, early, arrivals, row_leng
                         block: tl.constexpr):
     """`block` arrivals of one RIR, program_id(0). The two sums in total [2, row, row_length] lie parts_apart elements
     apart; table [2^phase_bits, tap]; slot, amplitude, early [row, arrival]. The taps of an arrival lie side by side in
-    both, so that the threads of a warp add to neighbouring addresses. An arrival of amplitude 0, as those that pad a
-    batch, adds nothing and is left out; so is one outside its row, which no law has: it would write into others."""
+    both, so that the threads of a warp add to neighbouring addresses. Left out are arrivals of amplitude 0, as those
+    that pad a batch, and any that would leave its row, so that it cannot write into another's."""
     row = tl.program_id(0).to(tl.int64)
     arrival = tl.program_id(1) * block + tl.arange(0, block)
     inside = arrival < arrivals
@@ -43,15 +45,17 @@ def add_kernels_fused(total: Tensor, table: Tensor, slot: Tensor, amplitude: Ten
 
     The number of taps must be a power of two, that of phases, too.
     """
-    launch(wrap_triton(add_kernels_program), total, table, slot, amplitude, early, main_taps)
+    with runtime.current_device(total.device):  # Triton launches there, wherever its pointers belong
+        launch(wrap_triton(add_kernels_program), total, table, slot, amplitude, early, main_taps)
 
 
 def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tensor, early: Optional[Tensor],
            main_taps: int) -> None:
     """Runs add_kernels_program, or the same in Triton's interpreter, over all arrivals."""
     arrivals, (phases, taps) = slot.shape[-1], table.shape
-    flags = slot if early is None else early.contiguous().view(torch.uint8)  # never read where there is none
-    grid = (slot.numel() // arrivals, triton.cdiv(arrivals, BLOCK))
+    # Never read where there is none. A view as bytes would do, but the compiler cannot lower it for bool.
+    flags = slot if early is None else early.to(torch.uint8).contiguous()
+    grid = (slot.shape[:-1].numel(), triton.cdiv(arrivals, BLOCK))
     program[grid](total, table, slot.contiguous(), amplitude.contiguous(), flags, arrivals, total.shape[-1],
                   total.stride(0), has_early=early is not None, phase_bits=phases.bit_length() - 1, taps=taps,
                   main_taps=main_taps, block=BLOCK)

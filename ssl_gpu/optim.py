@@ -45,7 +45,8 @@ class TrainConfig:
     overlap: simulate the next batch beside the step of this one; null: on a GPU. The batches are the same.
     seed: of the weights and of every draw.
     init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
-        null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice.
+        null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice, but
+        for those of a bank.
     steps, max_minutes: the length of the run, at least one of them. steps does not count those before init.
         max_minutes counts wall-clock time from the start of the process to result.json: the schedule fits itself to it.
     batch_size: mixtures per step.

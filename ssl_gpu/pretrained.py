@@ -34,6 +34,7 @@ from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.model import ModelKind
 from ssl_gpu.optim import TrainConfig
+from ssl_gpu.simulator import SimulatorConfig
 
 PACKAGED = Path(__file__).with_name("pretrained_weights")
 WEIGHTS, CONFIG, METRICS, RESULT, EVALUATION = (
@@ -208,14 +209,17 @@ def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_places(cfg: RunConfig) -> RunConfig:
-    """The configuration without what belongs to the machine it ran on: its folders and its device.
+    """The configuration without what belongs to the machine it ran on: its folders, its device, what is quick there.
 
-    The last name of a speech folder stays: it tells what was heard, and null would stand for the synthetic voices.
+    The last name of a speech folder stays: it tells what was heard, and null would stand for the synthetic voices. So
+    does that of train.init.
     """
     train, evaluation = (folder and (os.path.basename(os.path.normpath(folder)) or None)
                          for folder in (cfg.speech.train, cfg.speech.eval))
+    init = cfg.train.init and (os.path.basename(os.path.normpath(cfg.train.init)) or None)
     return replace(cfg, speech=replace(cfg.speech, train=train, eval=evaluation, cache_dir=None),
-                   train=replace(cfg.train, out=None, device=TrainConfig.device))
+                   simulator=SimulatorConfig(),
+                   train=replace(cfg.train, out=None, device=TrainConfig.device, init=init))
 
 
 def thinned_log(text: str) -> str:

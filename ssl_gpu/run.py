@@ -5,10 +5,10 @@ import argparse
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import torch
 
@@ -17,6 +17,7 @@ from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.features import FeatureConfig
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
@@ -27,6 +28,8 @@ from ssl_gpu.report import announced
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
+
+PACKAGED_WEIGHTS = "packaged"  # what train.init says for those in this package
 
 
 @dataclass(eq=False)
@@ -46,10 +49,12 @@ class Run:
     step: int = 0              # done, with those before train.init
     first: int = 0             # the step that the run began at: those before train.init
     examples: int = 0          # mixtures heard, with those before train.init
+    first_examples: int = 0    # those before train.init
     share: float = 0.0         # of the run that is over
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
     step_s: float = 0.0        # what a step takes, the slowest of late
+    bfloat16: bool = False     # what train.precision has come to
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
 
 
@@ -83,9 +88,14 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
         check_resumable(out)
         resumed = load_checkpoint(out / "checkpoint.pt")
         cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
+        if any(text.startswith("train.init=") for text in args.overrides):
+            raise ValueError(f"train.init is where a run begins: it goes with a new one, not with --resume, got "
+                             f"{cfg.train.init}")
     folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
                if (value := getattr(cfg.speech, key)) is not None}
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
+    if resumed is None and cfg.train.init not in (None, PACKAGED_WEIGHTS):
+        cfg = replace(cfg, train=replace(cfg.train, init=str(Path(cfg.train.init).expanduser().resolve())))
     if resumed is not None:
         return cfg, out, resumed
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -101,7 +111,7 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
     by_time = steps is None or done < steps
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
-    return (f"{out} is finished, after {resumed.step} steps; {out}/result.json stays as it is. Go on with {more}, or "
+    return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is. Go on with {more}, or "
             f"begin a new run with train.init={out}")
 
 
@@ -141,9 +151,22 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
     """The weights that train.init names. Raises ValueError for some that cannot be read or hide a leak."""
     if cfg.train.init is None:
         return None
-    weights = read_weights(packaged() if cfg.train.init == "packaged" else cfg.train.init)
+    weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
     check_rooms_kept(weights.config, cfg.scene)
+    others = [name for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
+              if made_for != asked]
+    if others:
+        print(f"warning: the weights of train.init={cfg.train.init} were trained for another {', '.join(others)}",
+              file=sys.stderr)
     return weights
+
+
+def _meanings(first: RunConfig, second: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, value) of what a network's input and output mean, whatever the shapes of its weights."""
+    for section, names in (("target", ("angle", "labels", "grid_deg")), ("rir", ("sample_rate",)),
+                           ("features", [field.name for field in fields(FeatureConfig)])):
+        for name in names:
+            yield (f"{section}.{name}", *(getattr(getattr(cfg, section), name) for cfg in (first, second)))
 
 
 def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
@@ -181,9 +204,10 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     optimizer = build_optimizer(cfg.train, localizer)
     run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
-              talkers=talkers)
+              bfloat16=uses_bfloat16(cfg.train, device, resumed), talkers=talkers)
     if initial is not None:
-        run.step, run.first, run.examples = initial.step, initial.step, initial.examples
+        run.step = run.first = initial.step
+        run.examples = run.first_examples = initial.examples
     if resumed is not None:
         try:
             restore(run, resumed)
@@ -200,7 +224,7 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
     check_rooms_kept(resumed.config, run.cfg.scene)
     run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
-    run.first = resumed.extra.get("first", 0)
+    run.first, run.first_examples = (resumed.extra.get(name, 0) for name in ("first", "first_examples"))
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
     run.localizer.load_state_dict(resumed.model)
     restore_optimizer(run.optimizer, resumed.optimizer)
@@ -228,10 +252,13 @@ def save(run: Run, step: int) -> None:
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg),
                     extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
-                           "first": run.first, "examples": run.examples})
+                           "first": run.first, "first_examples": run.first_examples, "examples": run.examples,
+                           "bfloat16": {run.device.type: run.bfloat16}})
 
 
-def uses_bfloat16(run: Run) -> bool:
-    """What train.precision comes to on the run's device."""
-    precision = run.cfg.train.precision
-    return runtime.has_bfloat16(run.device) if precision is Precision.AUTO else precision is Precision.BFLOAT16
+def uses_bfloat16(train: TrainConfig, device: torch.device, resumed: Checkpoint | None = None) -> bool:
+    """What train.precision comes to on a device. A resumed run keeps what auto came to on a device of this kind."""
+    if train.precision is not Precision.AUTO:
+        return train.precision is Precision.BFLOAT16
+    before = None if resumed is None else resumed.extra.get("bfloat16", {}).get(device.type)
+    return runtime.has_bfloat16(device) if before is None else before

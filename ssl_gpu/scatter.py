@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
+
 
 def add_kernels(table: Tensor, slot: Tensor, amplitude: Tensor, early: Tensor | None, length: int, main_taps: int,
                 fused: bool = False) -> Tensor:
@@ -18,7 +20,7 @@ def add_kernels(table: Tensor, slot: Tensor, amplitude: Tensor, early: Tensor | 
     """
     phases, parts = table.shape[1], 1 if early is None else 2
     total = torch.zeros(2, *slot.shape[:3], parts * length, device=slot.device)
-    if fused and slot.device.type != "cpu":
+    if fused and runtime.is_gpu(slot.device):
         from ssl_gpu.fused import add_kernels_fused  # Triton is not everywhere where torch is
         add_kernels_fused(total, table.T.contiguous(), slot, amplitude, early, main_taps)
         return total.unflatten(-1, (parts, length))

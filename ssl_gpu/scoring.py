@@ -16,7 +16,7 @@ from ssl_gpu.scene import SceneConfig, sample_scenes
 
 DETECTION_DEG = 10.0      # within which an estimate counts as that of a talker
 RESAMPLES = 1000          # of the bootstrap
-LEAST_SOURCES = 10        # of fewer a bootstrap says little
+LEAST_CLUSTERS = 10       # scenes or positions; of fewer a bootstrap says little, and of one that nothing varies
 FLOOR_SAMPLES, NEIGHBOURS = 100_000, 300  # of the Bayes floor: with half of either it moves by less than 0.05 degrees
 DISTANCE_WEIGHT_DEG = 15.0                # a factor e in distance counts as far as so many degrees of cone angle
 
@@ -107,19 +107,20 @@ def bootstrap(values: Tensor, scene: Tensor, count: Tensor | None = None) -> lis
 def by_condition(error: Tensor, truth: Truth) -> dict[str, list[dict[str, Any]]]:
     """Cone errors [clip, src] degrees in the bins of every condition of BINS that the truth knows; bins that hold
     nothing are left out."""
-    found, rows, sums, counts = {}, [], [], []
+    found, rows, clusters, sums, counts = {}, [], [], [], []
     for name, values in truth.conditions.items():
         if name in BINS:
             found[name] = []
             for row, inside in _bins(error, values, BINS[name]):
                 found[name].append(row)
                 rows.append(row)
+                clusters.append(len(truth.scene[inside.any(-1)].unique()))
                 sums.append(torch.where(inside, error, 0.0).sum(-1))
                 counts.append(inside.double().sum(-1))
     # All bins at once: drawing the clusters takes longer than weighting their sums.
     intervals = bootstrap(torch.stack(sums, -1), truth.scene, torch.stack(counts, -1)) if rows else []
-    for row, interval in zip(rows, intervals):
-        row["interval_95"] = interval if row["num_sources"] >= LEAST_SOURCES else None
+    for row, interval, distinct in zip(rows, intervals, clusters):
+        row["interval_95"] = interval if distinct >= LEAST_CLUSTERS else None
     return found
 
 

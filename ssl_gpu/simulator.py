@@ -35,7 +35,7 @@ class SimulatorConfig:
     fused: on a GPU, add up the arrivals of a chunk by one Triton kernel (ssl_gpu.fused), to a few roundings the same;
         with compile or without. No GPU has run it yet, hence the default.
 
-    Raises ValueError when chunk < 1, and for fused where there is no Triton.
+    Raises ValueError when chunk < 1.
     """
 
     chunk: int | None = None
@@ -45,9 +45,11 @@ class SimulatorConfig:
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
-        if self.fused and importlib.util.find_spec("triton") is None:
-            raise ValueError("simulator.fused must be false where there is no Triton, got true; it comes with torch on "
-                             "Linux")
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError for fused on a GPU where there is no Triton."""
+        if self.fused and runtime.is_gpu(device) and importlib.util.find_spec("triton") is None:
+            raise ValueError("simulator.fused must be false where Triton is not installed, got true")
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
@@ -179,13 +181,14 @@ class Simulator:
         """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch; scenes that are not valid are silent.
         Deterministic, but for the last bits on a GPU, where arrivals that share a tap are added in any order.
 
-        Raises ValueError when dry does not belong to the draw.
+        Raises ValueError when dry does not belong to the draw, and for simulator.fused on a GPU without Triton.
         """
         if dry.device != draw.scenes.rt60.device:
             raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
         if dry.shape[:1] != draw.scenes.rt60.shape:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
                              f"got {list(dry.shape)}")
+        self.config.check_device(dry.device)
         pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
         chunk, parts = self.config.chunk_on(dry.device, pairs), []
         for start in range(0, dry.shape[0], chunk):

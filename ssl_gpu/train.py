@@ -29,7 +29,7 @@ from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share
 from ssl_gpu.report import result_table
-from ssl_gpu.run import Run, elapsed_s, evaluate_now, prepare, save, setup, told_finished, uses_bfloat16
+from ssl_gpu.run import Run, elapsed_s, evaluate_now, prepare, save, setup, told_finished
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
 
@@ -108,7 +108,8 @@ def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | 
         return None
     budget_s, took_s = 60 * train.max_minutes - run.elapsed_s, ready_s - run.elapsed_s
     over, left_s = run.share >= 1, 60 * train.max_minutes - elapsed_s(run) - end_s(run)
-    count = steps if over else steps + max(1, round((left_s - (train.evaluations - 1) * run.eval_s) / step_s))
+    evaluations = train.evaluations - 1 - math.floor(run.share * train.evaluations)  # but the last, which end_s has
+    count = steps if over else steps + max(1, round((left_s - evaluations * run.eval_s) / step_s))
     enough = train.steps is not None and run.step - run.first + count - steps >= train.steps
     if enough or took_s + end_s(run) <= 0.5 * budget_s:
         return None
@@ -165,9 +166,8 @@ def train(run: Run, log: Log) -> int:
     """Train until the run is over or interrupted; returns the steps done. Everything is in the order it happens."""
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
-    bfloat16 = uses_bfloat16(run)
     timer = runtime.StepTimer(run.device)
-    lanes = Lanes(network, run.localizer.loss, bfloat16)
+    lanes = Lanes(network, run.localizer.loss, run.bfloat16)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
                                 most_lanes=cfg.batch_size if separable(network) else 1)
     batches = timed_batches(run, timer)
@@ -186,7 +186,7 @@ def train(run: Run, log: Log) -> int:
             loss, valid = in_lanes(run, lanes, timer, tuner.lanes)
         else:
             mixture = batches.take(step)
-            with runtime.autocast(run.device, bfloat16):
+            with runtime.autocast(run.device, run.bfloat16):
                 logits = network(mixture.audio)
             loss, valid = run.localizer.loss(logits, mixture.scenes), mixture.scenes.valid
             loss.backward()
@@ -263,15 +263,21 @@ def log_evaluation(run: Run, log: Log, step: int, share: float) -> dict[str, Any
     return metrics
 
 
+def precision_name(run: Run) -> str:
+    """What train.precision has come to, in a word."""
+    return "bfloat16" if run.bfloat16 else "float32"
+
+
 def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
     """The last evaluation, the last checkpoint, result.json."""
     metrics = log_evaluation(run, log, step, 1.0)
     save(run, step)
     parameters = sum(p.numel() for p in run.localizer.parameters())
     result = {**metrics, **run.fixed, "target": run.cfg.target.angle.value, "steps": step,
-              "examples": run.examples, "parameters": parameters,
-              "precision": "bfloat16" if uses_bfloat16(run) else "float32",
-              "device": runtime.device_name(run.device), "versions": runtime.versions(),
+              "examples": run.examples, "steps_before": run.first, "examples_before": run.first_examples,
+              "parameters": parameters,
+              "precision": precision_name(run), "device": runtime.device_name(run.device),
+              "versions": runtime.versions(),
               "minutes": round(elapsed_s(run) / 60, 3)}
     write_json(run.out / "result.json", result)
     return result
@@ -312,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"{run.out}: {run.cfg.model.kind.value} model, "
           f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
-          f"{runtime.device_name(run.device)}; {run.speech.num_speakers} talkers, "
+          f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} talkers, "
           f"{run.speech.duration_s / 3600:.2f} h of speech")
     signal.signal(signal.SIGTERM, interrupt)
     log = Log(run.out, run.share)
@@ -340,8 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return status
     print(result_table(result))
-    print(f"{result['steps']} steps, {result['examples']} examples in {result['minutes']:.1f} min; "
-          f"{run.out}/result.json")
+    print(f"{result['steps'] - run.first} steps, {result['examples'] - run.first_examples} examples in "
+          f"{result['minutes']:.1f} min; {run.out}/result.json")
     return 0
 
 

@@ -15,7 +15,7 @@ import torch
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
 from ssl_gpu.report import is_leaked
-from ssl_gpu.scoring import LEAST_SOURCES
+from ssl_gpu.scoring import LEAST_CLUSTERS
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
@@ -32,7 +32,7 @@ def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> 
                    for title, text in about.items())
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><table>{head}</table>"
              f"<pre>{html.escape(table)}</pre><p>Bars: means with 95 % intervals by a bootstrap over scenes (e3: over "
-             f"loudspeaker positions), where there are at least {LEAST_SOURCES} sources.</p>"]
+             f"loudspeaker positions), where there are at least {LEAST_CLUSTERS} of them.</p>"]
     for name, assessment in found.items():
         leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")

@@ -13,6 +13,7 @@ from ssl_gpu.config import ConfigError, RunConfig, from_mapping, load_config, sa
 from ssl_gpu.evaluate import evaluate
 from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_pretrained, main, packed,
                                 read_weights, thinned_log, without_places)
+from ssl_gpu.simulator import SimulatorConfig
 
 TINY = {"speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
         "rir": {"num_images": [64, 128]}, "features": {"num_bands": 4, "num_delays": 17},
@@ -158,8 +159,15 @@ def test_export_tells_no_places(tmp_path):
 
 @pytest.mark.parametrize("folder, left", [(None, None), ("speech", "speech"), ("/", None), ("../a b/", "a b")])
 def test_last_name_of_a_folder_is_left(folder, left):
-    cfg = from_mapping(RunConfig, {"speech": {"train": folder, "eval": folder}, "train": {"steps": 1}})
-    assert (without_places(cfg).speech.train, without_places(cfg).speech.eval) == (left, left)
+    cfg = without_places(from_mapping(RunConfig, {"speech": {"train": folder, "eval": folder},
+                                                  "train": {"steps": 1, "init": folder}}))
+    assert (cfg.speech.train, cfg.speech.eval, cfg.train.init) == (left, left, left)
+
+
+def test_export_has_no_choices_of_speed():
+    """Which are of the machine that trained: another may have no Triton, and less memory."""
+    cfg = from_mapping(RunConfig, {"simulator": {"chunk": 999, "compile": True, "fused": True}, "train": {"steps": 1}})
+    assert without_places(cfg).simulator == SimulatorConfig()
 
 
 def test_evaluation_is_copied(run):

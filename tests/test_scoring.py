@@ -104,18 +104,18 @@ def test_a_draw_without_any_clip_does_not_count():
 
 def test_bins_have_intervals_over_scenes():
     """Three hundred clips of 100 scenes: of a bin that holds one source of every clip, as of these errors alone; where
-    a draw may hold nothing of a bin, of the draws that do; of few sources none."""
+    a draw may hold little of a bin, of what it holds; of sources of few scenes, however many, none."""
     error = torch.rand(300, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sort(-1).values
     drr = torch.tensor([0.0, -3.0]).repeat(300, 1)
-    drr[:10, 0], drr[10:13, 0] = 5.0, -10.0
+    drr[:30, 0], drr[30:57, 0] = 5.0, -10.0  # of 10 scenes, and of 9
     truth = truth_of(torch.ones(300, 2, dtype=torch.float64), torch.arange(300) // 3, drr_db=drr)
     found = score_angles(truth.cone, truth.cone + torch.deg2rad(error), truth)["by"]["drr_db"]
     rows = {row["from"]: row for row in found}
     assert rows[-6]["interval_95"] == pytest.approx(bootstrap(error[:, 1:], truth.scene)[0])
-    assert rows[-40]["num_sources"] == 3 and rows[-40]["interval_95"] is None
-    assert rows[2]["num_sources"] == 10
+    assert rows[-40]["num_sources"] == 27 and rows[-40]["interval_95"] is None
+    assert rows[2]["num_sources"] == 30
     low, high = rows[2]["interval_95"]
-    assert error[:10, 0].min() <= low < rows[2]["cone_mae_deg"] < high <= error[:10, 0].max()
+    assert error[:30, 0].min() <= low < rows[2]["cone_mae_deg"] < high <= error[:30, 0].max()
     assert json.loads(json.dumps(rows[2])) == rows[2]
 
 

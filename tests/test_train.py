@@ -165,7 +165,7 @@ def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
 
 
-def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny):
+def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny, capsys):
     """Its first step is the third of a run that goes on: same weights, and not the draws of the first again."""
     plain = ("train.warmup=0", "train.lr_end=1", "train.ema=null")
     assert start("train.out=whole", "train.steps=4", *plain) == 0
@@ -178,6 +178,8 @@ def test_a_run_from_the_weights_of_another_hears_other_rooms_and_counts_on(tiny)
     assert start("train.out=second", "train.steps=4", "train.batch_size=3", "--resume") == 0  # of its own steps
     result = json.loads((tiny / "second" / "result.json").read_text())
     assert (result["steps"], result["examples"]) == (6, 5 * 4 + 3) and len(losses(tiny / "second")) == 4
+    assert (result["steps_before"], result["examples_before"]) == (2, 8)
+    assert "\n4 steps, 15 examples in " in capsys.readouterr().out
     assert read_weights(tiny / "second").examples == 23
     export(tiny / "second", tiny / "small")
     assert read_weights(tiny / "small").examples == 23
@@ -201,16 +203,49 @@ def test_weights_to_start_from_bring_their_talkers(tiny):
     assert json.loads((tiny / "second" / "result.json").read_text())["leaked_talkers"] == 3
 
 
+def test_weights_of_another_meaning_are_told_and_cannot_be_claimed_later(tiny, capsys):
+    assert start("train.out=run", "train.steps=1") == 0
+    assert start("train.out=same", "train.steps=1", "train.init=run", "scene.mic_spacing_m=0.05") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert start("train.out=other", "train.steps=1", "train.init=run", "target.angle=azimuth", "features.hop=128") == 0
+    assert (f"warning: the weights of train.init={tiny / 'run'} were trained for another target.angle, features.hop\n"
+            in capsys.readouterr().err)
+    (tiny / "run").rename(tiny / "moved")
+    assert start("train.out=same", "train.steps=2", "--resume") == 0    # it has what it needs
+    config = load_checkpoint(tiny / "same" / "checkpoint.pt").config
+    assert config["train"]["init"] == str(tiny / "run")
+    assert start("train.out=same", "train.steps=3", "train.init=moved", "--resume") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: train.init is where a run begins: it goes with a new one, not with --resume, got moved")
+
+
+def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, capsys):
+    """Which auto finds by trying: not again, though it is asked for on another kind of device."""
+    tried = []
+    monkeypatch.setattr(train_cli.runtime, "has_bfloat16", lambda device: tried.append(device) or True)
+    assert start("train.out=run", "train.steps=1") == 0
+    assert " in bfloat16; 6 talkers" in capsys.readouterr().out
+    monkeypatch.setattr(train_cli.runtime, "has_bfloat16", lambda device: tried.append(device) or False)
+    assert start("train.out=run", "train.steps=2", "--resume") == 0 and len(tried) == 1
+    assert json.loads((tiny / "run" / "result.json").read_text())["precision"] == "bfloat16"
+    assert start("train.out=run", "train.steps=3", "train.precision=float32", "--resume") == 0 and len(tried) == 1
+    assert " in float32; 6 talkers" in capsys.readouterr().out
+    cfg = from_mapping(RunConfig, {"train": {"steps": 1}}).train
+    saved = load_checkpoint(tiny / "run" / "checkpoint.pt")
+    assert not run_setup.uses_bfloat16(cfg, torch.device("cuda", 0), saved) and len(tried) == 2
+
+
 @pytest.mark.parametrize("change, rule", [
-    (["model.dim=8"], "error: train.init=run does not fit the configuration: size mismatch"),
-    (["train.init=nowhere"], "error: cannot read checkpoint nowhere: No such file"),
+    (["model.dim=8"], "error: train.init={run} does not fit the configuration: size mismatch"),
+    (["train.init=nowhere"], "error: cannot read checkpoint {run.parent}/nowhere: No such file"),
     (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
 ])
 def test_weights_that_cannot_be_started_from_are_one_line(change, rule, tiny, capsys):
     assert start("train.out=run", "train.steps=1", *POOL) == 0
     capsys.readouterr()
     assert start("train.out=more", "train.steps=1", *POOL, "train.init=run", *change) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(rule) and not (tiny / "more").exists()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(rule.format(run=tiny / "run"))
+    assert not (tiny / "more").exists()
 
 
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
@@ -418,7 +453,7 @@ def test_budget_of_minutes_is_kept(tiny):
 
 
 @pytest.mark.parametrize("age_s, change, expected", [
-    (100, (), r"took (1\.[7-9]|[2-9]\.)\d* of the 1\.00 min left in train.max_minutes, .* time for only 1 step$"),
+    (100, (), r"took (1\.[6-9]|[2-9]\.)\d* of the 1\.00 min left in train.max_minutes, .* time for only 1 step$"),
     (100, ("train.steps=1",), None), (0, ("train.max_minutes=600", "train.steps=3"), None)])
 def test_a_budget_eaten_by_preparation_is_told(age_s, change, expected, tiny, monkeypatch, capsys):
     """Of a process that is `age_s` old; not where train.steps ends the run anyway, nor in a budget with room."""
