@@ -3,9 +3,10 @@
     python -m benchmarks.ablations speech.train=DIR speech.eval=DIR --out FILE.jsonl
     python -m benchmarks.ablations --table FILE.jsonl
 
-A run is configs/librispeech.yaml with the overrides of a variant, for --steps steps of 32 mixtures. It is judged on
-clips of the kinds e1, e1p, e1n5 and e2 that are not those of ssl_gpu.protocol's sets: their scenes come from the stream
-of validation, and speech.eval should hold other talkers than those that a recipe is evaluated with in the end.
+A run is configs/librispeech.yaml with the overrides of a variant, for --steps steps of 32 mixtures, or for as many
+mixtures where it has another batch size. It is judged on clips of the kinds e1, e1p, e1n5 and e2 that are not those of
+ssl_gpu.protocol's sets: their scenes come from the stream of validation, and speech.eval should hold other talkers than
+those that a recipe is evaluated with in the end.
 One line of FILE per run, written when it is done; runs that are in FILE already are not done again. So several
 processes can share the work: each takes the variants that it is given.
 """
@@ -27,7 +28,7 @@ import torch
 from benchmarks import common
 from ssl_gpu import rng, runtime
 from ssl_gpu.clips import Digest, Truth, without_audio
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config
 from ssl_gpu.evaluate import NO_RUN, eval_speech
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.pretrained import load_localizer, read_weights
@@ -36,6 +37,7 @@ from ssl_gpu.scoring import score_angles
 from ssl_gpu.train import main as train
 
 CONFIG = common.ROOT / "configs" / "librispeech.yaml"
+BATCH = 32  # mixtures in a step that --steps counts
 COUNTS = {"e1": 1000, "e1p": 1000, "e1n5": 1000, "e2": 200}  # clips; rows of older files have no e1p
 KEPT = ("cone_mae_deg", "cone_median_deg", "acc_at_5", "acc_at_10", "azimuth_class_mae_deg")
 COLUMNS = (("e1", "cone_mae_deg", "cone MAE"), ("e1", "azimuth_class_mae_deg", "azimuth class MAE"),
@@ -61,6 +63,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "16 bands": ("features.num_bands=16",),
     "windows of 16 ms": ("features.window=256", "features.hop=128"),  # which doubles the frames, and most of the cost
     "no averaging": ("train.ema=null",),
+    "batches of 16": ("train.batch_size=16",),
+    "batches of 8": ("train.batch_size=8",),
+    "twice the rate": ("train.lr=2e-3",),
     "300 rooms": ("scene.bank=300",),
 }
 READINGS: dict[str, tuple[str, ...]] = {  # of the recipe
@@ -104,8 +109,9 @@ def one(name: str, seed: int, steps: int, overrides: Sequence[str], sets: Sets) 
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        arguments = [str(CONFIG), *QUIET, *overrides, *VARIANTS[name], f"train.steps={steps}", f"train.seed={seed}",
-                     f"train.out={run}"]
+        arguments = [str(CONFIG), *QUIET, *overrides, *VARIANTS[name], f"train.seed={seed}", f"train.out={run}"]
+        batch = load_config(RunConfig, CONFIG, arguments[1:]).train.batch_size
+        arguments.append(f"train.steps={steps * BATCH // batch}")
         if train(arguments):
             raise RuntimeError(f"training of {name!r} failed")
         minutes = (time.time() - begin) / 60

@@ -533,6 +533,8 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=16",
                                              "model.depth=1", "model.channels=4", "features.num_bands=4"))
     path, speech = tmp_path / "found.jsonl", ["speech.voices_speakers=4", "speech.voices_utterances=1"]
+    trained, real = [], ablations.train
+    monkeypatch.setattr(ablations, "train", lambda arguments: trained.append(arguments) or real(arguments))
     asked = [*speech, "--out", str(path), "--steps", "1", "--variants", "recipe", "azimuth", "--seeds", "0", "1"]
     assert ablations.main(asked) == 0
     rows = ablations.read(path)
@@ -543,6 +545,9 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     assert rows[0]["scores"][""] != rows[2]["scores"][""]
     before = path.read_text()
     assert ablations.main(asked) == 0 and path.read_text() == before    # nothing is done twice
+    assert len(trained) == 4 and all("train.steps=1" in arguments for arguments in trained)
+    assert ablations.main([*speech, "--steps", "1", "--variants", "batches of 16", "--out", str(tmp_path / "16.jsonl")]) == 0
+    assert "train.steps=2" in trained[-1]                               # as many mixtures
     capsys.readouterr()
     assert ablations.main(["--table", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
