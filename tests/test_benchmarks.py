@@ -546,7 +546,8 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     before = path.read_text()
     assert ablations.main(asked) == 0 and path.read_text() == before    # nothing is done twice
     assert len(trained) == 4 and all("train.steps=1" in arguments for arguments in trained)
-    assert ablations.main([*speech, "--steps", "1", "--variants", "batches of 16", "--out", str(tmp_path / "16.jsonl")]) == 0
+    other = ["--steps", "1", "--variants", "batches of 16", "--out", str(tmp_path / "16.jsonl")]
+    assert ablations.main([*speech, *other]) == 0
     assert "train.steps=2" in trained[-1]                               # as many mixtures
     capsys.readouterr()
     assert ablations.main(["--table", str(path)]) == 0

@@ -1,5 +1,9 @@
 import math
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, sample_scenes
 from ssl_gpu.synthesis import slots_in_rir
 
+ROOT = Path(__file__).parents[1]
 FEW = RirConfig(num_images=(40, 80))
 CUT = 7  # taps at the end that the reference's own truncation spoils: 6, by method; 7 to be clear of rounding up twice
 
@@ -395,3 +400,28 @@ def test_a_configuration_that_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(ValueError) as error:
         RirConfig(**change)
     assert str(error.value) == message
+
+
+MAKE = """
+import hashlib, torch
+from ssl_gpu.rir import RirConfig, draw_images
+from ssl_gpu.scene import SceneConfig, sample_scenes
+generator = torch.Generator().manual_seed(0)
+images = draw_images(RirConfig(), sample_scenes(SceneConfig(), 64, generator=generator), generator=generator)
+print(hashlib.blake2b(images.ratio.numpy().tobytes() + images.perturbation.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_images_are_the_same_on_another_cpu():
+    """As far as MKL can be told to act as on one: distances and perturbations are what digests are taken of."""
+    found = {name: subprocess.run([sys.executable, "-c", MAKE], env={**os.environ, **change, "PYTHONPATH": str(ROOT)},
+                                  capture_output=True, text=True, check=True).stdout
+             for name, change in (("this", {}), ("without AVX-512", {"MKL_ENABLE_INSTRUCTIONS": "AVX2",
+                                                                     "ATEN_CPU_CAPABILITY": "avx2"}),
+                                  ("old", {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}))}
+    assert len(set(found.values())) == 1 and len(found["this"]) == 129, found
+
+
+def test_roots_are_correctly_rounded():
+    x = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0))
+    assert_close(rir.rounded_root(x), torch.from_numpy(np.sqrt(x.numpy())), rtol=0, atol=0)
