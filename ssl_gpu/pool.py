@@ -47,5 +47,6 @@ def check_pool(scene: SceneConfig, rir: RirConfig) -> None:
 
 
 def eval_rooms_in(scene: SceneConfig) -> int:
-    """How many of the original's 200 evaluation rooms, those of e0, are rooms that this configuration trains in."""
+    """How many of the original's 200 evaluation rooms, those of e0, are rooms that this configuration trains in; all
+    of them where no bank is given, which check_pool refuses."""
     return min(scene.bank or NUM_SCENES, NUM_EVAL_SCENES) if scene.pool is Pool.ORIGINAL else 0
