@@ -40,7 +40,8 @@ def mixtures(part):
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_gradients_are_those_of_the_whole_batch(count):
-    """With scenes that do not count, also where a part has none that does."""
+    """With scenes that do not count, also where a part has none that does. Gradients of nearly 0 differ by roundings of
+    the largest, by 2e-6 of it on one CPU."""
     model = network()
     expected = loss(model(clips()[0]), mixtures(slice(None)).scenes)
     expected.backward()
@@ -54,7 +55,7 @@ def test_gradients_are_those_of_the_whole_batch(count):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
         for name, weight in model.named_parameters():
             if name in wanted:
-                torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-4, atol=1e-6 * scale)
+                torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-4, atol=1e-5 * scale)
             else:
                 assert weight.grad is None
 
