@@ -6,8 +6,7 @@ from typing import Optional
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch import Tensor, library
 
 from ssl_gpu import runtime
 
@@ -38,7 +37,7 @@ def add_kernels_program(total, table, slot, amplitude, early, arrivals, row_leng
     tl.atomic_add(target, weight * strength[:, None], mask=counts[:, None], sem="relaxed")
 
 
-@triton_op("ssl_gpu::add_kernels", mutates_args={"total"})
+@library.triton_op("ssl_gpu::add_kernels", mutates_args={"total"})
 def add_kernels_fused(total: Tensor, table: Tensor, slot: Tensor, amplitude: Tensor, early: Optional[Tensor],
                       main_taps: int) -> None:
     """What scatter.add_kernels does, in place: total [2, batch, mic, src, part * length] float32, table [phase, tap].
@@ -46,7 +45,7 @@ def add_kernels_fused(total: Tensor, table: Tensor, slot: Tensor, amplitude: Ten
     The number of taps must be a power of two, that of phases, too.
     """
     with runtime.current_device(total.device):  # Triton launches there, wherever its pointers belong
-        launch(wrap_triton(add_kernels_program), total, table, slot, amplitude, early, main_taps)
+        launch(library.wrap_triton(add_kernels_program), total, table, slot, amplitude, early, main_taps)
 
 
 def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tensor, early: Optional[Tensor],
