@@ -249,8 +249,8 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
 def rounded_root(x: Tensor) -> Tensor:
     """Square root of x float32, correctly rounded, as it is on a GPU anyway: draws made on a CPU are to be the same on
     any. There torch leaves roots to MKL, by which 0.6 % of them came out one bit off on one CPU, and other ones on
-    another; a float64 root that is one bit off rounds to another float32 once in 2^28 times."""
-    return x.double().sqrt_().to(torch.float32) if x.device.type == "cpu" else x.sqrt()
+    another; a float64 root that is one bit off rounds to another float32 once in 2^28 times. x may be overwritten."""
+    return x.double().sqrt_().to(torch.float32) if x.device.type == "cpu" else x.sqrt_()
 
 
 def draw_band_ratio(cfg: RirConfig, batch: int, *, generator: torch.Generator) -> Tensor | None:
