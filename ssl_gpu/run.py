@@ -19,7 +19,7 @@ from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.localizer import Localizer
-from ssl_gpu.optim import Averaged, Precision, TrainConfig, build_optimizer, restore_optimizer
+from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
@@ -45,7 +45,7 @@ class Run:
     fixed: dict[str, Any]
     localizer: Localizer
     averaged: Averaged | None
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Together
     step: int = 0              # done, with those before train.init
     first: int = 0             # the step that the run began at: those before train.init
     examples: int = 0          # mixtures heard, with those before train.init

@@ -129,10 +129,10 @@ def test_attention_with_its_bias_is_that_of_the_cpu(dtype, most):
     assert relative(there.rel_pos_emb.weight.grad, here.rel_pos_emb.weight.grad) < 2 * most
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
-def test_fused_update_is_that_of_the_cpu(kind):
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
+def test_update_is_that_of_the_cpu(kind):
     cfg = TrainConfig(steps=1, optimizer=kind, weight_decay=0.3, lr=0.01)
-    layers = [torch.nn.Linear(30, 20) for _ in range(2)]
+    layers = [torch.nn.Sequential(torch.nn.Linear(80, 96), torch.nn.Linear(96, 70)) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     layers[1].to(GPU)
     optimizers = [build_optimizer(cfg, layer) for layer in layers]

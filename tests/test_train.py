@@ -116,9 +116,10 @@ def test_run_is_reproducible_and_seed_matters(tiny):
     assert losses["a"] == losses["b"] != losses["c"]
 
 
-def test_resume_goes_on_where_it_stopped(tiny):
+@pytest.mark.parametrize("optimizer", [(), ("train.optimizer=muon", "model.dim=64")])
+def test_resume_goes_on_where_it_stopped(optimizer, tiny):
     """Six steps at once equal three and three: weights, averages, optimiser and draws all continue."""
-    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth")
+    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth", *optimizer)
     assert start("train.out=whole", "train.steps=6", *common) == 0
     assert start("train.out=half", "train.steps=3", *common) == 0
     assert start("train.out=half", "train.steps=6", *common, "--resume") == 0
@@ -331,10 +332,11 @@ def test_averages_can_begin_at_a_resumption(tiny):
     assert start("train.out=run", "train.steps=3", "train.ema=0.9", "--resume") == 0
 
 
-@pytest.mark.parametrize("change", ["model.dim=8", "train.optimizer=adam"])
+@pytest.mark.parametrize("change", [("model.dim=8",), ("train.optimizer=adam",),
+                                    ("model.dim=64", "train.optimizer=muon")])
 def test_what_does_not_fit_the_checkpoint_is_one_line(tiny, change, capsys):
-    assert start("train.out=run", "train.steps=2") == 0
-    assert start("train.out=run", "train.steps=3", change, "--resume") == 2
+    assert start("train.out=run", "train.steps=2", *change[:-1]) == 0
+    assert start("train.out=run", "train.steps=3", *change, "--resume") == 2
     error = capsys.readouterr().err
     assert "error: the checkpoint in run does not fit" in error and "Traceback" not in error
 

@@ -1,0 +1,76 @@
+"""Muon, an optimiser for the matrices inside a network: the momentum, with all its singular values made nearly one.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), at
+the scale of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982, eq. 4). torch.optim.Muon is the
+same for 2-D weights, in bfloat16; the Conformer's pointwise convolutions have three dimensions, and this one takes
+matrices of one shape together.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at 0, so that small singular values grow fastest
+ITERATIONS = 5
+UPDATE_RMS = 0.2  # of Liu et al.: the usual size of AdamW's update, so that both take one learning rate
+SMALLEST = 64  # rows and columns: narrower ones, of 8 to 24 here, have hardly a spectrum to level
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model's linear layers and full convolutions that train and, with all but the first dimension
+    flattened, have at least SMALLEST rows and columns; but for the last of them, the output layer."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    wide = [layer.weight for layer in layers[:-1]
+            if getattr(layer, "groups", 1) == 1 and min(layer.weight.flatten(1).shape) >= SMALLEST]
+    return [weight for weight in wide if weight.requires_grad]
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """[..., row, column] -> the same singular vectors, singular values from 0.68 to 1.21 where they were above
+    0.15 % of the Frobenius norm: the Newton-Schulz iteration of Jordan et al. Cheapest with rows <= columns."""
+    first, third, fifth = COEFFICIENTS
+    x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = first * x + (third * gram + fifth * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """params: weights of two dimensions or more, each as the matrix [first, rest]. Every step moves a weight by lr
+    times an update whose RMS is about UPDATE_RMS, after a decay by lr * weight_decay, as AdamW's.
+
+    momentum: decay of the average of the gradients, with Nesterov's look ahead.
+
+    Raises ValueError for a weight of fewer dimensions.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.ndim < 2:
+                    raise ValueError(f"Muon takes weights of two dimensions or more, got shape {list(weight.shape)}")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            same: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, bool]]] = {}
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
+                upright = matrix.shape[0] > matrix.shape[1]
+                matrix = matrix.mT if upright else matrix
+                same.setdefault(matrix.shape, []).append((weight, matrix, upright))
+            for (_, columns), parts in same.items():
+                updates = orthogonalised(torch.stack([matrix for _, matrix, _ in parts]))
+                for (weight, _, upright), update in zip(parts, updates):
+                    update = (update.mT if upright else update).reshape(weight.shape)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-group["lr"] * UPDATE_RMS * columns ** 0.5)

@@ -1,0 +1,130 @@
+"""Muon: the iteration against singular values, the optimiser against torch's, and which weights it takes."""
+import pytest
+import torch
+from torch import nn
+
+from ssl_gpu.conformer import Conformer
+from ssl_gpu.muon import Muon, hidden_matrices, orthogonalised
+from ssl_gpu.optim import Optimizer, TrainConfig, Together, build_optimizer, restore_optimizer
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def muon_config(**changes):
+    return TrainConfig(steps=1, **{"lr": 0.01, "weight_decay": 0.3, "optimizer": Optimizer.MUON} | changes)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 40), (3, 5, 40)])
+def test_singular_vectors_stay_and_singular_values_are_levelled(shape):
+    """The update of an ill-conditioned matrix U S V': U' X V is diagonal, with values from 0.68 to 1.21."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64, generator=generator)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.logspace(0, -2, values.shape[-1], dtype=torch.float64).expand(values.shape)
+    result = orthogonalised(left * values[..., None, :] @ right)
+    core = left.mT @ result @ right.mT
+    found = core.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(core, torch.diag_embed(found), rtol=0, atol=1e-9)
+    assert 0.68 < found.min() and found.max() < 1.21
+    assert found.min() > 30 * values.min()
+
+
+def test_zero_gradient_moves_nothing_but_the_decay():
+    weight = nn.Parameter(torch.ones(4, 8))
+    weight.grad = torch.zeros(4, 8)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.detach(), torch.full((4, 8), 0.95))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_steps_are_those_of_torch(shape):
+    """Of two dimensions, where torch.optim.Muon serves: ten steps differ by what bfloat16 there takes off."""
+    ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    options = dict(lr=0.1, momentum=0.95, weight_decay=0.1)
+    mine, other = Muon([ours], **options), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        mine.step(), other.step()
+    difference = (ours - theirs).detach().norm() / ours.detach().norm()
+    assert difference < 0.02, difference
+
+
+def test_filters_are_taken_as_matrices_and_those_of_one_shape_together():
+    """A pointwise convolution moves as the linear layer that it is, beside others of its shape or alone."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = [torch.randn(8, 12, generator=generator) for _ in range(3)]
+    weights = [nn.Parameter(torch.zeros(8, 12)), nn.Parameter(torch.zeros(8, 12, 1)), nn.Parameter(torch.zeros(12, 8))]
+    alone = [nn.Parameter(torch.zeros(8, 12)) for _ in range(3)]
+    for weight, single, grad in zip(weights, alone, gradient):
+        weight.grad = (grad.T if weight.shape == (12, 8) else grad).reshape(weight.shape).clone()
+        single.grad = grad
+        Muon([single], lr=1.0).step()
+    Muon(weights, lr=1.0).step()
+    for weight, single in zip(weights, alone):
+        found = weight.detach().T if weight.shape == (12, 8) else weight.detach().flatten(1)
+        torch.testing.assert_close(found, single.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_are_refused():
+    with pytest.raises(ValueError, match=r"^Muon takes weights of two dimensions or more, got shape \[3\]$"):
+        Muon([nn.Parameter(torch.zeros(3))], lr=1.0)
+
+
+def test_takes_the_matrices_inside_a_network():
+    """Linear layers and pointwise convolutions; no table, depthwise filter, narrow or frozen one, nor the output."""
+    model = nn.Sequential(nn.Linear(8, 96), Conformer(96, depth=1, heads=2, dim_head=48), nn.Linear(96, 96),
+                          nn.Linear(96, 70))
+    model[2].weight.requires_grad_(False)
+    taken = hidden_matrices(model)
+    names = [name for name, weight in model.named_parameters() if any(weight is other for other in taken)]
+    assert names == [f"1.layers.0.{name}.weight" for name in (
+        "ff1.fn.fn.net.0", "ff1.fn.fn.net.3", "attn.fn.to_q", "attn.fn.to_kv", "attn.fn.to_out", "conv.net.2",
+        "conv.net.7", "ff2.fn.fn.net.0", "ff2.fn.fn.net.3")]
+    assert hidden_matrices(nn.ReLU()) == []
+
+
+def test_every_weight_has_one_optimiser():
+    model = nn.Sequential(nn.Linear(80, 96), nn.LayerNorm(96), nn.Linear(96, 70))
+    optimizer = build_optimizer(muon_config(), model)
+    assert isinstance(optimizer, Together)
+    parts = {name: [p for group in part.param_groups for p in group["params"]]
+             for name, part in optimizer.parts.items()}
+    assert [id(p) for p in parts["muon"]] == [id(model[0].weight)]
+    assert {id(p) for p in parts["adamw"]} == {id(p) for p in model.parameters()} - {id(model[0].weight)}
+    assert len(optimizer.param_groups) == 3
+    assert isinstance(build_optimizer(muon_config(), nn.Linear(3, 2)), torch.optim.AdamW)  # nothing there for Muon
+
+
+def test_goes_on_from_its_state():
+    """Three steps, saved, and three more: as six; of another optimiser's state it wants nothing."""
+    def network():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(80, 96), nn.Linear(96, 70))
+        return model, build_optimizer(muon_config(), model)
+
+    whole, optimizer = network()
+    for step in range(3):
+        gradients(whole, step)
+        optimizer.step()
+    state, weights = optimizer.state_dict(), {name: x.clone() for name, x in whole.state_dict().items()}
+    resumed, other = network()
+    resumed.load_state_dict(weights)
+    restore_optimizer(other, torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state))
+    for step in range(3, 6):
+        for model, parts in ((whole, optimizer), (resumed, other)):
+            gradients(model, step)
+            parts.step()
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    optimizer.zero_grad()
+    assert all(weight.grad is None for weight in whole.parameters())
+    adamw = build_optimizer(muon_config(optimizer=Optimizer.ADAMW), whole)
+    with pytest.raises(ValueError, match="^its optimiser was one alone$"):
+        restore_optimizer(other, adamw.state_dict())
+    with pytest.raises(ValueError, match="^its optimiser was adamw and muon$"):
+        restore_optimizer(adamw, state)
