@@ -62,10 +62,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "levels -6 to 6 dB": ("mixture.level_difference_db=[-6, 6]",),
     "16 bands": ("features.num_bands=16",),
     "windows of 16 ms": ("features.window=256", "features.hop=128"),  # which doubles the frames, and most of the cost
+    "windows of 64 ms": ("features.window=1024",),
     "no averaging": ("train.ema=null",),
-    "batches of 16": ("train.batch_size=16",),
+    "AdamW": ("train.optimizer=adamw",),
+    "batches of 32": ("train.batch_size=32",),
     "batches of 8": ("train.batch_size=8",),
     "twice the rate": ("train.lr=2e-3",),
+    "half the rate": ("train.lr=5e-4",),
     "300 rooms": ("scene.bank=300",),
 }
 READINGS: dict[str, tuple[str, ...]] = {  # of the recipe
