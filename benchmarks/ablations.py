@@ -67,8 +67,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "AdamW": ("train.optimizer=adamw",),
     "batches of 32": ("train.batch_size=32",),
     "batches of 8": ("train.batch_size=8",),
-    "twice the rate": ("train.lr=2e-3",),
-    "half the rate": ("train.lr=5e-4",),
+    "twice the rate": ("train.lr=4e-3",),
+    "half the rate": ("train.lr=1e-3",),
     "300 rooms": ("scene.bank=300",),
 }
 READINGS: dict[str, tuple[str, ...]] = {  # of the recipe

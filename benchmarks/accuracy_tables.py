@@ -83,4 +83,5 @@ def packaged() -> dict[str, Any]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
-    "ablations": lambda: ablation_table(read(DOCS / "ablations.jsonl")), "leak": lambda: leak(DOCS)}
+    "ablations": lambda: ablation_table(read(DOCS / "ablations.jsonl")),
+    "ablations-before": lambda: ablation_table(read(DOCS / "ablations-before.jsonl")), "leak": lambda: leak(DOCS)}
