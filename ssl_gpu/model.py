@@ -194,9 +194,6 @@ class ModelKind(Enum):
     ORIGINAL = "original"
 
 
-FRAME_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of the small one's first and last convolution
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network, and the sizes of the small one.
@@ -206,9 +203,7 @@ class ModelConfig:
     channels_last: of the original, how the maps of its convolutions lie in memory; null: channels last on a GPU, not on
         a CPU. It changes roundings alone. The small one has group norm, which would undo it on a GPU.
     channels: maps of the convolutions over frame and delay.
-    dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in its frames) of the Conformer.
-    frame_stride: hops (features.hop) from one of its frames to the next, 1, 2 or 4: by the strides of the first and
-        the last of the three convolutions. Frames of 32 ms are hops of 16 ms and a stride of 2, or hops of 8 ms and 4.
+    dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -222,7 +217,6 @@ class ModelConfig:
     depth: int = 3
     heads: int = 4
     conv_kernel: int = 15
-    frame_stride: int = 2
 
     def __post_init__(self):
         read_enums(self, "model")
@@ -237,9 +231,6 @@ class ModelConfig:
         for name in ("channels", "dim", "depth", "heads", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be >= 1, got {getattr(self, name)}")
-        if self.frame_stride not in FRAME_STRIDES:
-            raise ValueError(f"model.frame_stride must be one of {', '.join(map(str, FRAME_STRIDES))}, "
-                             f"got {self.frame_stride}")
         if self.dim % self.heads or self.dim % POOL_HEADS:
             raise ValueError(f"model.dim must be divisible by model.heads and by {POOL_HEADS}, "
                              f"got {self.dim} and {self.heads}")
@@ -253,7 +244,7 @@ class ConformerLocalizer(nn.Module):
 
     audio [batch, mic=2, sample] -> logits [batch, track, angle].
     A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
-    frames are kept to the end, one every frame_stride hops: convolutions over frame and delay clean the maps,
+    frames are kept to the end, one every 2 hops (32 ms at 16 kHz): convolutions over frame and delay clean the maps,
     their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled by
     learned weightings and by the maximum.
     """
@@ -263,15 +254,14 @@ class ConformerLocalizer(nn.Module):
         super().__init__()
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
-        width, (first, last) = cfg.channels, FRAME_STRIDES[cfg.frame_stride]
+        width = cfg.channels
         self.conv = nn.Sequential(
-            *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(first, 1)),
+            *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
             *_conv_group_norm_gelu(width, width, stride=(1, 2)),
-            *_conv_group_norm_gelu(width, width, stride=(last, 1)),
+            *_conv_group_norm_gelu(width, width, stride=(2, 1)),
         )
         self.fold = nn.Linear(width * ((features.num_delays + 1) // 2), cfg.dim)
-        self.level = nn.Conv1d(features.num_bands, cfg.dim, 2 * (cfg.frame_stride // 2) + 1, stride=cfg.frame_stride,
-                               padding=cfg.frame_stride // 2)
+        self.level = nn.Conv1d(features.num_bands, cfg.dim, 3, stride=2, padding=1)
         self.backbone = Conformer(cfg.dim, depth=cfg.depth, heads=cfg.heads, dim_head=cfg.dim // cfg.heads,
                                   conv_kernel_size=cfg.conv_kernel, conv_norm=ConvNorm.LAYER,
                                   attn_dropout=cfg.dropout, ff_dropout=cfg.dropout, conv_dropout=cfg.dropout)

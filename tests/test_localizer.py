@@ -16,10 +16,9 @@ def law():
     return scene_law(SceneConfig(), 0)
 
 
-def localizer(frame_stride=2, **target):
+def localizer(**target):
     torch.manual_seed(0)
-    model = ModelConfig(channels=4, dim=16, depth=1, heads=2, frame_stride=frame_stride)
-    features = FeatureConfig(num_bands=4, num_delays=17)
+    model, features = ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4, num_delays=17)
     return Localizer(model, features, TargetConfig(**target), SceneConfig(), 16000).eval()
 
 
@@ -41,28 +40,6 @@ def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
     audio = torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(1)).expand(-1, 2, -1)
     _, cone = localizer(mirror=True).estimate(audio, law)
     assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("frame_stride", [1, 2, 4])
-def test_conformer_hears_every_frame_stride_hops(frame_stride):
-    """Maps and levels meet at as many frames for any length of the clip, and a frame tells of its own time: a clip that
-    begins frame_stride hops later gives, but near its ends, the frame after."""
-    network = localizer(frame_stride).network
-    frames = []
-    network.backbone.register_forward_pre_hook(lambda module, inputs: frames.append(inputs[0]))
-    audio = torch.randn(2, 2, 20_000, generator=torch.Generator().manual_seed(1))
-    for count in range(1, 12):
-        network(audio[..., :512 + 256 * (count - 1)])
-        assert frames[-1].shape == (2, math.ceil(count / frame_stride), 16)
-    whole = network.front(audio)
-    with torch.no_grad():
-        parts = [network.level(x).mT for x in (whole[1], whole[1][..., frame_stride:])]
-    assert_close(parts[0][:, 2:-1], parts[1][:, 1:parts[0].shape[1] - 2], rtol=0, atol=1e-5)
-
-
-def test_frame_stride_is_one_of_three():
-    with pytest.raises(ValueError, match="^model.frame_stride must be one of 1, 2, 4, got 3$"):
-        ModelConfig(frame_stride=3)
 
 
 def test_a_law_whose_sources_find_no_place_has_no_angles():
