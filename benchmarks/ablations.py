@@ -72,8 +72,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "300 rooms": ("scene.bank=300",),
 }
 READINGS: dict[str, tuple[str, ...]] = {  # of the recipe
-    "": (), "not mirrored": ("target.mirror=false",), "expectation": ("target.decoding=expectation",),
-    "argmax": ("target.decoding=argmax",)}
+    "": (), "not mirrored": ("target.mirror=false",), "two framings": ("target.offsets=2",),
+    "expectation": ("target.decoding=expectation",), "argmax": ("target.decoding=argmax",)}
 
 
 class Sets:

@@ -14,9 +14,10 @@ from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets,
                          sorted_angles)
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
-from ssl_gpu.model import ConformerLocalizer, ModelConfig, ModelKind, SSLModel
+from ssl_gpu.model import HOP, ConformerLocalizer, ModelConfig, ModelKind, SSLModel
 from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 
+MOST_OFFSETS = 8  # framings to hear a clip in
 LAW_SAMPLES = 20_000  # scenes behind the angle map and the constants of chance; with 5,000 the map loses 0.02 degrees
 
 
@@ -44,6 +45,8 @@ class TargetConfig:
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
         take the mean of both log-probabilities: twice the cost.
+    offsets: in evaluation, hear every clip so many times, with the frames of the transform each time 1 / offsets of a
+        hop earlier, and take the mean, likewise: so many times the cost.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -55,6 +58,7 @@ class TargetConfig:
     emd_weight: float = 0.0
     decoding: Decoding = Decoding.MEDIAN
     mirror: bool = False
+    offsets: int = 1
 
     def __post_init__(self):
         read_enums(self, "target")
@@ -65,6 +69,8 @@ class TargetConfig:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
         if self.emd_weight < 0:
             raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
+        if not 1 <= self.offsets <= MOST_OFFSETS:
+            raise ValueError(f"target.offsets must be from 1 to {MOST_OFFSETS}, got {self.offsets}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +109,7 @@ class Localizer(nn.Module):
             raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
                              f"spacing, got {scene.array_radius_m}")
         self.target = target
+        self.hop = HOP if model.kind is ModelKind.ORIGINAL else features.hop
         grid = class_grid() if target.labels is Labels.HARD else angle_grid(target.grid_deg)
         self.register_buffer("grid", grid, persistent=False)
         if model.kind is ModelKind.ORIGINAL:
@@ -136,13 +143,15 @@ class Localizer(nn.Module):
         return angle, law.angle_map.azimuth_to_cone(angle)
 
     def hear(self, audio: Tensor) -> Tensor:
-        """Logits [batch, track, angle] for evaluation: as they are, or with target.mirror the mean with those of the
-        mirrored clip, where an angle a becomes pi - a, and the smallest the largest."""
-        logits = self(audio)
-        if not self.target.mirror:
-            return logits
-        mirrored = self(audio.flip(1)).flip(1, 2)
-        return 0.5 * (logits.log_softmax(-1) + mirrored.log_softmax(-1))
+        """Logits [batch, track, angle] for evaluation: as they are, or the mean over target.offsets and, with
+        target.mirror, those of the mirrored clip, where an angle a becomes pi - a, and the smallest the largest."""
+        heard = []
+        for index in range(self.target.offsets):
+            clip = nn.functional.pad(audio, (index * self.hop // self.target.offsets, 0))
+            heard.append(self(clip))
+            if self.target.mirror:
+                heard.append(self(clip.flip(1)).flip(1, 2))
+        return heard[0] if len(heard) == 1 else torch.stack([logits.log_softmax(-1) for logits in heard]).mean(0)
 
     @torch.no_grad()
     def estimate(self, audio: Tensor, law: SceneLaw, chunk: int = 64) -> tuple[Tensor, Tensor]:

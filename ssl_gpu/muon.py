@@ -62,7 +62,9 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                average = self.state[weight]["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
                 upright = matrix.shape[0] > matrix.shape[1]

@@ -42,6 +42,20 @@ def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
     assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
 
 
+def test_a_clip_is_heard_in_several_framings():
+    """With two: the mean of the log-probabilities of the clip and of the clip half a hop (8 ms) later."""
+    audio = torch.randn(3, 2, 16000, generator=torch.Generator().manual_seed(1))
+    once, twice, mirrored = localizer(), localizer(offsets=2), localizer(offsets=2, mirror=True)
+    assert torch.equal(once.hear(audio), once(audio))
+    later = torch.cat((torch.zeros(3, 2, 128), audio), -1)
+    expected = (once(audio).log_softmax(-1) + once(later).log_softmax(-1)) / 2
+    assert_close(twice.hear(audio), expected)
+    flipped = (once(audio.flip(1)).log_softmax(-1) + once(later.flip(1)).log_softmax(-1)) / 2
+    assert_close(mirrored.hear(audio), (expected + flipped.flip(1, 2)) / 2)
+    with pytest.raises(ValueError, match="^target.offsets must be from 1 to 8, got 0$"):
+        TargetConfig(offsets=0)
+
+
 def test_a_law_whose_sources_find_no_place_has_no_angles():
     with pytest.raises(ValueError, match="^scene: only .* widen scene.src_dist_m"):
         scene_law(SceneConfig(src_dist_m=(1.0, 1.1)), 0)
