@@ -81,7 +81,14 @@ def packaged() -> dict[str, Any]:
     return json.loads((PACKAGED / EVALUATION).read_text(encoding="utf-8"))
 
 
+def ablations(path: Path) -> str:
+    """Of a file of benchmarks.ablations. Raises ValueError for one that is not there: a table would lose its rows."""
+    if not path.is_file():
+        raise ValueError(f"the table of ablations needs {path}, which is not there")
+    return ablation_table(read(path))
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
-    "ablations": lambda: ablation_table(read(DOCS / "ablations.jsonl")),
-    "ablations-before": lambda: ablation_table(read(DOCS / "ablations-before.jsonl")), "leak": lambda: leak(DOCS)}
+    "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
+    "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS)}

@@ -14,7 +14,7 @@ from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets,
                          sorted_angles)
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
-from ssl_gpu.model import HOP, ConformerLocalizer, ModelConfig, ModelKind, SSLModel
+from ssl_gpu.model import FRAME_HOPS, HOP, ConformerLocalizer, ModelConfig, ModelKind, SSLModel
 from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 
 MOST_OFFSETS = 8  # framings to hear a clip in
@@ -45,8 +45,9 @@ class TargetConfig:
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
         take the mean of both log-probabilities: twice the cost.
-    offsets: in evaluation, hear every clip so many times, with the frames of the transform each time 1 / offsets of a
-        hop earlier, and take the mean, likewise: so many times the cost.
+    offsets: in evaluation, hear every clip so many times, each time 1 / offsets of a frame later, and take the mean of
+        the log-probabilities: so many times the cost. Zeros come before it, and its end, less than a frame, is lost. A
+        frame is that of the conformer model's Conformer, two hops, or of the original's transform.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -109,7 +110,10 @@ class Localizer(nn.Module):
             raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
                              f"spacing, got {scene.array_radius_m}")
         self.target = target
-        self.hop = HOP if model.kind is ModelKind.ORIGINAL else features.hop
+        self.frame = HOP if model.kind is ModelKind.ORIGINAL else FRAME_HOPS * features.hop  # samples
+        if target.offsets > self.frame:
+            raise ValueError(f"target.offsets must be at most the {self.frame} samples of a frame, "
+                             f"got {target.offsets}")
         grid = class_grid() if target.labels is Labels.HARD else angle_grid(target.grid_deg)
         self.register_buffer("grid", grid, persistent=False)
         if model.kind is ModelKind.ORIGINAL:
@@ -143,11 +147,13 @@ class Localizer(nn.Module):
         return angle, law.angle_map.azimuth_to_cone(angle)
 
     def hear(self, audio: Tensor) -> Tensor:
-        """Logits [batch, track, angle] for evaluation: as they are, or the mean over target.offsets and, with
-        target.mirror, those of the mirrored clip, where an angle a becomes pi - a, and the smallest the largest."""
+        """Logits [batch, track, angle] for evaluation: as they are, or the mean of the log-probabilities over
+        target.offsets and, with target.mirror, those of the mirrored clip, where an angle a becomes pi - a, and the
+        smallest the largest."""
         heard = []
         for index in range(self.target.offsets):
-            clip = nn.functional.pad(audio, (index * self.hop // self.target.offsets, 0))
+            later = index * self.frame // self.target.offsets
+            clip = nn.functional.pad(audio, (later, -later))            # of one length: nothing compiles again
             heard.append(self(clip))
             if self.target.mirror:
                 heard.append(self(clip.flip(1)).flip(1, 2))

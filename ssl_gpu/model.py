@@ -236,6 +236,7 @@ class ModelConfig:
                              f"got {self.dim} and {self.heads}")
 
 
+FRAME_HOPS = 2  # of the transform, from one frame of the ConformerLocalizer's Conformer to the next
 POOL_HEADS = 8  # weightings of the frames that the pooling of ConformerLocalizer learns
 
 
@@ -244,9 +245,9 @@ class ConformerLocalizer(nn.Module):
 
     audio [batch, mic=2, sample] -> logits [batch, track, angle].
     A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
-    frames are kept to the end, one every 2 hops (32 ms at 16 kHz): convolutions over frame and delay clean the maps,
-    their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled by
-    learned weightings and by the maximum.
+    frames are kept to the end, one every FRAME_HOPS hops (32 ms at 16 kHz): convolutions over frame and delay clean the
+    maps, their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled
+    by learned weightings and by the maximum.
     """
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
@@ -258,10 +259,10 @@ class ConformerLocalizer(nn.Module):
         self.conv = nn.Sequential(
             *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
             *_conv_group_norm_gelu(width, width, stride=(1, 2)),
-            *_conv_group_norm_gelu(width, width, stride=(2, 1)),
+            *_conv_group_norm_gelu(width, width, stride=(FRAME_HOPS, 1)),
         )
         self.fold = nn.Linear(width * ((features.num_delays + 1) // 2), cfg.dim)
-        self.level = nn.Conv1d(features.num_bands, cfg.dim, 3, stride=2, padding=1)
+        self.level = nn.Conv1d(features.num_bands, cfg.dim, 3, stride=FRAME_HOPS, padding=1)
         self.backbone = Conformer(cfg.dim, depth=cfg.depth, heads=cfg.heads, dim_head=cfg.dim // cfg.heads,
                                   conv_kernel_size=cfg.conv_kernel, conv_norm=ConvNorm.LAYER,
                                   attn_dropout=cfg.dropout, ff_dropout=cfg.dropout, conv_dropout=cfg.dropout)

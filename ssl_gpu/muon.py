@@ -1,9 +1,9 @@
 """Muon, an optimiser for the matrices inside a network: the momentum, with all its singular values made nearly one.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), at
-the scale of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982, eq. 4). torch.optim.Muon is the
-same for 2-D weights, in bfloat16; the Conformer's pointwise convolutions have three dimensions, and this one takes
-matrices of one shape together.
+the scale of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982, eq. 4). torch.optim.Muon
+with adjust_lr_fn="match_rms_adamw" is the same for 2-D weights, in bfloat16; the Conformer's pointwise convolutions
+have three dimensions, and this one takes matrices of one shape together.
 """
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ SMALLEST = 64  # rows and columns: narrower ones, of 8 to 24 here, have hardly a
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of a model's linear layers and full convolutions that train and, with all but the first dimension
-    flattened, have at least SMALLEST rows and columns; but for the last of them, the output layer."""
+    """The weights inside a model that train and act as matrices of at least SMALLEST rows and columns.
+
+    Of all linear layers and convolutions but the last one registered, which is the output; convolutions as their
+    outputs by all the rest. Filters of one channel each, of a waveform or depthwise, and tables are no such matrices.
+    """
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    wide = [layer.weight for layer in layers[:-1]
-            if getattr(layer, "groups", 1) == 1 and min(layer.weight.flatten(1).shape) >= SMALLEST]
-    return [weight for weight in wide if weight.requires_grad]
+    return [layer.weight for layer in layers[:-1] if layer.weight.requires_grad and layer.weight.shape[1] > 1
+            and min(layer.weight.flatten(1).shape) >= SMALLEST]
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """params: weights of two dimensions or more, each as the matrix [first, rest]. Every step moves a weight by lr
-    times an update whose RMS is about UPDATE_RMS, after a decay by lr * weight_decay, as AdamW's.
+    times an update, of RMS near UPDATE_RMS where gradients have full rank, after a decay by lr * weight_decay as
+    AdamW's.
 
     momentum: decay of the average of the gradients, with Nesterov's look ahead.
 

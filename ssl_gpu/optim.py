@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ssl_gpu.checks import read_enums
-from ssl_gpu.muon import Muon, hidden_matrices
+from ssl_gpu.muon import SMALLEST, Muon, hidden_matrices
 
 
 class Optimizer(Enum):
@@ -53,8 +53,8 @@ class TrainConfig:
     steps, max_minutes: the length of the run, at least one of them. steps does not count those before init.
         max_minutes counts wall-clock time from the start of the process to result.json: the schedule fits itself to it.
     batch_size: mixtures per step.
-    optimizer: adamw, muon or adam, see Optimizer. lr, weight_decay, clip_norm (None: no clipping): the usual, of all
-        weights alike.
+    optimizer: adamw, muon or adam, see Optimizer; muon needs matrices of 64 rows and columns, so a model.dim of 64.
+    lr, weight_decay, clip_norm (None: no clipping): the usual; with muon lr and weight_decay are those of both.
     warmup: the share of the run over which the rate rises linearly to lr.
     noise_warmup: the share of the run over which the part of noisy examples rises linearly from 0 to
         mixture.noise_probability.
@@ -141,7 +141,8 @@ class Together:
 
 def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer | Together:
     """The optimiser over all parameters that train. AdamW spares biases, norms and other vectors the weight decay;
-    Adam's L2 term covers everything, as in the original. With muon.hidden_matrices, Muon takes those.
+    Adam's L2 term covers everything, as in the original. For Optimizer.MUON, Muon takes the hidden_matrices and AdamW
+    the rest.
 
     Adams are fused, on a GPU and on a CPU: one pass over weights, gradient and moments. For the 57 M parameters of the
     original and one CPU thread 36 ms instead of 116 in a loop and 147 by foreach."""
@@ -149,6 +150,9 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
     if cfg.optimizer is Optimizer.ADAM:
         return torch.optim.Adam(trained, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     matrices = hidden_matrices(model) if cfg.optimizer is Optimizer.MUON else []
+    if cfg.optimizer is Optimizer.MUON and not matrices:
+        raise ValueError(f"train.optimizer=muon needs a network with matrices of at least {SMALLEST} rows and columns "
+                         "inside, as with model.dim >= 64, got one without")
     taken = {id(weight) for weight in matrices}
     rest = [p for p in trained if id(p) not in taken]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
@@ -160,11 +164,12 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
 def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mapping[str, Any]) -> None:
     """Loads the state dict of an earlier run, which may have been fused or not: that stays as build_optimizer made it.
 
-    Raises what torch raises for a state that does not fit, ValueError for one with Muon where there is none or the
-    other way round.
+    Raises what torch raises for a state that does not fit, ValueError for one with Muon where there is none now or the
+    other way round, KeyError and TypeError for what is no state.
     """
     if ("param_groups" in state) == isinstance(optimizer, Together):
-        raise ValueError(f"its optimiser was {'one alone' if 'param_groups' in state else ' and '.join(state)}")
+        now, then = ("muon", "another") if "param_groups" in state else ("another", "muon")
+        raise ValueError(f"train.optimizer must be what it was, {then}, got {now}")
     if isinstance(optimizer, Together):
         for name, part in optimizer.parts.items():
             restore_optimizer(part, state[name])

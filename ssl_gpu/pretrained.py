@@ -1,6 +1,8 @@
 """Localisers with their weights: of a run, or of a small folder that travels, as the one inside this package.
 
-    python -m ssl_gpu.pretrained RUN --out DIR [--evaluation FILE] [--force]     makes such a folder of a finished run
+    python -m ssl_gpu.pretrained RUN [target.KEY=VALUE ...] --out DIR [--evaluation FILE] [--force]
+
+makes such a folder of a finished run; target.decoding, target.mirror and target.offsets may be others than in training.
 
 weights.safetensors   the averaged weights, or the weights themselves where none were averaged, in at most 6 MB: in
                       float32 if they fit, else in float16; with how many steps and on which talkers they were trained
@@ -29,7 +31,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
-from ssl_gpu.config import RunConfig, from_mapping, load_yaml, save_yaml
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml
 from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.model import ModelKind
@@ -42,6 +44,7 @@ WEIGHTS, CONFIG, METRICS, RESULT, EVALUATION = (
 OURS = re.compile("|".join(map(re.escape, (WEIGHTS, CONFIG, METRICS, RESULT, EVALUATION))))
 FORMAT = 1  # raise it when an older ssl_gpu could no longer make sense of the file
 ABOUT = "ssl_gpu"  # the one key of the metadata: safetensors writes several in an order that changes from run to run
+READING = ("target.decoding", "target.mirror", "target.offsets")  # what evaluation alone looks at
 MAX_WEIGHTS_BYTES = 6_000_000
 MAX_LOG_BYTES = 200_000
 
@@ -157,20 +160,24 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | Path | None = None,
-           force: bool = False) -> None:
+           force: bool = False, overrides: Sequence[str] = ()) -> None:
     """Writes the folder described above from a finished run; it is whole or not there.
 
-    evaluation: a JSON file to copy into it. force: replace an earlier export in `target_folder`.
-    Raises ValueError, in one line, for a run that is not finished or unusable, weights that float16 cannot hold or that
-    are too large, and a target that holds something (without force) or something else (with it); OSError for a disk
-    that refuses.
+    evaluation: a JSON file to copy into it. force: replace an earlier export in `target_folder`. overrides:
+    "section.key=value" of how the network is read, READING.
+    Raises ValueError, in one line, for other overrides, a run that is not finished or unusable, weights that float16
+    cannot hold or that are too large, and a target that holds something (without force) or something else (with it);
+    OSError for a disk that refuses.
     """
     run, target = Path(run_folder), Path(target_folder).expanduser().resolve()
+    for text in overrides:
+        if text.partition("=")[0].strip() not in READING:
+            raise ValueError(f"an export may override {', '.join(READING)}, got {text}")
     check_replaceable(target, OURS, force)
     if not (run / RESULT).is_file():
         raise ValueError(f"{run} must be the folder of a finished run, it holds no {RESULT}")
     weights = read_weights(run)
-    cfg = from_mapping(RunConfig, weights.config)
+    cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     about = {"format": FORMAT, "step": weights.step, "examples": weights.examples, "talkers": weights.talkers}
     content = safetensors.torch.save(packed(load_localizer(weights, cfg, run).state_dict()), {ABOUT: json.dumps(about)})
     result = _read_json(run / RESULT)
@@ -268,13 +275,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssl_gpu.pretrained", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a finished run")
+    parser.add_argument("overrides", nargs="*", metavar="target.key=value",
+                        help=f"how the network is to be read: {', '.join(READING)}")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help=f"a new or empty folder; ssl_gpu.localize looks into ssl_gpu/{PACKAGED.name}")
     parser.add_argument("--evaluation", metavar="FILE", help="a JSON file to put beside the weights")
     parser.add_argument("--force", action="store_true", help="replace a folder that an earlier export wrote")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
-        export(args.run, args.out, args.evaluation, args.force)
+        export(args.run, args.out, args.evaluation, args.force, args.overrides)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -512,6 +512,11 @@ def test_tables_mark_what_is_leaked():
         assert table.count("LEAKED") == 2
 
 
+def test_a_table_of_ablations_does_not_lose_its_rows_with_its_file(tmp_path):
+    with pytest.raises(ValueError, match="^the table of ablations needs .*none.jsonl, which is not there$"):
+        accuracy_tables.ablations(tmp_path / "none.jsonl")
+
+
 def test_leak_is_a_table_in_order_or_a_line(tmp_path):
     assert accuracy_tables.leak(tmp_path) == "These runs have not been made yet."
     for name, e0, rooms in (("law-300", 9, 0), ("original-300", 6, 200)):
@@ -530,7 +535,7 @@ def test_unknown_device_is_one_line(capsys):
 
 def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "COUNTS", {"e1": 3})
-    monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=16",
+    monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=64",
                                              "model.depth=1", "model.channels=4", "features.num_bands=4"))
     path, speech = tmp_path / "found.jsonl", ["speech.voices_speakers=4", "speech.voices_utterances=1"]
     trained, real = [], ablations.train
@@ -545,10 +550,12 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     assert rows[0]["scores"][""] != rows[2]["scores"][""]
     before = path.read_text()
     assert ablations.main(asked) == 0 and path.read_text() == before    # nothing is done twice
-    assert len(trained) == 4 and all("train.steps=1" in arguments for arguments in trained)
-    other = ["--steps", "1", "--variants", "batches of 16", "--out", str(tmp_path / "16.jsonl")]
+    assert len(trained) == 4 and all("train.steps=2" in arguments for arguments in trained)  # of 16 mixtures
+    other = ["--steps", "1", "--variants", "batches of 32", "--out", str(tmp_path / "32.jsonl")]
     assert ablations.main([*speech, *other]) == 0
-    assert "train.steps=2" in trained[-1]                               # as many mixtures
+    assert "train.steps=1" in trained[-1]                               # as many mixtures
+    assert ablations.recipe_digest("azimuth", speech) == rows[1]["recipe"] != rows[0]["recipe"]
+    assert ablations.recipe_digest("azimuth", [*speech, "train.lr=1e-3"]) != rows[1]["recipe"]  # another recipe's rows
     capsys.readouterr()
     assert ablations.main(["--table", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()

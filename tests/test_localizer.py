@@ -42,18 +42,33 @@ def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
     assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
 
 
-def test_a_clip_is_heard_in_several_framings():
-    """With two: the mean of the log-probabilities of the clip and of the clip half a hop (8 ms) later."""
-    audio = torch.randn(3, 2, 16000, generator=torch.Generator().manual_seed(1))
-    once, twice, mirrored = localizer(), localizer(offsets=2), localizer(offsets=2, mirror=True)
-    assert torch.equal(once.hear(audio), once(audio))
-    later = torch.cat((torch.zeros(3, 2, 128), audio), -1)
-    expected = (once(audio).log_softmax(-1) + once(later).log_softmax(-1)) / 2
-    assert_close(twice.hear(audio), expected)
-    flipped = (once(audio.flip(1)).log_softmax(-1) + once(later.flip(1)).log_softmax(-1)) / 2
-    assert_close(mirrored.hear(audio), (expected + flipped.flip(1, 2)) / 2)
-    with pytest.raises(ValueError, match="^target.offsets must be from 1 to 8, got 0$"):
-        TargetConfig(offsets=0)
+@pytest.mark.parametrize("kind, frame", [("conformer", 512), ("original", 160)])
+def test_a_clip_is_heard_in_several_framings(kind, frame):
+    """With three: the mean of the log-probabilities of the clip, and of it one and two thirds of a frame later."""
+    def network(**target):
+        torch.manual_seed(0)
+        model = ModelConfig(kind=kind) if kind == "original" else ModelConfig(channels=4, dim=16, depth=1, heads=2)
+        return Localizer(model, FeatureConfig(), TargetConfig(**target), SceneConfig(), 16000).eval()
+
+    audio = torch.randn(2, 2, 16000, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        once = network()
+        assert torch.equal(once.hear(audio), once(audio))
+        clips = [torch.cat((torch.zeros(2, 2, later), audio[..., :16000 - later]), -1)
+                 for later in (0, frame // 3, 2 * frame // 3)]
+        expected = [once(clip).log_softmax(-1) for clip in clips]
+        assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+        assert_close(network(offsets=3).hear(audio), sum(expected) / 3)
+        flipped = [once(clip.flip(1)).log_softmax(-1).flip(1, 2) for clip in clips]
+        assert_close(network(offsets=3, mirror=True).hear(audio), sum(expected + flipped) / 6)
+
+
+def test_offsets_are_a_few_within_a_frame():
+    for offsets in (0, 9):
+        with pytest.raises(ValueError, match=f"^target.offsets must be from 1 to 8, got {offsets}$"):
+            TargetConfig(offsets=offsets)
+    with pytest.raises(ValueError, match="^target.offsets must be at most the 2 samples of a frame, got 3$"):
+        Localizer(ModelConfig(), FeatureConfig(hop=1), TargetConfig(offsets=3), SceneConfig(), 16000)
 
 
 def test_a_law_whose_sources_find_no_place_has_no_angles():

@@ -1,11 +1,14 @@
 """Muon: the iteration against singular values, the optimiser against torch's, and which weights it takes."""
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from ssl_gpu.conformer import Conformer
+from ssl_gpu.model import SSLModel
 from ssl_gpu.muon import Muon, hidden_matrices, orthogonalised
-from ssl_gpu.optim import Optimizer, TrainConfig, Together, build_optimizer, restore_optimizer
+from ssl_gpu.optim import Optimizer, Together, TrainConfig, build_optimizer, restore_optimizer
 
 
 def gradients(model, seed):
@@ -30,7 +33,6 @@ def test_singular_vectors_stay_and_singular_values_are_levelled(shape):
     found = core.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(core, torch.diag_embed(found), rtol=0, atol=1e-9)
     assert 0.68 < found.min() and found.max() < 1.21
-    assert found.min() > 30 * values.min()
 
 
 def test_zero_gradient_moves_nothing_but_the_decay():
@@ -42,9 +44,10 @@ def test_zero_gradient_moves_nothing_but_the_decay():
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
 def test_steps_are_those_of_torch(shape):
-    """Of two dimensions, where torch.optim.Muon serves: ten steps differ by what bfloat16 there takes off."""
+    """Of two dimensions, where torch.optim.Muon serves: ten steps differ by what bfloat16 there takes off. The decay is
+    strong enough that its place, before the update, matters more."""
     ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
-    options = dict(lr=0.1, momentum=0.95, weight_decay=0.1)
+    options = dict(lr=0.1, momentum=0.95, weight_decay=2.0)
     mine, other = Muon([ours], **options), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
@@ -76,17 +79,29 @@ def test_vectors_are_refused():
         Muon([nn.Parameter(torch.zeros(3))], lr=1.0)
 
 
+def names_of(weights, model):
+    return [name for name, weight in model.named_parameters() if any(weight is other for other in weights)]
+
+
 def test_takes_the_matrices_inside_a_network():
-    """Linear layers and pointwise convolutions; no table, depthwise filter, narrow or frozen one, nor the output."""
-    model = nn.Sequential(nn.Linear(8, 96), Conformer(96, depth=1, heads=2, dim_head=48), nn.Linear(96, 96),
-                          nn.Linear(96, 70))
+    """Linear layers and pointwise convolutions; no table, depthwise filter, narrow or frozen one, nor the output: here
+    all but the narrow one are wide enough."""
+    conformer = Conformer(96, depth=1, heads=2, dim_head=64, conv_kernel_size=65)
+    model = nn.Sequential(nn.Linear(8, 96), conformer, nn.Linear(96, 96), nn.Linear(96, 70))
     model[2].weight.requires_grad_(False)
-    taken = hidden_matrices(model)
-    names = [name for name, weight in model.named_parameters() if any(weight is other for other in taken)]
-    assert names == [f"1.layers.0.{name}.weight" for name in (
+    assert names_of(hidden_matrices(model), model) == [f"1.layers.0.{name}.weight" for name in (
         "ff1.fn.fn.net.0", "ff1.fn.fn.net.3", "attn.fn.to_q", "attn.fn.to_kv", "attn.fn.to_out", "conv.net.2",
         "conv.net.7", "ff2.fn.fn.net.0", "ff2.fn.fn.net.3")]
     assert hidden_matrices(nn.ReLU()) == []
+
+
+def test_leaves_the_transform_of_the_original_alone():
+    """Its filters of the waveform are 257 x 512, and the input."""
+    with torch.device("meta"):
+        model = SSLModel()
+    names = names_of(hidden_matrices(model), model)
+    assert not any(name.startswith("stft") for name in names) and "patch_embed.6.weight" in names
+    assert len(names) == 8 * 9 + 2  # nine in every block; 8 to 32 channels are too narrow
 
 
 def test_every_weight_has_one_optimiser():
@@ -97,8 +112,13 @@ def test_every_weight_has_one_optimiser():
              for name, part in optimizer.parts.items()}
     assert [id(p) for p in parts["muon"]] == [id(model[0].weight)]
     assert {id(p) for p in parts["adamw"]} == {id(p) for p in model.parameters()} - {id(model[0].weight)}
-    assert len(optimizer.param_groups) == 3
-    assert isinstance(build_optimizer(muon_config(), nn.Linear(3, 2)), torch.optim.AdamW)  # nothing there for Muon
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.01, 0.3), (0.01, 0.0), (0.01, 0.3)]
+
+
+def test_a_network_without_such_matrices_is_refused():
+    with pytest.raises(ValueError, match=r"^train.optimizer=muon needs a network with matrices of at least 64 rows"):
+        build_optimizer(muon_config(), nn.Linear(300, 200))
 
 
 def test_goes_on_from_its_state():
@@ -112,10 +132,10 @@ def test_goes_on_from_its_state():
     for step in range(3):
         gradients(whole, step)
         optimizer.step()
-    state, weights = optimizer.state_dict(), {name: x.clone() for name, x in whole.state_dict().items()}
+    state, weights = copy.deepcopy((optimizer.state_dict(), whole.state_dict()))
     resumed, other = network()
     resumed.load_state_dict(weights)
-    restore_optimizer(other, torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state))
+    restore_optimizer(other, state)
     for step in range(3, 6):
         for model, parts in ((whole, optimizer), (resumed, other)):
             gradients(model, step)
@@ -124,7 +144,7 @@ def test_goes_on_from_its_state():
     optimizer.zero_grad()
     assert all(weight.grad is None for weight in whole.parameters())
     adamw = build_optimizer(muon_config(optimizer=Optimizer.ADAMW), whole)
-    with pytest.raises(ValueError, match="^its optimiser was one alone$"):
+    with pytest.raises(ValueError, match="^train.optimizer must be what it was, another, got muon$"):
         restore_optimizer(other, adamw.state_dict())
-    with pytest.raises(ValueError, match="^its optimiser was adamw and muon$"):
+    with pytest.raises(ValueError, match="^train.optimizer must be what it was, muon, got another$"):
         restore_optimizer(adamw, state)

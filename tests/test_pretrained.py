@@ -108,6 +108,20 @@ def test_overrides_change_the_configuration_of_an_export(exported):
     assert evaluate(str(exported), ["eval.num_clips=7"])["num_clips"] == 7
 
 
+def test_an_export_may_be_read_otherwise_than_its_run(run, tmp_path):
+    """By what is looked at in evaluation alone; weights are the same."""
+    assert main([str(run), "target.offsets=2", "target.mirror=true", "--out", str(tmp_path / "read")]) == 0
+    assert main([str(run), "--out", str(tmp_path / "plain")]) == 0
+    read, plain = (contents(tmp_path / name) for name in ("read", "plain"))
+    assert read["weights.safetensors"] == plain["weights.safetensors"]
+    target = load_config(RunConfig, tmp_path / "read" / "config.yaml").target
+    assert (target.offsets, target.mirror) == (2, True)
+    with pytest.raises(ValueError, match="^an export may override target.decoding, target.mirror, target.offsets, got "
+                                         "target.grid_deg=1$"):
+        export(run, tmp_path / "other", overrides=["target.grid_deg=1"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_evaluate_takes_an_export(run, exported):
     first, second = evaluate(str(run)), evaluate(str(exported))
     assert first == second and first["steps"] == 3 and first["num_clips"] == 4
