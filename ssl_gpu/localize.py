@@ -177,7 +177,7 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
     if abs(heard / trained - 1) > SPACING_TOLERANCE:
         return [f"--spacing {spacing_m:g} is far from the {trained:g} m of the training; for better angles: "
                 f"python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR speech.eval=DIR "
-                f"scene.mic_spacing_m={spacing_m:g} train.init=packaged train.lr=5e-4 train.noise_warmup=0 "
+                f"scene.mic_spacing_m={spacing_m:g} train.init=packaged train.lr=1e-3 train.noise_warmup=0 "
                 f"train.max_minutes=10"]
     return []
 

@@ -584,4 +584,4 @@ def test_lanes_take_turns_with_threads(monkeypatch, capsys):
     assert lanes.main(["--cores", "2", "--steps", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:12].strip() for line in lines] == ["2 threads", "2 lanes", "1 thread"]
-    assert all(float(line.split()[-2]) > 0 for line in lines)
+    assert all(float(line.split()[-6]) > 0 for line in lines)  # ms; under load a rate of two clips rounds to none
