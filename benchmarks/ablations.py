@@ -115,6 +115,7 @@ def recipe_digest(name: str, overrides: Sequence[str]) -> str:
     for key in NOT_RECIPE:
         section, _, field = key.partition(".")
         mapping.get(section, {}).pop(field, None)
+    mapping = {section: values for section, values in mapping.items() if values}
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]
 
 
