@@ -8,7 +8,7 @@ weights.safetensors   the averaged weights, or the weights themselves where none
                       float32 if they fit, else in float16; with how many steps and on which talkers they were trained
 config.yaml           the run's configuration, without the places of its files: of a speech folder the last name is left
 metrics.jsonl         the run's training log, thinned to 200 kB
-result.json           the run's own evaluation
+result.json           the run's own evaluation, read as in training
 evaluation.json       with --evaluation: a copy of a JSON file, for example of what ssl_gpu.evaluate --json wrote
 """
 from __future__ import annotations
