@@ -580,7 +580,8 @@ def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_p
 
 
 def test_lanes_take_turns_with_threads(monkeypatch, capsys):
-    monkeypatch.setattr(lanes, "prepare", lambda name, *rest: bench_train.prepare(name, 2, *rest[1:]))
+    monkeypatch.setattr(lanes, "prepare", lambda name, batch, device, more: bench_train.prepare(
+        name, 2, device, [*more, "speech.clip_s=1.0"]))
     assert lanes.main(["--cores", "2", "--steps", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:12].strip() for line in lines] == ["2 threads", "2 lanes", "1 thread"]
