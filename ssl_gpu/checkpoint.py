@@ -45,7 +45,7 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save_checkpoint(path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None,
+def save_checkpoint(path: str | Path, *, model: nn.Module, optimizer: Any | None,
                     ema: nn.Module | None, step: int, config: Mapping[str, Any],
                     extra: Mapping[str, Any] | None = None) -> None:
     """Writes a checkpoint to `path`, whose folder must exist; a failure leaves the old file, if any, as it was.

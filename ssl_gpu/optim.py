@@ -175,7 +175,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
             restore_optimizer(part, state[name])
         return
     # Among the saved options, and where the counts of steps are kept depends on it: so before loading.
-    kept = {name: optimizer.defaults[name] for name in ("fused",) if name in optimizer.defaults}
+    kept = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}  # Muon has no such choice
     groups = [{**group, **kept} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
