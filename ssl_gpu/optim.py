@@ -162,7 +162,7 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mapping[str, Any]) -> None:
-    """Loads the state dict of an earlier run, which may have been fused or not: that stays as build_optimizer made it.
+    """Loads the state dict of an earlier run; weight decay, and whether it is fused, stay as build_optimizer made it.
 
     Raises what torch raises for a state that does not fit, ValueError for one with Muon where there is none now or the
     other way round, KeyError and TypeError for what is no state.
@@ -174,9 +174,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
         for name, part in optimizer.parts.items():
             restore_optimizer(part, state[name])
         return
-    # Among the saved options, and where the counts of steps are kept depends on it: so before loading.
-    kept = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}  # Muon has no such choice
-    groups = [{**group, **kept} for group in state["param_groups"]]
+    # Loading takes all saved options. fused decides where the counts of steps are kept, so it is set before; Muon has
+    # no such choice. The rate is set at every step, the decay is not.
+    kept = {"fused", "weight_decay"} & optimizer.defaults.keys()
+    groups, own = list(state["param_groups"]), optimizer.param_groups  # of other lengths, torch refuses them
+    for index, (then, now) in enumerate(zip(groups, own)):
+        groups[index] = {**then, **{name: now[name] for name in kept}}
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 

@@ -86,6 +86,16 @@ def test_fused_steps_are_those_of_the_plain_optimiser(kind):
         torch.testing.assert_close(first["exp_avg_sq"], second["exp_avg_sq"], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_a_restored_optimiser_has_the_weight_decay_of_now(kind):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    then = build_optimizer(cosine(optimizer=kind, weight_decay=0.1), model)
+    now, fresh = (build_optimizer(cosine(optimizer=kind, weight_decay=0.3), model) for _ in range(2))
+    restore_optimizer(now, then.state_dict())
+    decays = [group["weight_decay"] for group in now.param_groups]
+    assert 0.3 in decays and decays == [group["weight_decay"] for group in fresh.param_groups]
+
+
 def test_state_of_a_plain_optimiser_goes_on_fused():
     """As checkpoints of before have it: the moments and the count of steps are theirs, the way of computing is ours."""
     model, cfg = nn.Linear(3, 2), cosine()
