@@ -7,7 +7,7 @@ have three dimensions, and this one takes matrices of one shape together.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,11 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     0.15 % of the Frobenius norm: the Newton-Schulz iteration of Jordan et al. Cheapest with rows <= columns."""
     first, third, fifth = COEFFICIENTS
     x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=1e-7)
+    x = x.reshape(-1, *matrix.shape[-2:])
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = first * x + (third * gram + fifth * gram @ gram) @ x
-    return x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+    return x.reshape(matrix.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,21 +62,29 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One update of every weight that has a gradient."""
         for group in self.param_groups:
-            same: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, bool]]] = {}
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                average = self.state[weight]["momentum_buffer"]
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
-                upright = matrix.shape[0] > matrix.shape[1]
-                matrix = matrix.mT if upright else matrix
-                same.setdefault(matrix.shape, []).append((weight, matrix, upright))
-            for (_, columns), parts in same.items():
-                updates = orthogonalised(torch.stack([matrix for _, matrix, _ in parts]))
-                for (weight, _, upright), update in zip(parts, updates):
-                    update = (update.mT if upright else update).reshape(weight.shape)
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update, alpha=-group["lr"] * UPDATE_RMS * columns ** 0.5)
+            averages, grads = [self.state[weight]["momentum_buffer"] for weight in weights], [w.grad for w in weights]
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            updates = self._updates(torch._foreach_lerp(grads, averages, group["momentum"]))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+    @staticmethod
+    def _updates(gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Of the matrices [first, rest] alike, all that have one shape, upright or not, together."""
+        upright = [len(gradient) > gradient[0].numel() for gradient in gradients]
+        flat = [gradient.flatten(1).mT if up else gradient.flatten(1) for gradient, up in zip(gradients, upright)]
+        same: dict[torch.Size, list[int]] = {}
+        for index, matrix in enumerate(flat):
+            same.setdefault(matrix.shape, []).append(index)
+        for (_, columns), indices in same.items():
+            scaled = UPDATE_RMS * columns ** 0.5 * orthogonalised(torch.stack([flat[index] for index in indices]))
+            for index, update in zip(indices, scaled):
+                flat[index] = update.mT if upright[index] else update
+        # A list with a transposed tensor in it is not added as one.
+        return [matrix.reshape(gradient.shape).contiguous() for matrix, gradient in zip(flat, gradients)]
