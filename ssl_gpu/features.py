@@ -82,11 +82,11 @@ class DelayMap(nn.Module):
         reach = 1.1 * mic_spacing / SPEED_OF_SOUND
         delay = torch.linspace(-reach, reach, cfg.num_delays, dtype=torch.float64)
         phase = 2 * math.pi * freq[:, None] * delay                      # [freq, delay]
-        steering = torch.stack((torch.cos(phase), torch.sin(phase)))     # of the real and of the imaginary part
+        steering = torch.stack((torch.cos(phase), torch.sin(phase)), 1)  # of the real and of the imaginary part
         used = bands.sum(0) > 0
         self.first_bin, self.last_bin = int(used.nonzero()[0]) + 1, int(used.nonzero()[-1]) + 2
         bins = slice(self.first_bin - 1, self.last_bin - 1)
-        weighted = torch.einsum("bf,rfd->rfbd", bands, steering)[:, bins]
+        weighted = torch.einsum("bf,frd->frbd", bands / bands.sum(-1, keepdim=True), steering)[bins]
         self.register_buffer("steering", weighted.flatten(2).flatten(0, 1).float(), persistent=False)
         self.register_buffer("bands", bands[:, bins].float(), persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
@@ -101,14 +101,14 @@ class DelayMap(nn.Module):
         first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)  # [batch, frame, freq]
         cross = second * first.conj()
         magnitude = cross.abs()
+        level = magnitude @ self.bands.T                                 # [batch, frame, band]
+        phat = cross * (1 / magnitude.clamp(min=1e-7))
         maps = []
-        for power in (0.0, 1.0):                                        # PHAT; weighted by magnitude
-            weight = magnitude ** power
-            unit = cross * (weight / magnitude.clamp(min=1e-7))
-            parts = torch.cat((unit.real, unit.imag), -1)               # [batch, frame, 2 freq]
-            total = weight @ self.bands.T                               # [batch, frame, band]
-            maps.append((parts @ self.steering).unflatten(-1, (-1, self.cfg.num_delays))
-                        / total[..., None].clamp(min=1e-7))
-        levels = torch.log10(magnitude @ self.bands.T + 1e-4)
+        # Times the magnitude is `cross` again, but where there is silence, below the 1e-7: that weighs nothing.
+        for weighted in (phat, phat * magnitude):
+            mean = torch.view_as_real(weighted).flatten(-2) @ self.steering
+            maps.append(mean.unflatten(-1, (-1, self.cfg.num_delays)))
+        maps[1] = maps[1] / (level.clamp(min=1e-7) / self.bands.sum(-1))[..., None]
+        levels = torch.log10(level + 1e-4)
         levels = levels - levels.mean((1, 2), keepdim=True)
         return torch.cat(maps, 2).transpose(1, 2), levels.transpose(1, 2)

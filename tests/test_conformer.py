@@ -92,6 +92,22 @@ def test_attention_under_bfloat16_autocast():
     assert (low - exact).abs().max() < 0.03 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-13), (torch.bfloat16, 0.02)])
+def test_attention_written_out_is_that_of_one_call(dtype, most):
+    """The former serves a CPU, the latter a GPU: outputs, and gradients of queries, keys, values and the bias."""
+    attention = Attention(24, heads=3, dim_head=8)
+    generator = torch.Generator().manual_seed(0)
+    sizes, results = [(6, 18, 8)] * 3 + [(6, 18, 18)], []
+    parts = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    for attend in (attention.written_out, attention.by_one_call):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        out = attend(*leaves)
+        out.sin().sum().backward()
+        results.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).double().norm() < most * theirs.double().norm()
+
+
 def test_dropout_arguments_arrive():
     model = Conformer(**SIZES, attn_dropout=0.1, ff_dropout=0.2, conv_dropout=0.3)
     for block in model.layers:
