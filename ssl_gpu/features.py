@@ -104,11 +104,12 @@ class DelayMap(nn.Module):
         level = magnitude @ self.bands.T                                 # [batch, frame, band]
         phat = cross * (1 / magnitude.clamp(min=1e-7))
         maps = []
-        # Times the magnitude is `cross` again, but where there is silence, below the 1e-7: that weighs nothing.
+        # Times the magnitude it is `cross` again, but for silence, below the 1e-7, which counts for less than that.
         for weighted in (phat, phat * magnitude):
             mean = torch.view_as_real(weighted).flatten(-2) @ self.steering
             maps.append(mean.unflatten(-1, (-1, self.cfg.num_delays)))
-        maps[1] = maps[1] / (level.clamp(min=1e-7) / self.bands.sum(-1))[..., None]
+        mean_magnitude = (level.clamp(min=1e-7) / self.bands.sum(-1)).to(level.dtype)  # which autocast may have chosen
+        maps[1] = maps[1] / mean_magnitude[..., None]
         levels = torch.log10(level + 1e-4)
         levels = levels - levels.mean((1, 2), keepdim=True)
         return torch.cat(maps, 2).transpose(1, 2), levels.transpose(1, 2)

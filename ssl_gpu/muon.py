@@ -86,5 +86,5 @@ class Muon(torch.optim.Optimizer):
             scaled = UPDATE_RMS * columns ** 0.5 * orthogonalised(torch.stack([flat[index] for index in indices]))
             for index, update in zip(indices, scaled):
                 flat[index] = update.mT if upright[index] else update
-        # A list with a transposed tensor in it is not added as one.
+        # With a transposed tensor among them, _foreach_add_ would add one at a time.
         return [matrix.reshape(gradient.shape).contiguous() for matrix, gradient in zip(flat, gradients)]

@@ -30,6 +30,7 @@ from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
 
 PACKAGED_WEIGHTS = "packaged"  # what train.init says for those in this package
+WHICH_RUN = ("train.steps", "train.max_minutes", "train.out")  # where it is and how long; the rest is how it trains
 
 
 @dataclass(eq=False)
@@ -104,9 +105,6 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     return cfg, out, None
 
 
-_LENGTH = (("train", "steps"), ("train", "max_minutes"), ("train", "out"))  # and where the run is
-
-
 def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     """A line where a run is over and has its result; None where there is something to do."""
     if share_done(cfg.train, resumed) < 1 or not (out / "result.json").is_file():
@@ -114,10 +112,10 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
     by_time = steps is None or done < steps
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
-    before, now = to_mapping(from_mapping(RunConfig, resumed.config)), to_mapping(cfg)
-    changed = [f"{section}.{key}" for section, values in now.items() for key, value in values.items()
-               if value != before[section][key] and (section, key) not in _LENGTH]
-    whatever = f", whatever {' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} now" if changed else ""
+    before = {f"{section}.{key}": value for section, values in resumed.config.items() for key, value in values.items()}
+    now = {f"{section}.{key}": value for section, values in to_mapping(cfg).items() for key, value in values.items()}
+    changed = [key for key, value in now.items() if key not in WHICH_RUN and value != before.get(key, value)]
+    whatever = f", whatever {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} now" if changed else ""
     return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{whatever}. Go on with {more}, or "
             f"begin a new run with train.init={out}")
 

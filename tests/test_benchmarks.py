@@ -584,5 +584,22 @@ def test_lanes_take_turns_with_threads(monkeypatch, capsys):
         name, 2, device, [*more, "speech.clip_s=1.0"]))
     assert lanes.main(["--cores", "2", "--steps", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:12].strip() for line in lines] == ["2 threads", "2 lanes", "1 thread"]
-    assert all(float(line.split()[-6]) > 0 for line in lines)  # ms; under load a rate of two clips rounds to none
+    assert [line[:19].strip() for line in lines] == ["2 threads", "2 lanes", "1 thread"]
+    assert all(float(line.split()[-6]) > 0 for line in lines)                           # ms
+
+
+def test_lanes_measure_a_compiled_network_too(monkeypatch, capsys):
+    monkeypatch.setattr(lanes, "prepare", lambda name, batch, device, more: bench_train.prepare(
+        name, 2, device, [*more, "speech.clip_s=1.0"]))
+    asked = []
+
+    def compiled(function, enabled=True):
+        if isinstance(function, torch.nn.Module):
+            asked.append(enabled)
+        return function
+
+    monkeypatch.setattr(lanes.runtime, "compiled", compiled)
+    assert lanes.main(["--cores", "2", "--steps", "1", "--compile"]) == 0
+    names = [line[:19].strip() for line in capsys.readouterr().out.splitlines()]
+    assert names == [name + more for more in ("", ", compiled") for name in ("2 threads", "2 lanes", "1 thread")]
+    assert asked == [False, True]

@@ -2,10 +2,11 @@
 import conformer as package
 import pytest
 import torch
+import torch.nn.functional as F
 from conformer.conformer import Attention as PackageAttention
 from torch.testing import assert_close
 
-from ssl_gpu.conformer import Attention, Conformer, ConvNorm
+from ssl_gpu.conformer import Attention, Conformer, ConformerConvModule, ConvNorm, attention_written_out
 
 SIZES = dict(dim=24, depth=2, dim_head=5, heads=3, ff_mult=2, conv_expansion_factor=3, conv_kernel_size=7)
 # Sums of at most 72 products in another order: 2 blocks leave some 10 roundings.
@@ -94,18 +95,26 @@ def test_attention_under_bfloat16_autocast():
 
 @pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-13), (torch.bfloat16, 0.02)])
 def test_attention_written_out_is_that_of_one_call(dtype, most):
-    """The former serves a CPU, the latter a GPU: outputs, and gradients of queries, keys, values and the bias."""
-    attention = Attention(24, heads=3, dim_head=8)
+    """Outputs, and gradients of queries, keys, values and the bias."""
     generator = torch.Generator().manual_seed(0)
-    sizes, results = [(6, 18, 8)] * 3 + [(6, 18, 18)], []
+    sizes, results = [(2, 3, 18, 8)] * 3 + [(2, 3, 18, 18)], []
     parts = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
-    for attend in (attention.written_out, attention.by_one_call):
-        leaves = [part.clone().requires_grad_() for part in parts]
-        out = attend(*leaves)
+    for ours in (True, False):
+        query, key, value, bias = leaves = [part.clone().requires_grad_() for part in parts]
+        out = (attention_written_out(*leaves) if ours else
+               F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0))
         out.sin().sum().backward()
         results.append((out.detach(), *(leaf.grad for leaf in leaves)))
     for ours, theirs in zip(*results):
         assert (ours - theirs).double().norm() < most * theirs.double().norm()
+
+
+def test_attention_is_the_same_without_gradients():
+    attention = randomised(Attention(24, heads=3, dim_head=5), torch.float64)
+    x = tokens(30, torch.float64)
+    with torch.no_grad():
+        heard = attention(x)
+    assert_close(heard, attention(x).detach(), **TOLERANCE[torch.float64])
 
 
 def test_dropout_arguments_arrive():
@@ -147,10 +156,23 @@ def test_layer_norm_makes_training_independent_of_the_batch():
 
 
 def test_layer_norm_is_over_the_channels_of_one_token():
-    module = Conformer(**SIZES, conv_norm=ConvNorm.LAYER).layers[0].conv.net[5]
-    normalised = module(tokens(72, torch.float32, dim=11).mul(3).add(1))  # [batch, 72 channels, 11 tokens]
-    assert_close(normalised.mean(1), torch.zeros(3, 11), rtol=0, atol=1e-5)
-    assert_close(normalised.var(1, correction=0), torch.ones(3, 11), rtol=1e-4, atol=0)
+    """The module of the main recipe, step by step with channels first, as the package has all but the norm."""
+    module = randomised(ConformerConvModule(24, kernel_size=7, conv_norm=ConvNorm.LAYER), torch.float64)
+    first, _, widen, _, depthwise, norm, _, narrow, _, _ = module.net
+    results = []
+    for ours in (True, False):
+        x = tokens(18, torch.float64).requires_grad_()
+        module.zero_grad()
+        if ours:
+            out = module(x)
+        else:
+            inner = F.glu(widen(first(x).transpose(1, 2)), dim=1)
+            inner = F.conv1d(F.pad(inner, (3, 3)), depthwise.conv.weight, depthwise.conv.bias, groups=48)
+            inner = F.layer_norm(inner.transpose(1, 2), (48,), norm[1].weight, norm[1].bias, 1e-5).transpose(1, 2)
+            out = narrow(inner * inner.sigmoid()).transpose(1, 2)
+        out.sin().sum().backward()
+        results.append((out.detach(), x.grad, {name: weight.grad for name, weight in module.named_parameters()}))
+    assert_close(results[0], results[1], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(

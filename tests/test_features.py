@@ -181,3 +181,14 @@ def test_every_field_changes_the_features(name):
     changed = DelayMap(replace(CFG, **{name: CHANGES[name]}), RATE, SPACING)(audio)[0]
     plain = FRONT_END(audio)[0]
     assert plain.shape != changed.shape or not torch.allclose(plain, changed, atol=1e-3)
+
+
+def test_maps_are_as_narrow_as_autocast_wants_them():
+    """Of all that the network holds they are the largest."""
+    front = DelayMap(FeatureConfig(), 16000, 0.1)
+    audio = torch.randn(2, 2, 4096, generator=torch.Generator().manual_seed(0))
+    exact, _ = front(audio)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps, _ = front(audio)
+    assert maps.dtype == torch.bfloat16
+    assert (maps - exact).norm() < 0.02 * exact.norm()

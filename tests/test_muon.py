@@ -74,6 +74,26 @@ def test_filters_are_taken_as_matrices_and_those_of_one_shape_together():
         torch.testing.assert_close(found, single.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_weights_move_together_as_each_by_itself():
+    """Three steps of weights of several shapes, with decay; one has a gradient in the second step alone."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 12), (12, 8), (8, 12, 1), (6, 6), (8, 12)]
+    together = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in together]
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
+    whole, parts = Muon(together, **settings), [Muon([weight], **settings) for weight in alone]
+    for step in range(3):
+        for index, (weight, single) in enumerate(zip(together, alone)):
+            gradient = torch.randn(weight.shape, generator=generator)
+            weight.grad, single.grad = (None, None) if index == 4 and step != 1 else (gradient, gradient.clone())
+        before = together[4].detach().clone()
+        for optimizer in (whole, *parts):
+            optimizer.step()
+        assert torch.equal(together[4], before) == (step != 1)
+    for weight, single in zip(together, alone):
+        torch.testing.assert_close(weight, single, rtol=1e-5, atol=1e-6)
+
+
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"^Muon takes weights of two dimensions or more, got shape \[3\]$"):
         Muon([nn.Parameter(torch.zeros(3))], lr=1.0)

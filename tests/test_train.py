@@ -368,7 +368,7 @@ def test_finished_run_is_left_as_it_is(by, tiny, capsys):
                                           f"{more}, or begin a new run with train.init=run\n", "")
     assert contents(tiny / "run") == before
     assert start("train.out=run", *length, "target.offsets=2", "scene.spacing_jitter_m=0.01", "--resume") == 0
-    assert ("run/result.json stays as it is, whatever scene.spacing_jitter_m and target.offsets are now. Go on"
+    assert ("run/result.json stays as it is, whatever scene.spacing_jitter_m, target.offsets are now. Go on"
             in capsys.readouterr().out)
     (tiny / "run" / "result.json").unlink()
     assert start("train.out=run", *length, "--resume") == 0
