@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 ERROR = ("error: relative L2 against float64; of RIRs less their last 6 taps, where the reference cuts off its signal "
          "at 8 times the rate; mixtures hear those.")
+PEAK = "peak MiB: on a CPU that of the process so far, so no row has less than the one before it."
 TITLES = {"bench_rir": "Room impulse responses", "bench_convolve": "Convolution", "bench_simulate": "Mixtures",
           "bench_train": "Training steps", "peers": "Other simulators, on the same scenes"}
 
@@ -47,7 +48,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     """The workload, and what the columns mean."""
     kind = results["benchmark"]
     return [results["workload"] + "."] + ([results["notes"]] if kind == "peers" else []) + \
-        ([] if kind in ("peers", "bench_train") else [ERROR])
+        {"peers": [], "bench_train": [PEAK]}.get(kind, [ERROR])
 
 
 def simulation_table(results: dict[str, Any]) -> list[str]:
