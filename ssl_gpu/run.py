@@ -14,7 +14,7 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping, walk_fields
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.features import FeatureConfig
@@ -112,9 +112,8 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
     by_time = steps is None or done < steps
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
-    before = {f"{section}.{key}": value for section, values in resumed.config.items() for key, value in values.items()}
-    now = {f"{section}.{key}": value for section, values in to_mapping(cfg).items() for key, value in values.items()}
-    changed = [key for key, value in now.items() if key not in WHICH_RUN and value != before.get(key, value)]
+    before = dict(walk_fields(from_mapping(RunConfig, resumed.config)))
+    changed = [key for key, value in walk_fields(cfg) if key not in WHICH_RUN and value != before[key]]
     whatever = f", whatever {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} now" if changed else ""
     return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{whatever}. Go on with {more}, or "
             f"begin a new run with train.init={out}")
