@@ -63,8 +63,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "a third of the scenes planar": ("scene.planar_share=0.33",),
     "levels -6 to 6 dB": ("mixture.level_difference_db=[-6, 6]",),
     "16 bands": ("features.num_bands=16",),
-    "17 delays": ("features.num_delays=17",),  # a step of 407 ms instead of 470, one thread
+    "17 delays": ("features.num_delays=17",),
     "16 channels": ("model.channels=16",),
+    "16 channels, 5 blocks": ("model.channels=16", "model.depth=5"),  # 2.5 M parameters, about as long a step
+    "16 channels, 176 wide": ("model.channels=16", "model.dim=176"),  # 2.9 M
     "windows of 16 ms": ("features.window=256", "features.hop=128"),  # which doubles the frames, and most of the cost
     "windows of 64 ms": ("features.window=1024",),
     "no averaging": ("train.ema=null",),
