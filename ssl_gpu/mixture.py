@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -128,25 +129,34 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int,
     the noise itself does.
     """
     num_samples, num_mics = white.shape[-1], white.shape[1]
-    dist = torch.linalg.vector_norm(mic_pos[:, :, None] - mic_pos[:, None], dim=-1)
-    freq = torch.fft.rfftfreq(num_samples, 1 / sample_rate, device=white.device)
-    coherence = torch.sinc((2 * freq / SPEED_OF_SOUND) * dist.to(torch.float32)[..., None])  # [batch, mic, mic, freq]
-    factor = [[None] * num_mics for _ in range(num_mics)]
-    for row in range(num_mics):
-        for column in range(row + 1):
-            rest = coherence[:, row, column] - sum(factor[row][k] * factor[column][k] for k in range(column))
-            factor[row][column] = (rest + DIFFUSE_LOADING).sqrt() if row == column else rest / factor[column][column]
+    wave_number = torch.fft.rfftfreq(num_samples, 1 / sample_rate, device=white.device) * (2 * math.pi / SPEED_OF_SOUND)
     spectrum = torch.fft.rfft(white)
-    mixed = torch.stack([sum(factor[row][k] * spectrum[:, k] for k in range(row + 1)) for row in range(num_mics)], 1)
+    factor: list[list[Tensor | float]] = []
+    for row in range(num_mics):
+        factor.append([])
+        for column in range(row):
+            dist = torch.linalg.vector_norm(mic_pos[:, row] - mic_pos[:, column], dim=-1).to(torch.float32)
+            rest = _coherence(dist, wave_number) - sum(factor[row][k] * factor[column][k] for k in range(column))
+            factor[row].append(rest / factor[column][column])
+        factor[row].append((1 + DIFFUSE_LOADING - sum(part * part for part in factor[row])) ** 0.5)
+    mixed = torch.stack([reduce(torch.add, (part * spectrum[:, k] for k, part in enumerate(parts)))
+                         for parts in factor], 1)
     if microphones is not None:
         mixed = mixed * microphones.response(num_samples)
     return torch.fft.irfft(mixed, num_samples)
 
 
-def _scaled(noise: Tensor, signal: Tensor, snr: Tensor) -> Tensor:
-    """Noise [batch, mic, sample] at `snr` [batch] dB below a signal of the same shape."""
+def _coherence(dist: Tensor, wave_number: Tensor) -> Tensor:
+    """sin(k d) / (k d) of dist [batch] m at wave_number [freq] rad/m, [batch, freq]."""
+    # torch.sinc has no vector instructions on a CPU: for 0.4 million numbers 3.5 ms, this 0.3 (one thread).
+    phase = (dist[:, None] * wave_number).clamp(min=1e-6)              # at 0 Hz, where it is 1
+    return phase.sin() / phase
+
+
+def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Tensor:
+    """audio and the noise, `snr` [batch] dB below the signal; all [batch, mic, sample]."""
     ratio = signal.square().mean((1, 2)) / noise.square().mean((1, 2)).clamp(min=1e-20)
-    return noise * torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None]
+    return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
 
 
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> MixtureBatch:
@@ -165,8 +175,8 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> M
     if rirs.early is not None:
         early = convolve_sources(dry, rirs.early, num_samples, keep_src=True, microphones=mics)
     if draw.sensor is not None:
-        audio = audio + _scaled(draw.sensor, speech, draw.sensor_snr)
+        audio = _add_noise(audio, draw.sensor, speech, draw.sensor_snr)
     if draw.diffuse is not None:
         noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate, mics)
-        audio = audio + _scaled(noise, speech, draw.diffuse_snr)
+        audio = _add_noise(audio, noise, speech, draw.diffuse_snr)
     return MixtureBatch(audio, early, scenes, rirs.sample_rate)

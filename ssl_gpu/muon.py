@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at 0, so that small singular values grow fastest
 ITERATIONS = 5
+WIDE = 2  # times as many columns as rows, from which on it is quicker to iterate on products of rows: a [128, 512] matrix
+# takes 0.52 of the time on a CPU, a [128, 256] one 0.85, a square one 1.5 times the time
 UPDATE_RMS = 0.2  # of Liu et al.: the usual size of AdamW's update, so that both take one learning rate
 SMALLEST = 64  # rows and columns: narrower ones, of 8 to 24 here, have hardly a spectrum to level
 
@@ -31,14 +33,41 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def orthogonalised(matrix: Tensor) -> Tensor:
     """[..., row, column] -> the same singular vectors, singular values from 0.68 to 1.21 where they were above
-    0.15 % of the Frobenius norm: the Newton-Schulz iteration of Jordan et al. Cheapest with rows <= columns."""
+    0.15 % of the Frobenius norm: the Newton-Schulz iteration of Jordan et al. Cheapest with rows <= columns.
+
+    Not for less than float32 and its whole products: see polynomial_of_gram.
+    """
     first, third, fifth = COEFFICIENTS
     x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=1e-7)
     x = x.reshape(-1, *matrix.shape[-2:])
+    if x.shape[-1] >= WIDE * x.shape[-2]:
+        return (polynomial_of_gram(x @ x.mT) @ x).reshape(matrix.shape)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return x.reshape(matrix.shape)
+
+
+def polynomial_of_gram(gram: Tensor) -> Tensor:
+    """[batch, row, row], X X' of a matrix X -> P with P X the result of the iteration on X.
+
+    Every iteration multiplies X by a polynomial of X X', so P and the next X X' follow from X X' alone: 17 products of
+    [row, row] and 2 with X, instead of 5 and 10. The squares that X X' is made of cost precision: in float32 and for
+    singular values from 1 to 1e-4, P X is 2e-4 off, relative, and the plain iteration 5e-6; TF32 or bfloat16 would lose
+    the small ones.
+    """
+    first, third, fifth = COEFFICIENTS
+    product = None
+    for index in range(ITERATIONS):
+        rest = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)   # the factor of X, less `first`
+        if product is None:
+            product = rest + first * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)
+        else:
+            product = torch.baddbmm(product, rest, product, beta=first)
+        if index < ITERATIONS - 1:
+            half = torch.baddbmm(gram, rest, gram, beta=first)
+            gram = torch.baddbmm(half, half, rest, beta=first)
+    return product
 
 
 class Muon(torch.optim.Optimizer):
