@@ -46,8 +46,10 @@ class Lanes:
         shape = (threads, *(len(part) for part in valid))
         if shape in self._used:
             done = list(self._pool.map(self._lane, make, shares, [threads] * len(make)))
-        else:  # a network that is compiled does so on its first call, and not in several threads at once
-            done = [self._pool.submit(self._lane, *lane).result() for lane in zip(make, shares, [threads] * len(make))]
+        else:
+            # A network that is compiled does so on its first call: not in several threads at once, and in this one.
+            # Torch 2.11 crashed where the main thread compiled something after another thread had.
+            done = [self._lane(*lane, threads) for lane in zip(make, shares)]
             self._used.add(shape)
         for weight, *parts in zip(self.weights, *(gradients for _, gradients in done)):
             parts = [part for part in parts if part is not None]
