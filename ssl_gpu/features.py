@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ class FeatureConfig:
     num_bands: overlapping triangular bands, evenly spaced on the mel scale of O'Shaughnessy.
     band_hz: lowest and highest frequency used.
     num_delays: points of the delay grid, from -1.1 to 1.1 times the travel time between the microphones.
+    gate_bands: likewise spaced bands, in which the network learns from their levels how much a bin is to count at every
+        moment; 0: as much as any other.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -27,6 +30,7 @@ class FeatureConfig:
     num_bands: int = 8
     band_hz: tuple[float, float] = (100.0, 7900.0)
     num_delays: int = 33
+    gate_bands: int = 0
 
     def __post_init__(self):
         for name, least in (("window", 2), ("hop", 1), ("num_bands", 1)):
@@ -34,14 +38,16 @@ class FeatureConfig:
                 raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_delays < 8:
             raise ValueError(f"features.num_delays must be >= 8, got {self.num_delays}")
+        if self.gate_bands < 0:
+            raise ValueError(f"features.gate_bands must be >= 0, got {self.gate_bands}")
         if not 0 < self.band_hz[0] < self.band_hz[1]:
             raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
 
 
-def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Tensor:
+def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor, name: str = "num_bands") -> Tensor:
     """Triangular weights [band, freq] of overlapping bands evenly spaced on the mel scale, at freq [freq] Hz.
 
-    Raises ValueError for a band that no frequency falls into.
+    Raises ValueError, that names the field of FeatureConfig, for a band that no frequency falls into.
     """
     low, high = (2595 * math.log10(1 + hz / 700) for hz in band_hz)
     edges = torch.linspace(low, high, num_bands + 2, dtype=torch.float64)
@@ -50,7 +56,7 @@ def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Ten
     falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
     weight = torch.minimum(rising, falling).clamp(min=0)
     if (weight.sum(-1) == 0).any():
-        raise ValueError(f"features.num_bands must leave an STFT bin to every band, got {num_bands} "
+        raise ValueError(f"features.{name} must leave an STFT bin to every band, got {num_bands} "
                          f"for {len(freq)} bins of {float(freq[0]):.4g} Hz")
     return weight
 
@@ -64,6 +70,10 @@ class DelayMap(nn.Module):
     the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which
     microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels.
     The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
+
+    gate, where cfg.gate_bands is not 0: levels [batch, gate band, frame] -> [batch, 2 * gate band, frame], what is
+    added to the weight of 1 that the bins around each gate band have in the GCC-PHAT and in the other maps, at every
+    frame; it takes part in training. None: nothing.
 
     Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward
     for anything but [batch, 2, sample] with sample >= window.
@@ -89,27 +99,48 @@ class DelayMap(nn.Module):
         weighted = torch.einsum("bf,frd->frbd", bands / bands.sum(-1, keepdim=True), steering)[bins]
         self.register_buffer("steering", weighted.flatten(2).flatten(0, 1).float(), persistent=False)
         self.register_buffer("bands", bands[:, bins].float(), persistent=False)
+        if cfg.gate_bands:
+            gate = mel_bands(cfg.gate_bands, cfg.band_hz, freq, "gate_bands")[:, bins]
+            self.register_buffer("gate_levels", (gate / gate.sum(-1, keepdim=True)).float(), persistent=False)
+            # A bin takes what the bands that it lies in say, in proportion. Both kinds cover the same bins.
+            self.register_buffer("gate_bins", (gate / gate.sum(0)).float(), persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
 
-    @torch.no_grad()
-    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, gate: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if audio.ndim != 3 or audio.shape[1] != 2 or audio.shape[-1] < self.cfg.window:
             raise ValueError(f"audio must be [batch, mic=2, sample >= {self.cfg.window}], got {list(audio.shape)}")
+        with torch.no_grad():
+            phat, magnitude = self._cross_spectrum(audio)
+            level = magnitude @ self.bands.T                             # [batch, frame, band]
+            # Times the magnitude it is the cross-spectrum again, but for silence, below the 1e-7, which counts less.
+            parts = [torch.view_as_real(weighted) for weighted in (phat, phat * magnitude)]
+            levels = relative_levels(level)
+        if gate is not None:
+            weight = 1 + self._gate_weight(gate, magnitude)
+            parts = [part * weight[:, :, index, :, None] for index, part in enumerate(parts)]
+        maps = [(part.flatten(-2) @ self.steering).unflatten(-1, (-1, self.cfg.num_delays)) for part in parts]
+        mean_magnitude = (level.clamp(min=1e-7) / self.bands.sum(-1)).to(level.dtype)  # which autocast may have chosen
+        maps[1] = maps[1] / mean_magnitude[..., None]
+        return torch.cat(maps, 2).transpose(1, 2), levels
+
+    def _cross_spectrum(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Of audio at a mean power of 1: normalised to magnitude 1, and its magnitude, [batch, frame, freq]."""
         audio = audio / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
         spectrum = torch.stft(audio.flatten(0, 1), self.cfg.window, self.cfg.hop, window=self.window, center=False,
                               return_complex=True)[:, self.first_bin:self.last_bin]
-        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)  # [batch, frame, freq]
+        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)
         cross = second * first.conj()
         magnitude = cross.abs()
-        level = magnitude @ self.bands.T                                 # [batch, frame, band]
-        phat = cross * (1 / magnitude.clamp(min=1e-7))
-        maps = []
-        # Times the magnitude it is `cross` again, but for silence, below the 1e-7, which counts for less than that.
-        for weighted in (phat, phat * magnitude):
-            mean = torch.view_as_real(weighted).flatten(-2) @ self.steering
-            maps.append(mean.unflatten(-1, (-1, self.cfg.num_delays)))
-        mean_magnitude = (level.clamp(min=1e-7) / self.bands.sum(-1)).to(level.dtype)  # which autocast may have chosen
-        maps[1] = maps[1] / mean_magnitude[..., None]
-        levels = torch.log10(level + 1e-4)
-        levels = levels - levels.mean((1, 2), keepdim=True)
-        return torch.cat(maps, 2).transpose(1, 2), levels.transpose(1, 2)
+        return cross * (1 / magnitude.clamp(min=1e-7)), magnitude
+
+    def _gate_weight(self, gate: Callable[[Tensor], Tensor], magnitude: Tensor) -> Tensor:
+        """What the gate adds to the weight of every bin in either set of maps, [batch, frame, 2, freq]."""
+        with torch.no_grad():
+            levels = relative_levels(magnitude @ self.gate_levels.T)
+        return gate(levels).transpose(1, 2).unflatten(-1, (2, -1)) @ self.gate_bins
+
+
+def relative_levels(power: Tensor) -> Tensor:
+    """Mean powers [batch, frame, band] to their logarithms less that of the clip, in bels, [batch, band, frame]."""
+    levels = torch.log10(power + 1e-4)
+    return (levels - levels.mean((1, 2), keepdim=True)).transpose(1, 2)

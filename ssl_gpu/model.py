@@ -237,6 +237,7 @@ class ModelConfig:
 
 
 FRAME_HOPS = 2  # of the transform, from one frame of the ConformerLocalizer's Conformer to the next
+GATE_WIDTH = 64  # channels inside the gate of ConformerLocalizer
 POOL_HEADS = 8  # weightings of the frames that the pooling of ConformerLocalizer learns
 
 
@@ -247,14 +248,19 @@ class ConformerLocalizer(nn.Module):
     A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
     frames are kept to the end, one every FRAME_HOPS hops (32 ms at 16 kHz): convolutions over frame and delay clean the
     maps, their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled
-    by learned weightings and by the maximum.
+    by learned weightings and by the maximum. With features.gate_bands, a gate learns from the levels of finer bands
+    which moments and bands to trust, before the maps are formed; it begins with all alike, so that the weights of a
+    network without one still fit, as a beginning.
     """
+
+    begins_empty = ("gate.",)  # parts that change nothing until they are trained
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
                  num_tracks: int, num_angles: int):
         super().__init__()
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
+        self.gate = _gate(features.gate_bands) if features.gate_bands else None
         width = cfg.channels
         self.conv = nn.Sequential(
             *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
@@ -272,7 +278,7 @@ class ConformerLocalizer(nn.Module):
                                   nn.Linear(2 * cfg.dim, num_tracks * num_angles))
 
     def forward(self, audio: Tensor) -> Tensor:
-        maps, levels = self.front(audio)
+        maps, levels = self.front(audio, self.gate)
         x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]
@@ -281,6 +287,15 @@ class ConformerLocalizer(nn.Module):
         picked = torch.einsum("bth,bthe->bhe", weight, value).flatten(1)
         logits = self.head(torch.cat((picked, x.amax(1)), -1))
         return rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
+
+
+def _gate(bands: int) -> nn.Sequential:
+    """Levels [batch, band, frame] -> [batch, 2 * band, frame], of the 5 frames on either side; zeros at first."""
+    last = nn.Conv1d(GATE_WIDTH, 2 * bands, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Conv1d(bands, GATE_WIDTH, 5, padding=2), nn.GELU(),
+                         nn.Conv1d(GATE_WIDTH, GATE_WIDTH, 5, padding=2), nn.GELU(), last)
 
 
 def _conv_group_norm_gelu(channels_in: int, channels_out: int, stride: tuple[int, int]) -> tuple:

@@ -70,14 +70,21 @@ def build_localizer(cfg: RunConfig) -> Localizer:
         return Localizer(cfg.model, cfg.features, cfg.target, cfg.scene, cfg.rir.sample_rate)
 
 
-def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path) -> Localizer:
+def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginning: bool = False) -> Localizer:
     """The localiser of a configuration with weights that read_weights found at `path`, in train mode, on the CPU.
 
+    as_beginning: of a training, which may add parts that change nothing until they are trained (the network's
+    begins_empty), to weights without any of them.
     Raises ValueError, in one line that names the path, where they do not fit.
     """
-    localizer = build_localizer(cfg)
+    localizer, state = build_localizer(cfg), weights.state
+    if as_beginning:
+        for part in getattr(localizer.network, "begins_empty", ()):
+            own = {name: value for name, value in localizer.state_dict().items() if name.startswith(f"network.{part}")}
+            if not own.keys() & state.keys():
+                state = own | state
     try:
-        localizer.load_state_dict(weights.state)
+        localizer.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the configuration: {str(error).splitlines()[-1].strip()}") from error
     return localizer

@@ -172,13 +172,14 @@ def test_a_front_end_that_cannot_be_is_refused_in_one_line(change, rate, spacing
     assert str(error.value) == message
 
 
-CHANGES = dict(window=256, hop=200, num_bands=7, band_hz=(100.0, 7800.0), num_delays=50)
+CHANGES = dict(window=256, hop=200, num_bands=7, band_hz=(100.0, 7800.0), num_delays=50, gate_bands=6)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(FeatureConfig)])
 def test_every_field_changes_the_features(name):
-    audio = anechoic(1.0)[None]
-    changed = DelayMap(replace(CFG, **{name: CHANGES[name]}), RATE, SPACING)(audio)[0]
+    """gate_bands by way of a gate."""
+    audio, gate = anechoic(1.0)[None], None if name != "gate_bands" else lambda levels: torch.cat((levels, levels), 1)
+    changed = DelayMap(replace(CFG, **{name: CHANGES[name]}), RATE, SPACING)(audio, gate)[0]
     plain = FRONT_END(audio)[0]
     assert plain.shape != changed.shape or not torch.allclose(plain, changed, atol=1e-3)
 
@@ -192,3 +193,39 @@ def test_maps_are_as_narrow_as_autocast_wants_them():
         maps, _ = front(audio)
     assert maps.dtype == torch.bfloat16
     assert (maps - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_gate_weighs_the_bins_around_its_bands():
+    """One that leaves a single band, at one frame, in the maps of GCC-PHAT: what is left is what these bins say, by the
+    definition, bin by bin."""
+    cfg = replace(CFG, gate_bands=10)
+    front, audio, seen = DelayMap(cfg, RATE, SPACING), anechoic(1.0)[None], []
+
+    def gate(levels):
+        seen.append(levels)
+        weight = torch.full((1, 20, levels.shape[-1]), -1.0)
+        weight[:, 4, 3] = 0.0                                          # of the first maps; -1 takes a bin away
+        return weight
+
+    maps, levels = front(audio, gate)
+    plain, expected_levels = front(audio)
+    assert torch.equal(levels, expected_levels)
+    frame = audio[0].double()[:, 3 * cfg.hop:3 * cfg.hop + cfg.window] * torch.hann_window(cfg.window).double()
+    spectrum = torch.fft.rfft(frame)[:, 1:]
+    freq = torch.arange(1, cfg.window // 2 + 1, dtype=torch.float64) * RATE / cfg.window
+    bands, fine = (mel_bands(count, cfg.band_hz, freq) for count in (cfg.num_bands, 10))
+    phase = (spectrum[1] * spectrum[0].conj()).angle()
+    delay = torch.linspace(-1.1, 1.1, cfg.num_delays, dtype=torch.float64) * SPACING / 340
+    cosine = torch.cos(phase[:, None] - 2 * math.pi * freq[:, None] * delay)
+    weight = (fine[4] / fine.sum(0).clamp(min=1e-9))[:, None]
+    expected = bands / bands.sum(-1, keepdim=True) @ (weight * cosine)
+    torch.testing.assert_close(maps[0, :cfg.num_bands, 3].double(), expected, rtol=0, atol=1e-4)
+    assert maps[0, cfg.num_bands:].abs().max() < 1e-5 and maps[0, :, 4].abs().max() < 1e-5
+    assert seen[0].shape == (1, 10, plain.shape[2]) and abs(float(seen[0].mean())) < 1e-6
+
+
+def test_gate_bands_need_a_bin_each():
+    with pytest.raises(ValueError, match="^features.gate_bands must leave an STFT bin to every band, got 200 for"):
+        DelayMap(replace(CFG, gate_bands=200), RATE, SPACING)
+    with pytest.raises(ValueError, match="^features.gate_bands must be >= 0, got -1$"):
+        replace(CFG, gate_bands=-1)

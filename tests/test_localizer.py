@@ -1,5 +1,6 @@
 """What a localiser makes of a clip heard the other way round."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from torch.testing import assert_close
 
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.localizer import Localizer, TargetConfig, scene_law
-from ssl_gpu.model import ModelConfig
+from ssl_gpu.model import ConformerLocalizer, ModelConfig
 from ssl_gpu.scene import SceneConfig
+
+SMALL, BANDS = ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4, num_delays=17)
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +21,7 @@ def law():
 
 def localizer(**target):
     torch.manual_seed(0)
-    model, features = ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4, num_delays=17)
-    return Localizer(model, features, TargetConfig(**target), SceneConfig(), 16000).eval()
+    return Localizer(SMALL, BANDS, TargetConfig(**target), SceneConfig(), 16000).eval()
 
 
 @pytest.mark.parametrize("target", [{}, {"angle": "azimuth"}, {"labels": "hard"}])
@@ -40,6 +42,23 @@ def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
     audio = torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(1)).expand(-1, 2, -1)
     _, cone = localizer(mirror=True).estimate(audio, law)
     assert_close(cone.sum(-1), torch.full((3,), math.pi), rtol=0, atol=1e-4)
+
+
+def test_a_gate_changes_nothing_at_first_and_learns():
+    """A network that is given one speaks as before, to roundings; its last layer has a gradient, and then all have."""
+    audio = torch.randn(3, 2, 8000, generator=torch.Generator().manual_seed(1))
+    plain = localizer().network
+    gated = ConformerLocalizer(SMALL, replace(BANDS, gate_bands=10), 16000, 0.1, 2, plain.head[-1].out_features // 2)
+    missing = gated.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith(gated.begins_empty) for name in missing)
+    assert_close(gated(audio), plain(audio), rtol=1e-5, atol=1e-6)
+    for empty in (True, False):
+        gated.zero_grad()
+        gated(audio)[..., 0].square().sum().backward()
+        assert all(bool(weight.grad.any()) != (empty and not name.startswith("4."))
+                   for name, weight in gated.gate.named_parameters())
+        with torch.no_grad():
+            gated.gate[-1].weight.sub_(0.1 * gated.gate[-1].weight.grad)
 
 
 def test_a_clip_is_heard_in_several_framings():

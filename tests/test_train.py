@@ -249,6 +249,23 @@ def test_weights_that_cannot_be_started_from_are_one_line(change, rule, tiny, ca
     assert not (tiny / "more").exists()
 
 
+def test_a_gate_may_be_added_to_weights_without_one(tiny, capsys):
+    """The rest goes on from theirs; to weights of a gate it has to stay, and keep its bands."""
+    common = ("train.warmup=0", "train.evaluations=1", "features.num_bands=4")
+    assert start("train.out=plain", "train.steps=1", *common) == 0
+    capsys.readouterr()
+    assert start("train.out=gated", "train.steps=1", *common, "train.init=plain", "features.gate_bands=5",
+                 "train.lr=1e-9") == 0
+    assert "warning" not in capsys.readouterr().err
+    plain, gated = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("plain", "gated"))
+    for key, value in plain.ema.items():
+        torch.testing.assert_close(gated.model[key], value, rtol=0, atol=1e-6)
+    assert len(gated.model) == len(plain.model) + 6
+    for change, problem in ((), "Unexpected key"), (("features.gate_bands=6",), "size mismatch"):
+        assert start("train.out=another", "train.steps=1", *common, "train.init=gated", *change) == 2
+        assert f"does not fit the configuration: {problem}" in capsys.readouterr().err
+
+
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
     """One step ahead, as on a GPU: the weights of a run without, also where it stops and goes on."""
     common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1")
