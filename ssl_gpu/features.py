@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,8 @@ class FeatureConfig:
     num_bands: overlapping triangular bands, evenly spaced on the mel scale of O'Shaughnessy.
     band_hz: lowest and highest frequency used.
     num_delays: points of the delay grid, from -1.1 to 1.1 times the travel time between the microphones.
-    gate_bands: likewise spaced bands, in which the network learns from their levels how much a bin is to count at every
-        moment; 0: as much as any other.
+    gate_bands: of further levels, in likewise spaced bands, by which the network learns how much each band is to count
+        at every moment; 0: no such thing.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -64,16 +63,13 @@ def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor, name: 
 class DelayMap(nn.Module):
     """Two microphones to a generalised cross-correlation per frame and band, on a grid of delays.
 
-    audio [batch, mic=2, sample] -> maps [batch, 2 * band, frame, delay] and levels [batch, band, frame].
+    audio [batch, mic=2, sample] -> maps [batch, 2 * band, frame, delay] and levels [batch, band + gate band, frame].
     The first half of the maps is GCC-PHAT (Knapp and Carter 1976), every bin of a band with equal weight; in the second
     a bin counts by its magnitude, so that the harmonics that hold speech speak. Both are in [-1, 1] and independent of
     the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which
-    microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels.
+    microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels, of
+    the bands of the maps and of the cfg.gate_bands.
     The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
-
-    gate, where cfg.gate_bands is not 0: levels [batch, gate band, frame] -> [batch, 2 * gate band, frame], what is
-    added to the weight of 1 that the bins around each gate band have in the GCC-PHAT and in the other maps, at every
-    frame; it takes part in training. None: nothing.
 
     Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward
     for anything but [batch, 2, sample] with sample >= window.
@@ -102,42 +98,31 @@ class DelayMap(nn.Module):
         if cfg.gate_bands:
             gate = mel_bands(cfg.gate_bands, cfg.band_hz, freq, "gate_bands")[:, bins]
             self.register_buffer("gate_levels", (gate / gate.sum(-1, keepdim=True)).float(), persistent=False)
-            # A bin takes what the bands that it lies in say, in proportion. Both kinds cover the same bins.
-            self.register_buffer("gate_bins", (gate / gate.sum(0)).float(), persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
 
-    def forward(self, audio: Tensor, gate: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         if audio.ndim != 3 or audio.shape[1] != 2 or audio.shape[-1] < self.cfg.window:
             raise ValueError(f"audio must be [batch, mic=2, sample >= {self.cfg.window}], got {list(audio.shape)}")
-        with torch.no_grad():
-            phat, magnitude = self._cross_spectrum(audio)
-            level = magnitude @ self.bands.T                             # [batch, frame, band]
-            # Times the magnitude it is the cross-spectrum again, but for silence, below the 1e-7, which counts less.
-            parts = [torch.view_as_real(weighted) for weighted in (phat, phat * magnitude)]
-            levels = relative_levels(level)
-        if gate is not None:
-            weight = 1 + self._gate_weight(gate, magnitude)
-            parts = [part * weight[:, :, index, :, None] for index, part in enumerate(parts)]
-        maps = [(part.flatten(-2) @ self.steering).unflatten(-1, (-1, self.cfg.num_delays)) for part in parts]
-        mean_magnitude = (level.clamp(min=1e-7) / self.bands.sum(-1)).to(level.dtype)  # which autocast may have chosen
-        maps[1] = maps[1] / mean_magnitude[..., None]
-        return torch.cat(maps, 2).transpose(1, 2), levels
-
-    def _cross_spectrum(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Of audio at a mean power of 1: normalised to magnitude 1, and its magnitude, [batch, frame, freq]."""
         audio = audio / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
         spectrum = torch.stft(audio.flatten(0, 1), self.cfg.window, self.cfg.hop, window=self.window, center=False,
                               return_complex=True)[:, self.first_bin:self.last_bin]
-        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)
+        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)  # [batch, frame, freq]
         cross = second * first.conj()
         magnitude = cross.abs()
-        return cross * (1 / magnitude.clamp(min=1e-7)), magnitude
-
-    def _gate_weight(self, gate: Callable[[Tensor], Tensor], magnitude: Tensor) -> Tensor:
-        """What the gate adds to the weight of every bin in either set of maps, [batch, frame, 2, freq]."""
-        with torch.no_grad():
-            levels = relative_levels(magnitude @ self.gate_levels.T)
-        return gate(levels).transpose(1, 2).unflatten(-1, (2, -1)) @ self.gate_bins
+        level = magnitude @ self.bands.T                                 # [batch, frame, band]
+        phat = cross * (1 / magnitude.clamp(min=1e-7))
+        maps = []
+        # Times the magnitude it is `cross` again, but for silence, below the 1e-7, which counts for less than that.
+        for weighted in (phat, phat * magnitude):
+            mean = torch.view_as_real(weighted).flatten(-2) @ self.steering
+            maps.append(mean.unflatten(-1, (-1, self.cfg.num_delays)))
+        mean_magnitude = (level.clamp(min=1e-7) / self.bands.sum(-1)).to(level.dtype)  # which autocast may have chosen
+        maps[1] = maps[1] / mean_magnitude[..., None]
+        levels = relative_levels(level)
+        if self.cfg.gate_bands:
+            levels = torch.cat((levels, relative_levels(magnitude @ self.gate_levels.T)), 1)
+        return torch.cat(maps, 2).transpose(1, 2), levels
 
 
 def relative_levels(power: Tensor) -> Tensor:

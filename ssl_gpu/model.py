@@ -248,9 +248,9 @@ class ConformerLocalizer(nn.Module):
     A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
     frames are kept to the end, one every FRAME_HOPS hops (32 ms at 16 kHz): convolutions over frame and delay clean the
     maps, their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled
-    by learned weightings and by the maximum. With features.gate_bands, a gate learns from the levels of finer bands
-    which moments and bands to trust, before the maps are formed; it begins with all alike, so that the weights of a
-    network without one still fit, as a beginning.
+    by learned weightings and by the maximum. With features.gate_bands, a gate learns which bands to trust at which
+    moment, from the levels of finer bands and from how high each map peaks; it begins with all alike, so that the
+    weights of a network without one still fit, as a beginning.
     """
 
     begins_empty = ("gate.",)  # parts that change nothing until they are trained
@@ -260,7 +260,8 @@ class ConformerLocalizer(nn.Module):
         super().__init__()
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
-        self.gate = _gate(features.gate_bands) if features.gate_bands else None
+        self.gate = _gate(features.gate_bands, 2 * features.num_bands) if features.gate_bands else None
+        self.split = (features.num_bands, features.gate_bands)
         width = cfg.channels
         self.conv = nn.Sequential(
             *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
@@ -278,7 +279,10 @@ class ConformerLocalizer(nn.Module):
                                   nn.Linear(2 * cfg.dim, num_tracks * num_angles))
 
     def forward(self, audio: Tensor) -> Tensor:
-        maps, levels = self.front(audio, self.gate)
+        maps, levels = self.front(audio)
+        if self.gate is not None:
+            levels, finer = levels.split(self.split, 1)
+            maps = maps * (1 + self.gate(torch.cat((finer, maps.amax(-1)), 1))[..., None])
         x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]
@@ -289,12 +293,12 @@ class ConformerLocalizer(nn.Module):
         return rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
 
 
-def _gate(bands: int) -> nn.Sequential:
-    """Levels [batch, band, frame] -> [batch, 2 * band, frame], of the 5 frames on either side; zeros at first."""
-    last = nn.Conv1d(GATE_WIDTH, 2 * bands, 3, padding=1)
+def _gate(bands: int, maps: int) -> nn.Sequential:
+    """Levels and peaks [batch, band + map, frame] -> [batch, map, frame], by 5 frames on either side; 0 at first."""
+    last = nn.Conv1d(GATE_WIDTH, maps, 3, padding=1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Conv1d(bands, GATE_WIDTH, 5, padding=2), nn.GELU(),
+    return nn.Sequential(nn.Conv1d(bands + maps, GATE_WIDTH, 5, padding=2), nn.GELU(),
                          nn.Conv1d(GATE_WIDTH, GATE_WIDTH, 5, padding=2), nn.GELU(), last)
 
 
