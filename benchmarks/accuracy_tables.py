@@ -91,4 +91,5 @@ def ablations(path: Path) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
+    "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),
     "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS)}

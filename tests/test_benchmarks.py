@@ -551,8 +551,9 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     before = path.read_text()
     assert ablations.main(asked) == 0 and path.read_text() == before    # nothing is done twice
     assert len(trained) == 4 and all("train.steps=2" in arguments for arguments in trained)  # of 16 mixtures
-    other = ["--steps", "1", "--variants", "batches of 32", "--out", str(tmp_path / "32.jsonl")]
+    other = ["--steps", "1", "--variants", "recipe", "batches of 32", "--out", str(tmp_path / "32.jsonl"), "--plain"]
     assert ablations.main([*speech, *other]) == 0
+    assert [list(row["scores"]) for row in ablations.read(tmp_path / "32.jsonl")] == [[""], [""]]
     assert "train.steps=1" in trained[-1]                               # as many mixtures
     assert ablations.recipe_digest("azimuth", speech) == rows[1]["recipe"] != rows[0]["recipe"]
     assert ablations.recipe_digest("azimuth", [*speech, "train.lr=1e-3"]) != rows[1]["recipe"]  # another recipe's rows
