@@ -18,8 +18,8 @@ class FeatureConfig:
     num_bands: overlapping triangular bands, evenly spaced on the mel scale of O'Shaughnessy.
     band_hz: lowest and highest frequency used.
     num_delays: points of the delay grid, from -1.1 to 1.1 times the travel time between the microphones.
-    gate_bands: of further levels, in likewise spaced bands, by which the network learns how much each band is to count
-        at every moment; 0: no such thing.
+    gate_bands: likewise spaced bands whose levels the network's gate hears, to weigh the maps of the num_bands at every
+        frame; 0: no gate.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -67,8 +67,8 @@ class DelayMap(nn.Module):
     The first half of the maps is GCC-PHAT (Knapp and Carter 1976), every bin of a band with equal weight; in the second
     a bin counts by its magnitude, so that the harmonics that hold speech speak. Both are in [-1, 1] and independent of
     the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which
-    microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels, of
-    the bands of the maps and of the cfg.gate_bands.
+    microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels,
+    those of the bands of the maps and behind them those of the cfg.gate_bands.
     The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
 
     Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward
@@ -125,7 +125,9 @@ class DelayMap(nn.Module):
         return torch.cat(maps, 2).transpose(1, 2), levels
 
 
-def relative_levels(power: Tensor) -> Tensor:
-    """Mean powers [batch, frame, band] to their logarithms less that of the clip, in bels, [batch, band, frame]."""
-    levels = torch.log10(power + 1e-4)
+def relative_levels(level: Tensor) -> Tensor:
+    """Levels [batch, frame, band], sums or means over bins of |X0 X1|, to their logarithms, in bels, less the mean of
+    these over frames and bands, [batch, band, frame]. A clip has a mean power of 1, a bin of silence then less than the
+    1e-4 added here."""
+    levels = torch.log10(level + 1e-4)
     return (levels - levels.mean((1, 2), keepdim=True)).transpose(1, 2)

@@ -34,8 +34,9 @@ class Lanes:
     def gradients(self, make: Sequence[Callable[[], MixtureBatch]], valid: Sequence[Tensor]) -> Tensor:
         """Sets .grad of all weights to that of the whole batch, to a few roundings; returns its loss, a scalar.
 
-        make: gives the mixtures of each part; each is called, heard and differentiated in a lane of its own. valid:
-        which examples of each part count, [part batch] bool. Lanes use as many threads as torch is set to.
+        make: gives the mixtures of each part; each is called, heard and differentiated in a lane of its own, or, the
+        first time that there are parts of these sizes, one after the other in the calling thread. valid: which examples
+        of each part count, [part batch] bool. Lanes use as many threads as torch is set to.
         """
         total = sum(int(part.sum()) for part in valid)
         shares = [int(part.sum()) / max(total, 1) for part in valid]
@@ -47,8 +48,9 @@ class Lanes:
         if shape in self._used:
             done = list(self._pool.map(self._lane, make, shares, [threads] * len(make)))
         else:
-            # A network that is compiled does so on its first call: not in several threads at once, and in this one.
-            # Torch 2.11 crashed where the main thread compiled something after another thread had.
+            # A network that is compiled does so on its first call: not in several threads at once, and here, since
+            # torch 2.11 crashes where the main thread compiles after another thread has (a segmentation fault in
+            # FakeTensorMode; without this, by `pytest tests/test_lanes.py tests/test_compile.py`).
             done = [self._lane(*lane, threads) for lane in zip(make, shares)]
             self._used.add(shape)
         for weight, *parts in zip(self.weights, *(gradients for _, gradients in done)):

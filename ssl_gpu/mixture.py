@@ -139,6 +139,7 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int,
             rest = _coherence(dist, wave_number) - sum(factor[row][k] * factor[column][k] for k in range(column))
             factor[row].append(rest / factor[column][column])
         factor[row].append((1 + DIFFUSE_LOADING - sum(part * part for part in factor[row])) ** 0.5)
+    # reduce, as sum() would begin with 0 and pass once more over a spectrum.
     mixed = torch.stack([reduce(torch.add, (part * spectrum[:, k] for k, part in enumerate(parts)))
                          for parts in factor], 1)
     if microphones is not None:
@@ -148,13 +149,13 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int,
 
 def _coherence(dist: Tensor, wave_number: Tensor) -> Tensor:
     """sin(k d) / (k d) of dist [batch] m at wave_number [freq] rad/m, [batch, freq]."""
-    # torch.sinc has no vector instructions on a CPU: for 0.4 million numbers 3.5 ms, this 0.3 (one thread).
-    phase = (dist[:, None] * wave_number).clamp(min=1e-6)              # at 0 Hz, where it is 1
+    # torch.sinc has no vector instructions on a CPU: this takes a fifth of its time.
+    phase = (dist[:, None] * wave_number).clamp(min=1e-6)              # at 0 Hz and in one place, where it is 1
     return phase.sin() / phase
 
 
 def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Tensor:
-    """audio and the noise, `snr` [batch] dB below the signal; all [batch, mic, sample]."""
+    """audio plus noise, both and the signal [batch, mic, sample], the noise `snr` [batch] dB below the signal."""
     ratio = signal.square().mean((1, 2)) / noise.square().mean((1, 2)).clamp(min=1e-20)
     return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
 

@@ -248,12 +248,13 @@ class ConformerLocalizer(nn.Module):
     A direct path stands alone only for moments, at onsets (max-pooled GCC-PHAT errs half as much as averaged), so the
     frames are kept to the end, one every FRAME_HOPS hops (32 ms at 16 kHz): convolutions over frame and delay clean the
     maps, their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled
-    by learned weightings and by the maximum. With features.gate_bands, a gate learns which bands to trust at which
-    moment, from the levels of finer bands and from how high each map peaks; it begins with all alike, so that the
-    weights of a network without one still fit, as a beginning.
+    by learned weightings and by the maximum. With features.gate_bands, a gate multiplies each of the maps at each frame
+    by 1 plus what it makes of the levels of so many bands and of how high every map peaks: which band to believe at
+    which moment. That is 0 at first, so the weights of a network without a gate fit as a beginning. The peaks are those
+    of the spacing of the training: a closer pair hears more coherence in a low band, whatever is there.
     """
 
-    begins_empty = ("gate.",)  # parts that change nothing until they are trained
+    neutral_at_first = ("gate.",)  # parts that change nothing until they are trained
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
                  num_tracks: int, num_angles: int):
@@ -261,7 +262,7 @@ class ConformerLocalizer(nn.Module):
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
         self.gate = _gate(features.gate_bands, 2 * features.num_bands) if features.gate_bands else None
-        self.split = (features.num_bands, features.gate_bands)
+        self.level_sizes = (features.num_bands, features.gate_bands)
         width = cfg.channels
         self.conv = nn.Sequential(
             *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
@@ -281,8 +282,9 @@ class ConformerLocalizer(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         maps, levels = self.front(audio)
         if self.gate is not None:
-            levels, finer = levels.split(self.split, 1)
-            maps = maps * (1 + self.gate(torch.cat((finer, maps.amax(-1)), 1))[..., None])
+            levels, heard = levels.split(self.level_sizes, 1)
+            factor = self.gate(torch.cat((heard, maps.amax(-1)), 1))[..., None]
+            maps = torch.addcmul(maps, maps, factor)                     # 1 + factor in bfloat16 would lose small ones
         x = rearrange(self.conv(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,17 @@ def build_localizer(cfg: RunConfig) -> Localizer:
 def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginning: bool = False) -> Localizer:
     """The localiser of a configuration with weights that read_weights found at `path`, in train mode, on the CPU.
 
-    as_beginning: of a training, which may add parts that change nothing until they are trained (the network's
-    begins_empty), to weights without any of them.
+    as_beginning: training is to go on from the weights, and the network may have parts that they lack, as long as those
+    change nothing until they are trained (its neutral_at_first).
     Raises ValueError, in one line that names the path, where they do not fit.
     """
     localizer, state = build_localizer(cfg), weights.state
     if as_beginning:
-        for part in getattr(localizer.network, "begins_empty", ()):
+        for part in getattr(localizer.network, "neutral_at_first", ()):
             own = {name: value for name, value in localizer.state_dict().items() if name.startswith(f"network.{part}")}
             if not own.keys() & state.keys():
-                state = own | state
+                state = copy(state)                                      # which keeps what torch hangs on it
+                state.update(own)
     try:
         localizer.load_state_dict(state)
     except RuntimeError as error:

@@ -158,7 +158,7 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
     weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
     check_rooms_kept(weights.config, cfg.scene)
     others = [name for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
-              if made_for != asked and (name, made_for) != ("features.gate_bands", 0)]  # which begins without an effect
+              if made_for != asked and (name, made_for) != ("features.gate_bands", 0)]  # a new gate is neutral at first
     if others:
         print(f"warning: the weights of train.init={cfg.train.init} were trained for another {', '.join(others)}",
               file=sys.stderr)

@@ -100,7 +100,7 @@ def test_training_benchmark_shares_a_step_out(tmp_path):
         assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
         assert 0.8 < sum(share.values()) - share["simulate"] <= 1
     text = report.markdown(results)
-    assert "librispeech, 1.60 M, overlapped | 2 | float32" in text
+    assert "librispeech, 1.64 M, overlapped | 2 | float32" in text
     assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
 
 

@@ -13,6 +13,7 @@ from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.rooms import draw_rooms, render_rooms
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
+from ssl_gpu.synthesis import RirBatch
 
 EYRING = IsmConfig(Absorption.EYRING)
 NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0),
@@ -59,6 +60,17 @@ def test_rooms_render_as_one_graph(name):
 
 def test_mixtures_are_one_graph():
     compare_mixtures(compare_rooms(FEW, "eager"), "eager")
+
+
+def test_mixtures_for_four_microphones_are_one_graph():
+    """Diffuse noise takes another path from the third on."""
+    scenes = sample_scenes(SceneConfig(num_mics=4), 3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(2)
+    drawn = draw_mixture(NOISY, 3, 2, 4, 4000, generator=generator)
+    dry, rirs = torch.randn(3, 2, 4000, generator=generator), torch.randn(3, 4, 2, 500, generator=generator)
+    rirs = RirBatch(rirs, None, torch.full((3,), 500), 16000)
+    expected, found = mix(dry, rirs, scenes, drawn), whole(mix, "eager")(dry, rirs, scenes, drawn)
+    assert_close(found.audio, expected.audio, rtol=0, atol=1e-6 * float(expected.audio.abs().max()))
 
 
 def simulate(rir, scene, compile):

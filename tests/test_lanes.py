@@ -61,12 +61,14 @@ def test_gradients_are_those_of_the_whole_batch(count):
 
 
 def test_lanes_run_side_by_side_after_their_first_call_and_on_torchs_number_of_threads():
+    """That first call is made where gradients() is called."""
     barrier, threads, before = threading.Barrier(2), [], torch.get_num_threads()
     model, parts = network(), slices(BATCH, 2)
     lanes = Lanes(model, loss, False)
 
     def make(part, wait):
         threads.append(torch.get_num_threads())
+        assert (threading.current_thread() is threading.main_thread()) != wait
         if wait:
             barrier.wait(10)                                           # raises where the other lane waits for this one
         return mixtures(part)

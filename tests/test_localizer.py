@@ -26,7 +26,8 @@ def localizer(**target):
 
 @pytest.mark.parametrize("target", [{}, {"angle": "azimuth"}, {"labels": "hard"}])
 def test_mirrored_hearing_gives_mirrored_angles_for_exchanged_microphones(target, law):
-    """Exactly, whatever the weights; and without it a network that nobody trained does not."""
+    """Exactly, whatever the weights; and without it a network that nobody trained does not. A gate hears the same from
+    both sides."""
     audio = torch.randn(6, 2, 16000, generator=torch.Generator().manual_seed(1))
     learned = 0 if target.get("angle") == "azimuth" else 1
     for mirror in (True, False):
@@ -35,6 +36,12 @@ def test_mirrored_hearing_gives_mirrored_angles_for_exchanged_microphones(target
         mirrored = (math.pi - other).flip(-1)
         assert torch.allclose(angle, mirrored, atol=1e-4) == mirror
     assert_close(localizer(mirror=True, **target)(audio), localizer(**target)(audio))  # training is as it was
+    gate = ConformerLocalizer(SMALL, replace(BANDS, gate_bands=10), 16000, 0.1, 2, 10)
+    torch.nn.init.normal_(gate.gate[-1].weight)
+    heard = []
+    gate.gate.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    gate(audio), gate(audio.flip(1))
+    assert_close(*heard, rtol=1e-4, atol=1e-4)
 
 
 def test_mirroring_leaves_a_clip_that_is_its_own_mirror_image_as_it_is(law):
@@ -50,7 +57,7 @@ def test_a_gate_changes_nothing_at_first_and_learns():
     plain = localizer().network
     gated = ConformerLocalizer(SMALL, replace(BANDS, gate_bands=10), 16000, 0.1, 2, plain.head[-1].out_features // 2)
     missing = gated.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert missing and all(name.startswith(gated.begins_empty) for name in missing)
+    assert missing and all(name.startswith(gated.neutral_at_first) for name in missing)
     assert_close(gated(audio), plain(audio), rtol=1e-5, atol=1e-6)
     for empty in (True, False):
         gated.zero_grad()
@@ -59,6 +66,37 @@ def test_a_gate_changes_nothing_at_first_and_learns():
                    for name, weight in gated.gate.named_parameters())
         with torch.no_grad():
             gated.gate[-1].weight.sub_(0.1 * gated.gate[-1].weight.grad)
+
+
+def test_a_gate_weighs_each_map_at_each_frame():
+    """One whose last layer has a weight for one level at the frame itself, and a bias for one map."""
+    audio = torch.randn(2, 2, 8000, generator=torch.Generator().manual_seed(1))
+    network = ConformerLocalizer(SMALL, replace(BANDS, gate_bands=10), 16000, 0.1, 2, 10)
+    maps, levels = network.front(audio)
+    heard, seen = torch.cat((levels[:, 4:], maps.amax(-1)), 1), []
+    network.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network.gate[-1].bias.data[3] = -0.5
+    network.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(audio)
+    assert_close(seen[0], heard)
+    assert_close(seen[1][:, 3], 0.5 * maps[:, 3])
+    assert torch.equal(seen[1][:, [0, 1, 2, 4, 5, 6, 7]], maps[:, [0, 1, 2, 4, 5, 6, 7]])
+    later = heard.clone()
+    later[..., 20] += 1
+    torch.nn.init.ones_(network.gate[-1].weight)
+    moved = (network.gate(later) - network.gate(heard)).abs().amax((0, 1)).nonzero().flatten().tolist()
+    assert moved == list(range(15, 26))                                 # five frames to either side
+
+
+def test_a_gate_in_bfloat16_says_what_it_says_in_float32():
+    audio = torch.randn(2, 2, 8000, generator=torch.Generator().manual_seed(1))
+    network = ConformerLocalizer(SMALL, replace(BANDS, gate_bands=10), 16000, 0.1, 2, 10)
+    plain = network(audio)
+    torch.nn.init.normal_(network.gate[-1].weight)
+    exact = network(audio)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = network(audio)
+    assert (narrow - exact).norm() < 0.2 * (plain - exact).norm()
 
 
 def test_a_clip_is_heard_in_several_framings():

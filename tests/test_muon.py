@@ -1,5 +1,6 @@
 """Muon: the iteration against singular values, the optimiser against torch's, and which weights it takes."""
 import copy
+import math
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from ssl_gpu.conformer import Conformer
 from ssl_gpu.model import SSLModel
-from ssl_gpu.muon import Muon, hidden_matrices, orthogonalised
+from ssl_gpu.muon import Muon, has_whole_products, hidden_matrices, orthogonalised
 from ssl_gpu.optim import Optimizer, Together, TrainConfig, build_optimizer, restore_optimizer
 
 
@@ -35,22 +36,53 @@ def test_singular_vectors_stay_and_singular_values_are_levelled(shape):
     assert 0.68 < found.min() and found.max() < 1.21
 
 
-@pytest.mark.parametrize("least", [1e-1, 1e-4, 0.0])
-def test_wide_matrices_iterate_on_their_gram_alone_and_lose_little(least):
-    """In float32, singular values from 1 to `least`, against the plain iteration in float64; a wrong order of products
-    or a missing one is off by more than 0.1, bfloat16 by 0.01."""
-    generator = torch.Generator().manual_seed(0)
-    left, _, right = torch.linalg.svd(torch.randn(32, 96, dtype=torch.float64, generator=generator),
-                                      full_matrices=False)
-    values = torch.logspace(0, -4, 32, dtype=torch.float64).clamp(min=least)
-    values[values <= 1e-4] = least
-    matrix = left * values @ right
-    expected = matrix / matrix.norm()
+def plain_iteration(matrix):
+    """Jordan et al.'s, in float64."""
+    x = matrix.double() / matrix.double().norm()
     for _ in range(5):
-        gram = expected @ expected.mT
-        expected = (3.4445 * torch.eye(32, dtype=torch.float64) - 4.7750 * gram + 2.0315 * gram @ gram) @ expected
-    found = orthogonalised(matrix.float()).double()
-    assert (found - expected).norm() < 5e-4 * expected.norm()
+        gram = x @ x.mT
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+def with_values(shape, values, seed=0):
+    """A matrix of these singular values, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64, generator=generator),
+                                      full_matrices=False)
+    return left * values @ right
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (128, 512)])
+@pytest.mark.parametrize("last, rank", [(0.1, 1.0), (1e-4, 1.0), (1e-4, 0.5), (0.1, 0.05)])
+def test_wide_matrices_lose_little_in_float32(shape, last, rank):
+    """They iterate on their products of rows: singular values from 1 to `last`, the lower ones 0 for a lower rank.
+    Another coefficient, or one product less, is off by more than 0.1."""
+    rows = shape[0]
+    values = torch.logspace(0, math.log10(last), rows, dtype=torch.float64)
+    matrix = with_values(shape, values * (torch.arange(rows) < rank * rows))
+    expected = plain_iteration(matrix)
+    assert (orthogonalised(matrix.float()) - expected).norm() < 6e-4 * expected.norm()
+
+
+def test_wide_matrices_stay_whole_where_products_are_not():
+    """In bfloat16, under autocast and with TF32 allowed: the products of rows alone would grow 2,000 times too large
+    in the first, and in the last are not used."""
+    matrix = with_values((32, 96), torch.logspace(0, -4, 32, dtype=torch.float64)).float()
+    expected = plain_iteration(matrix)
+    narrow = orthogonalised(matrix.bfloat16())
+    assert narrow.dtype == torch.bfloat16 and (narrow - expected).norm() < 0.3 * expected.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (orthogonalised(matrix) - expected).norm() < 6e-4 * expected.norm()
+    exact = orthogonalised(matrix.double()).float()
+    before = torch.get_float32_matmul_precision()
+    assert has_whole_products(matrix) and has_whole_products(matrix.double())
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert not has_whole_products(matrix) and has_whole_products(matrix.double())
+        torch.testing.assert_close(orthogonalised(matrix), exact, rtol=0, atol=1e-4)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_zero_gradient_moves_nothing_but_the_decay():

@@ -116,7 +116,8 @@ def test_run_is_reproducible_and_seed_matters(tiny):
     assert losses["a"] == losses["b"] != losses["c"]
 
 
-@pytest.mark.parametrize("optimizer", [(), ("train.optimizer=muon", "model.dim=64")])
+@pytest.mark.parametrize("optimizer", [
+    (), ("train.optimizer=muon", "model.dim=64", "features.num_bands=4", "features.gate_bands=5")])
 def test_resume_goes_on_where_it_stopped(optimizer, tiny):
     """Six steps at once equal three and three: weights, averages, optimiser and draws all continue."""
     common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth", *optimizer)
