@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ssl_gpu import runtime
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at 0, so that small singular values grow fastest
 ITERATIONS = 5
 WIDE = 2  # times as many columns as rows: from there on it is quicker to iterate on products of rows. On a CPU a
@@ -37,7 +39,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     matrix's dtype, whatever autocast says.
     """
     first, third, fifth = COEFFICIENTS
-    with torch.autocast(matrix.device.type, enabled=False):
+    with runtime.autocast(matrix.device, False):
         x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=1e-7)
         x = x.reshape(-1, *matrix.shape[-2:])
         if x.shape[-1] >= WIDE * x.shape[-2] and has_whole_products(x):
