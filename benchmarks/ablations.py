@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "16 bands": ("features.num_bands=16",),
     "17 delays": ("features.num_delays=17",),
     "16 channels": ("model.channels=16",),
-    "16 channels, 5 blocks": ("model.channels=16", "model.depth=5"),  # 2.5 M parameters, as long a step as with 24
+    "16 channels, 5 blocks": ("model.channels=16", "model.depth=5"),  # 2.5 M parameters
     "16 channels, 176 wide": ("model.channels=16", "model.dim=176"),  # 2.9 M
     "windows of 16 ms": ("features.window=256", "features.hop=128"),  # which doubles the frames, and most of the cost
     "windows of 64 ms": ("features.window=1024",),

@@ -68,7 +68,7 @@ class DelayMap(nn.Module):
     a bin counts by its magnitude, so that the harmonics that hold speech speak. Both are in [-1, 1] and independent of
     the signal's level. Delay index d means a lag of (d / (delays - 1) * 2 - 1) * 1.1 * spacing / c by which
     microphone 1 hears earlier than microphone 0. levels are log powers relative to the mean over the clip, in bels,
-    those of the bands of the maps and behind them those of the cfg.gate_bands.
+    first those of the bands of the maps, then those of the cfg.gate_bands.
     The network that follows does not have to learn what a phase means, nor what the spacing of the array is.
 
     Raises ValueError for bands above half the sample rate or without an STFT bin, for mic_spacing <= 0, and in forward
@@ -127,7 +127,7 @@ class DelayMap(nn.Module):
 
 def relative_levels(level: Tensor) -> Tensor:
     """Levels [batch, frame, band], sums or means over bins of |X0 X1|, to their logarithms, in bels, less the mean of
-    these over frames and bands, [batch, band, frame]. A clip has a mean power of 1, a bin of silence then less than the
-    1e-4 added here."""
+    these over frames and bands, [batch, band, frame]. DelayMap scales clips to a mean power of 1; the 1e-4 is more than
+    a silent bin then has, so that silence has one level."""
     levels = torch.log10(level + 1e-4)
     return (levels - levels.mean((1, 2), keepdim=True)).transpose(1, 2)

@@ -250,8 +250,9 @@ class ConformerLocalizer(nn.Module):
     maps, their channels and delays are folded into the width of the Conformer, and what it says of each frame is pooled
     by learned weightings and by the maximum. With features.gate_bands, a gate multiplies each of the maps at each frame
     by 1 plus what it makes of the levels of so many bands and of how high every map peaks: which band to believe at
-    which moment. That is 0 at first, so the weights of a network without a gate fit as a beginning. The peaks are those
-    of the spacing of the training: a closer pair hears more coherence in a low band, whatever is there.
+    which moment. What it makes of them is 0 at first, so the weights of a network without a gate fit as a beginning. It
+    knows the peaks at the spacing of the training: a closer pair is more coherent in low bands, whatever it hears, so
+    at another spacing the gate may err.
     """
 
     neutral_at_first = ("gate.",)  # parts that change nothing until they are trained
