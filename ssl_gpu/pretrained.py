@@ -78,6 +78,9 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     change nothing until they are trained (its neutral_at_first).
     Raises ValueError, in one line that names the path, where they do not fit.
     """
+    gate = (weights.config.get("features") or {}).get("gate_bands", 0)
+    if cfg.features.gate_bands != gate and (gate or not as_beginning):
+        raise ValueError(f"features.gate_bands must be {gate}, as in {path}, got {cfg.features.gate_bands}")
     localizer, state = build_localizer(cfg), weights.state
     if as_beginning:
         for part in getattr(localizer.network, "neutral_at_first", ()):

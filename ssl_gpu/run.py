@@ -157,9 +157,12 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
         return None
     weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
     check_rooms_kept(weights.config, cfg.scene)
-    others = [name for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
-              if made_for != asked and (name, made_for) != ("features.gate_bands", 0)]  # a new gate is neutral at first
-    if others:
+    differing = {name: made_for for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
+                 if made_for != asked}
+    if differing.pop("features.gate_bands", None) == 0:                # of others load_localizer has a word to say
+        print(f"the network gets a gate, features.gate_bands={cfg.features.gate_bands}, which the weights of "
+              f"train.init={cfg.train.init} lack")
+    if others := list(differing):
         print(f"warning: the weights of train.init={cfg.train.init} were trained for another {', '.join(others)}",
               file=sys.stderr)
     return weights
