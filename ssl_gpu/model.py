@@ -255,8 +255,6 @@ class ConformerLocalizer(nn.Module):
     at another spacing the gate may err.
     """
 
-    neutral_at_first = ("gate.",)  # parts that change nothing until they are trained
-
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
                  num_tracks: int, num_angles: int):
         super().__init__()

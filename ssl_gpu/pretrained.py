@@ -74,20 +74,17 @@ def build_localizer(cfg: RunConfig) -> Localizer:
 def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginning: bool = False) -> Localizer:
     """The localiser of a configuration with weights that read_weights found at `path`, in train mode, on the CPU.
 
-    as_beginning: training is to go on from the weights, and the network may have parts that they lack, as long as those
-    change nothing until they are trained (its neutral_at_first).
+    as_beginning: training is to go on from the weights, and the network may have a gate that they lack, since a new one
+    changes nothing until it is trained.
     Raises ValueError, in one line that names the path, where they do not fit.
     """
-    gate = (weights.config.get("features") or {}).get("gate_bands", 0)
+    gate = from_mapping(RunConfig, weights.config).features.gate_bands
     if cfg.features.gate_bands != gate and (gate or not as_beginning):
         raise ValueError(f"features.gate_bands must be {gate}, as in {path}, got {cfg.features.gate_bands}")
     localizer, state = build_localizer(cfg), weights.state
-    if as_beginning:
-        for part in getattr(localizer.network, "neutral_at_first", ()):
-            own = {name: value for name, value in localizer.state_dict().items() if name.startswith(f"network.{part}")}
-            if not own.keys() & state.keys():
-                state = copy(state)                                      # which keeps what torch hangs on it
-                state.update(own)
+    if cfg.features.gate_bands != gate:
+        state = copy(state)                                              # which keeps what torch hangs on it
+        state.update({name: own for name, own in localizer.state_dict().items() if name.startswith("network.gate.")})
     try:
         localizer.load_state_dict(state)
     except RuntimeError as error:
