@@ -46,18 +46,24 @@ class FeatureConfig:
 def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor, name: str = "num_bands") -> Tensor:
     """Triangular weights [band, freq] of overlapping bands evenly spaced on the mel scale, at freq [freq] Hz.
 
-    Raises ValueError, that names the field of FeatureConfig, for a band that no frequency falls into.
+    Raises ValueError, that names the field of FeatureConfig and the most it can be, for a band that no frequency falls
+    into.
     """
+    weight = _triangles(num_bands, band_hz, freq)
+    if (weight.sum(-1) == 0).any():
+        fits = [bool((_triangles(number, band_hz, freq).sum(-1) > 0).all()) for number in range(1, num_bands + 1)]
+        raise ValueError(f"features.{name} must leave an STFT bin to every band, got {num_bands} for {len(freq)} bins "
+                         f"of {float(freq[0]):.4g} Hz, enough for {fits.index(False)}")
+    return weight
+
+
+def _triangles(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Tensor:
     low, high = (2595 * math.log10(1 + hz / 700) for hz in band_hz)
     edges = torch.linspace(low, high, num_bands + 2, dtype=torch.float64)
     mel = 2595 * torch.log10(1 + freq.double() / 700)
     rising = (mel - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
-    weight = torch.minimum(rising, falling).clamp(min=0)
-    if (weight.sum(-1) == 0).any():
-        raise ValueError(f"features.{name} must leave an STFT bin to every band, got {num_bands} "
-                         f"for {len(freq)} bins of {float(freq[0]):.4g} Hz")
-    return weight
+    return torch.minimum(rising, falling).clamp(min=0)
 
 
 class DelayMap(nn.Module):

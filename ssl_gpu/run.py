@@ -89,14 +89,14 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
         check_resumable(out)
         resumed = load_checkpoint(out / "checkpoint.pt")
         cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
-        if any(text.startswith("train.init=") for text in args.overrides):
-            raise ValueError(f"train.init is where a run begins: it goes with a new one, not with --resume, got "
-                             f"{cfg.train.init}")
+    if cfg.train.init not in (None, PACKAGED_WEIGHTS):
+        cfg = replace(cfg, train=replace(cfg.train, init=str(Path(cfg.train.init).expanduser().resolve())))
+    if resumed is not None and cfg.train.init != (began := from_mapping(RunConfig, resumed.config).train.init):
+        raise ValueError(f"train.init must stay that of the run that --resume goes on with, "
+                         f"{'null' if began is None else began}, got {cfg.train.init}")
     folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
                if (value := getattr(cfg.speech, key)) is not None}
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
-    if resumed is None and cfg.train.init not in (None, PACKAGED_WEIGHTS):
-        cfg = replace(cfg, train=replace(cfg.train, init=str(Path(cfg.train.init).expanduser().resolve())))
     if resumed is not None:
         return cfg, out, resumed
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")

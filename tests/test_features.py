@@ -161,7 +161,7 @@ def test_audio_of_the_wrong_shape_is_refused(shape):
     (dict(band_hz=(500.0, 500.0)), RATE, SPACING, "features.band_hz must satisfy 0 < low < high, got (500.0, 500.0)"),
     (dict(band_hz=(0.0, 500.0)), RATE, SPACING, "features.band_hz must satisfy 0 < low < high, got (0.0, 500.0)"),
     (dict(num_bands=200), RATE, SPACING, "features.num_bands must leave an STFT bin to every band, got 200 for "
-                                         "256 bins of 31.25 Hz"),
+                                         "256 bins of 31.25 Hz, enough for 136"),
     (dict(), 8000, SPACING, "features.band_hz must end at or below half the sample rate of 8000 Hz, "
                             "got (100.0, 7900.0)"),
     (dict(), RATE, 0.0, "mic_spacing must be > 0 m, got 0.0"),

@@ -218,7 +218,8 @@ def test_weights_of_another_meaning_are_told_and_cannot_be_claimed_later(tiny, c
     assert config["train"]["init"] == str(tiny / "run")
     assert start("train.out=same", "train.steps=3", "train.init=moved", "--resume") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: train.init is where a run begins: it goes with a new one, not with --resume, got moved")
+        f"error: train.init must stay that of the run that --resume goes on with, {tiny / 'run'}, got {tiny / 'moved'}")
+    assert start("train.out=same", "train.steps=3", "train.init=run", "--resume") == 0    # the same command, longer
 
 
 def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, capsys):
