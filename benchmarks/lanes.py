@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from benchmarks import common
 from benchmarks.bench_train import prepare
 from ssl_gpu import runtime
 from ssl_gpu.lanes import Lanes
-from ssl_gpu.train import draw_batch, in_lanes
+from ssl_gpu.train import draw_batch, in_lanes, timed_draws
 
 WARM_UP = 2  # steps
 
@@ -31,6 +32,8 @@ class Steps:
         self.network = runtime.compiled(self.run.localizer, compiled)
         self.lanes = Lanes(self.network, self.run.localizer.loss, None)
         self.timer = runtime.StepTimer(self.run.device)
+        self.draws = timed_draws(self.run, self.timer, self.lanes)
+        self.done: Counter[Callable[[], object]] = Counter()           # each has its own, for what is drawn ahead
 
     def whole(self) -> None:
         """Gradients of a batch at once."""
@@ -41,16 +44,17 @@ class Steps:
 
     def dealt(self) -> None:
         """The same in lanes."""
-        in_lanes(self.run, self.lanes, self.timer, self.cores)
+        in_lanes(self.run, self.lanes, self.draws, self.timer, self.cores)
 
     def seconds(self, gradients: Callable[[], object], threads: int) -> float:
         """What a step takes."""
         torch.set_num_threads(threads)
+        self.run.step = self.done[gradients]
+        self.done[gradients] += 1
         begin = time.perf_counter()
         self.run.optimizer.zero_grad(set_to_none=True)
         gradients()
         self.run.optimizer.step()
-        self.run.step += 1
         return time.perf_counter() - begin
 
 

@@ -6,8 +6,10 @@ benchmarks.lanes).
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,27 +42,37 @@ class Lanes:
         """
         total = sum(int(part.sum()) for part in valid)
         shares = [int(part.sum()) / max(total, 1) for part in valid]
-        threads = torch.get_num_threads()
         if self._size < len(make):
             self._pool.shutdown()
             self._pool, self._size = ThreadPoolExecutor(len(make)), len(make)
-        shape = (threads, *(len(part) for part in valid))
+        shape = (torch.get_num_threads(), *(len(part) for part in valid))
         if shape in self._used:
-            done = list(self._pool.map(self._lane, make, shares, [threads] * len(make)))
+            lanes = [self.beside(functools.partial(self._lane, *lane)) for lane in zip(make, shares)]
+            done = [lane.result() for lane in lanes]
         else:
             # A network that is compiled does so on its first call: not in several threads at once, and here, since
             # torch 2.11 crashes where the main thread compiles after another thread has (a segmentation fault in
             # FakeTensorMode; without this, by `pytest tests/test_lanes.py tests/test_compile.py`).
-            done = [self._lane(*lane, threads) for lane in zip(make, shares)]
+            done = [self._lane(*lane) for lane in zip(make, shares)]
             self._used.add(shape)
-        for weight, *parts in zip(self.weights, *(gradients for _, gradients in done)):
-            parts = [part for part in parts if part is not None]
-            weight.grad = torch.stack(parts).sum(0) if parts else None
+        used = [index for index, gradient in enumerate(done[0][1]) if gradient is not None]  # by all parts, then
+        parts = [[gradients[index] for index in used] for _, gradients in done]
+        whole = dict(zip(used, functools.reduce(torch._foreach_add, parts)))
+        for index, weight in enumerate(self.weights):
+            weight.grad = whole.get(index)
         return torch.stack([loss for loss, _ in done]).sum()
 
-    def _lane(self, make: Callable[[], MixtureBatch], share: float, threads: int) -> tuple[Tensor, tuple]:
+    def beside(self, work: Callable[[], Any]) -> Future:
+        """Begins work() in the thread of a lane, on as many threads as torch is set to, while the caller goes on."""
+        return self._pool.submit(self._on, torch.get_num_threads(), work)
+
+    @staticmethod
+    def _on(threads: int, work: Callable[[], Any]) -> Any:
         if torch.get_num_threads() != threads:  # each thread has a number of its own
             torch.set_num_threads(threads)
+        return work()
+
+    def _lane(self, make: Callable[[], MixtureBatch], share: float) -> tuple[Tensor, tuple]:
         mixture = make()
         with runtime.autocast(mixture.audio.device, self.bfloat16):
             logits = self.network(mixture.audio)

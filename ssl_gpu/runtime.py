@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -225,8 +226,8 @@ class StepTimer:
             times = timer.read()  # the only wait; times.share["simulate"], times.step_s
 
     On a GPU a section lasts from the moment the GPU reaches its first kernel to the end of its last one, on the current
-    stream, so that sections of several streams may add up to more than the step; on a CPU it is wall-clock time. Call
-    `restart` after a pause that belongs to no step, such as a validation.
+    stream, so that sections of several streams may add up to more than the step; on a CPU it is wall-clock time,
+    likewise of several threads. Call `restart` after a pause that belongs to no step, such as a validation.
     """
 
     def __init__(self, device: torch.device):
@@ -235,7 +236,7 @@ class StepTimer:
 
     def restart(self) -> None:
         """Forgets what was measured; the interval begins now."""
-        self._marks: dict[str, list[tuple]] = defaultdict(list)
+        self._marks: list[tuple] = []                                  # a thread may append while another reads
         self._steps = 0
         self._begin = self._mark()
 
@@ -246,7 +247,7 @@ class StepTimer:
         try:
             yield
         finally:
-            self._marks[name].append((begin, self._mark()))
+            self._marks.append((name, begin, self._mark()))
 
     def step(self) -> None:
         """Counts a step."""
@@ -259,14 +260,16 @@ class StepTimer:
         """
         if self._steps == 0:
             raise ValueError("StepTimer.read needs at least one step() since the interval began, got 0")
-        end = self._mark()
+        end, marks = self._mark(), tuple(self._marks)
         if self.device.type == "cuda":
             # Events, as the device may have more to do; those of sections too, which may be on streams of their own.
-            for event in (end, *(mark for pairs in self._marks.values() for _, mark in pairs)):
+            for event in (end, *(mark for _, *pair in marks for mark in pair)):
                 event.synchronize()
         total = self._seconds(self._begin, end)
-        spent = {name: sum(self._seconds(*pair) for pair in pairs) for name, pairs in self._marks.items()}
-        times = StepTimes(self._steps, total / self._steps, {name: s / total for name, s in spent.items()})
+        share: dict[str, float] = defaultdict(float)
+        for name, *pair in marks:
+            share[name] += self._seconds(*pair) / total
+        times = StepTimes(self._steps, total / self._steps, dict(share))
         self.restart()
         return times
 
@@ -293,18 +296,19 @@ class Ahead:
 
     On a GPU the work for step n + 1 is queued on a stream of its own, where it waits for the moment in the caller's
     stream at which step n was taken, and then runs beside whatever the caller has queued since. So the CPU queues the
-    step first and the GPU is not idle meanwhile. On a CPU the work is done on the spot, in the same order. make must
-    depend on its step alone: then results are the same with and without overlap, and a run that resumes at any step
-    makes its first one anew.
+    step first and the GPU is not idle meanwhile. On a CPU the work is done on the spot, in the same order, or handed to
+    `beside`, which begins it in another thread. make must depend on its step alone: then results are the same with and
+    without overlap, and a run that resumes at any step makes its first one anew.
 
     make(step) may read tensors that live as long as this object. Whatever reads its result is to be queued before the
     next `take`, and the result may be dropped at any time. On a GPU no more than two that the caller does not keep are
     in memory, however far the CPU runs ahead.
     """
 
-    def __init__(self, make: Callable[[int], Any], device: torch.device, overlap: bool | None = None):
-        """overlap None: on a GPU."""
-        self.make, self.device = make, device
+    def __init__(self, make: Callable[[int], Any], device: torch.device, overlap: bool | None = None,
+                 beside: Callable[[Callable[[], Any]], Future] | None = None):
+        """overlap None: on a GPU. beside: for a CPU."""
+        self.make, self.device, self.beside = make, device, beside
         self.overlap = device.type == "cuda" if overlap is None else overlap
         self._stream = torch.cuda.Stream(device) if self.overlap and device.type == "cuda" else None
         self._pending: tuple[int, Any] | None = None
@@ -316,7 +320,9 @@ class Ahead:
         if self._pending is None or self._pending[0] != step:
             self._pending, self._begin = None, self._now()
             self._start(step)
-        result, self._pending, self._taken = self._pending[1], None, step
+        (_, result), self._pending, self._taken = self._pending, None, step
+        if isinstance(result, Future):
+            result = result.result()
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             self._begin = self._now()
@@ -330,7 +336,11 @@ class Ahead:
     def prefetch(self) -> None:
         """With overlap, makes or queues the result of the step behind the one taken last; else does nothing."""
         if self.overlap and self._taken is not None and self._pending is None:
-            self._start(self._taken + 1)
+            step = self._taken + 1
+            if self.beside is not None:
+                self._pending = step, self.beside(lambda: self.make(step))
+            else:
+                self._start(step)
 
     def _now(self) -> "torch.cuda.Event | None":
         return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()

@@ -66,11 +66,21 @@ def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
     return runtime.Ahead(simulate, run.device, run.cfg.train.overlap)
 
 
-def in_lanes(run: Run, lanes: Lanes, timer: runtime.StepTimer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def timed_draws(run: Run, timer: runtime.StepTimer, lanes: Lanes) -> runtime.Ahead:
+    """What in_lanes draws for step after step, in one lane, since the draws of a batch are one sequence: beside the
+    optimiser's update of the step before, which has one thread as well."""
+    def draw(step: int) -> tuple[torch.Tensor, Draw]:
+        with timer.section("simulate"):
+            return draw_examples(run, step)
+
+    return runtime.Ahead(draw, run.device, overlap=run.device.type == "cpu", beside=lanes.beside)
+
+
+def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTimer,
+             count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
-    and network in `count` parts side by side, the first of which is timed."""
-    with timer.section("simulate"):
-        dry, draw = draw_examples(run, run.step)
+    and network in `count` parts side by side, the first of which is timed; the next one is being drawn."""
+    dry, draw = draws.take(run.step)
 
     def maker(index: int, part: slice) -> Callable[[], MixtureBatch]:
         def make() -> MixtureBatch:
@@ -79,7 +89,9 @@ def in_lanes(run: Run, lanes: Lanes, timer: runtime.StepTimer, count: int) -> tu
         return make
 
     parts, valid = slices(len(dry), count), draw.scenes.valid
-    return lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts]), valid
+    loss = lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts])
+    draws.prefetch()
+    return loss, valid
 
 
 def progress(run: Run, step: int, began: tuple[float, float]) -> float:
@@ -170,7 +182,7 @@ def train(run: Run, log: Log) -> int:
     lanes = Lanes(network, run.localizer.loss, run.bfloat16)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
                                 most_lanes=cfg.batch_size if separable(network) else 1)
-    batches = timed_batches(run, timer)
+    batches, draws = timed_batches(run, timer), timed_draws(run, timer, lanes)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     begun, ready_s = step, 0.0
     share = progress(run, step, began)
@@ -183,7 +195,7 @@ def train(run: Run, log: Log) -> int:
             group["lr"] = learning_rate(cfg, step - run.first, share)
         run.optimizer.zero_grad(set_to_none=True)
         if tuner.lanes > 1:
-            loss, valid = in_lanes(run, lanes, timer, tuner.lanes)
+            loss, valid = in_lanes(run, lanes, draws, timer, tuner.lanes)
         else:
             mixture = batches.take(step)
             with runtime.autocast(run.device, run.bfloat16):
