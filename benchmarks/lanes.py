@@ -33,7 +33,7 @@ class Steps:
         self.lanes = Lanes(self.network, self.run.localizer.loss, None)
         self.timer = runtime.StepTimer(self.run.device)
         self.draws = timed_draws(self.run, self.timer, self.lanes)
-        self.done: Counter[Callable[[], object]] = Counter()           # each has its own, for what is drawn ahead
+        self.done: Counter[Callable[[], object]] = Counter()  # each has its own, for what is drawn ahead
 
     def whole(self) -> None:
         """Gradients of a batch at once."""

@@ -583,7 +583,10 @@ def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_p
 def test_lanes_take_turns_with_threads(monkeypatch, capsys):
     monkeypatch.setattr(lanes, "prepare", lambda name, batch, device, more: bench_train.prepare(
         name, 2, device, [*more, "speech.clip_s=1.0"]))
+    drawn, draw = [], train.draw_examples
+    monkeypatch.setattr(train, "draw_examples", lambda run, step: (drawn.append(step), draw(run, step))[1])
     assert lanes.main(["--cores", "2", "--steps", "1"]) == 0
+    assert sorted(drawn) == sorted([*range(6), *range(4)])               # in lanes a batch ahead, each once
     lines = capsys.readouterr().out.splitlines()
     assert [line[:19].strip() for line in lines] == ["2 threads", "2 lanes", "1 thread"]
     assert all(float(line.split()[-6]) > 0 for line in lines)                           # ms

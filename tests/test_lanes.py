@@ -84,6 +84,26 @@ def test_lanes_run_side_by_side_after_their_first_call_and_on_torchs_number_of_t
         torch.set_num_threads(before)
 
 
+def test_work_beside_the_caller_has_a_thread_and_torchs_number_of_threads():
+    lanes, begin, before = Lanes(network(), loss, False), threading.Event(), torch.get_num_threads()
+
+    def work():
+        assert begin.wait(10)
+        return threading.current_thread(), torch.get_num_threads()
+
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            begin.clear()
+            found = lanes.beside(work)
+            assert not found.done()
+            begin.set()
+            thread, threads = found.result(10)
+            assert threads == number and thread is not threading.main_thread()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_in_a_lane_is_raised():
     lanes = Lanes(network(), loss, False)
     for _ in range(2):

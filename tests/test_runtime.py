@@ -3,8 +3,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -324,6 +326,27 @@ def test_results_are_those_of_their_steps_and_one_ahead_if_asked(overlap, order)
             ahead.prefetch()
     assert log == order
     assert ahead.take(3).step == 3 and log[-1] == "make 3"  # out of turn: made anew
+
+
+def test_results_ahead_may_be_made_in_another_thread():
+    """Each once; the first, and one out of turn, where they are taken; an error is raised where its result is."""
+    log = []
+
+    def make(step):
+        log.append((step, threading.current_thread() is threading.main_thread()))
+        return 1 // (step - 6)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = runtime.Ahead(make, CPU, overlap=True, beside=pool.submit)
+        for step in (3, 4, 5, 3):
+            assert ahead.take(step) == 1 // (step - 6)
+            ahead.prefetch()
+        assert ahead.take(4) == -1
+        assert sorted(log) == [(3, True), (3, True), (4, False), (4, False), (5, False), (6, False)]
+        assert ahead.take(5) == -1
+        ahead.prefetch()
+        with pytest.raises(ZeroDivisionError):
+            ahead.take(6)
 
 
 @pytest.fixture
