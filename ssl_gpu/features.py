@@ -46,14 +46,15 @@ class FeatureConfig:
 def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor, name: str = "num_bands") -> Tensor:
     """Triangular weights [band, freq] of overlapping bands evenly spaced on the mel scale, at freq [freq] Hz.
 
-    Raises ValueError, that names the field of FeatureConfig and the most it can be, for a band that no frequency falls
+    Raises ValueError, that names the field of FeatureConfig and how many would do, for a band that no frequency falls
     into.
     """
     weight = _triangles(num_bands, band_hz, freq)
     if (weight.sum(-1) == 0).any():
-        fits = [bool((_triangles(number, band_hz, freq).sum(-1) > 0).all()) for number in range(1, num_bands + 1)]
+        most = next(number for number in range(1, num_bands + 1)
+                    if (_triangles(number, band_hz, freq).sum(-1) == 0).any()) - 1
         raise ValueError(f"features.{name} must leave an STFT bin to every band, got {num_bands} for {len(freq)} bins "
-                         f"of {float(freq[0]):.4g} Hz, enough for {fits.index(False)}")
+                         f"of {float(freq[0]):.4g} Hz, {f'enough for {most}' if most else f'none within {band_hz}'}")
     return weight
 
 

@@ -1,8 +1,7 @@
 """A training step on CPU cores: each takes a part of the batch through simulation, network and back, on its own.
 
 Torch spreads every single operation over the cores and waits for the slowest at its end, a thousand times per step: two
-cores trained the main recipe, in batches of 32 by AdamW, on 58 clips/s so, on 78 with a lane each (python -m
-benchmarks.lanes).
+cores trained the main recipe on 43 clips/s so, on 65 with a lane each (entry 41 of docs/performance.md).
 """
 from __future__ import annotations
 
@@ -55,11 +54,15 @@ class Lanes:
             # FakeTensorMode; without this, by `pytest tests/test_lanes.py tests/test_compile.py`).
             done = [self._lane(*lane) for lane in zip(make, shares)]
             self._used.add(shape)
-        used = [index for index, gradient in enumerate(done[0][1]) if gradient is not None]  # by all parts, then
-        parts = [[gradients[index] for index in used] for _, gradients in done]
-        whole = dict(zip(used, functools.reduce(torch._foreach_add, parts)))
+        # Laid out as the weights: fused optimisers on a CPU read both along memory, whatever their strides.
+        whole, used = [torch.zeros_like(weight) for weight in self.weights], set()
+        for _, gradients in done:
+            had = [index for index, gradient in enumerate(gradients) if gradient is not None]
+            if had:
+                torch._foreach_add_([whole[index] for index in had], [gradients[index] for index in had])
+            used.update(had)
         for index, weight in enumerate(self.weights):
-            weight.grad = whole.get(index)
+            weight.grad = whole[index] if index in used else None
         return torch.stack([loss for loss, _ in done]).sum()
 
     def beside(self, work: Callable[[], Any]) -> Future:

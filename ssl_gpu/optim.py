@@ -45,7 +45,8 @@ class TrainConfig:
 
     out: the run folder; None for runs/<name of the configuration>-<date>.
     device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
-    overlap: simulate the next batch beside the step of this one; null: on a GPU. The batches are the same.
+    overlap: simulate the next batch beside the step of this one; null: on a GPU, and on CPU cores that share a batch
+        (ssl_gpu.lanes) what is random of it. The batches are the same.
     seed: of the weights and of every draw.
     init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
         null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice, but

@@ -89,11 +89,14 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
         check_resumable(out)
         resumed = load_checkpoint(out / "checkpoint.pt")
         cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
-    if cfg.train.init not in (None, PACKAGED_WEIGHTS):
-        cfg = replace(cfg, train=replace(cfg.train, init=str(Path(cfg.train.init).expanduser().resolve())))
-    if resumed is not None and cfg.train.init != (began := from_mapping(RunConfig, resumed.config).train.init):
-        raise ValueError(f"train.init must stay that of the run that --resume goes on with, "
-                         f"{'null' if began is None else began}, got {cfg.train.init}")
+    if resumed is None:
+        cfg = replace(cfg, train=replace(cfg.train, init=whole_path(cfg.train.init)))
+    else:                                                              # nothing is read from there any more
+        began = from_mapping(RunConfig, resumed.config).train.init
+        if whole_path(cfg.train.init) != whole_path(began):
+            raise ValueError(f"train.init must stay that of the run that --resume goes on with, "
+                             f"{'null' if began is None else began}, got {cfg.train.init}")
+        cfg = replace(cfg, train=replace(cfg.train, init=began))
     folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
                if (value := getattr(cfg.speech, key)) is not None}
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
@@ -103,6 +106,11 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
     return cfg, out, None
+
+
+def whole_path(init: str | None) -> str | None:
+    """train.init with a folder as it is known from everywhere."""
+    return init if init in (None, PACKAGED_WEIGHTS) else str(Path(init).expanduser().resolve())
 
 
 def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:

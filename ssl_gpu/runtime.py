@@ -227,7 +227,8 @@ class StepTimer:
 
     On a GPU a section lasts from the moment the GPU reaches its first kernel to the end of its last one, on the current
     stream, so that sections of several streams may add up to more than the step; on a CPU it is wall-clock time,
-    likewise of several threads. Call `restart` after a pause that belongs to no step, such as a validation.
+    of every thread's sections, which may add up to more likewise; of one that is open when an interval begins, what
+    comes after that. Call `restart` after a pause that belongs to no step, such as a validation.
     """
 
     def __init__(self, device: torch.device):
@@ -247,7 +248,8 @@ class StepTimer:
         try:
             yield
         finally:
-            self._marks.append((name, begin, self._mark()))
+            mark = name, begin, self._mark()
+            self._marks.append(mark)
 
     def step(self) -> None:
         """Counts a step."""
@@ -267,8 +269,10 @@ class StepTimer:
                 event.synchronize()
         total = self._seconds(self._begin, end)
         share: dict[str, float] = defaultdict(float)
-        for name, *pair in marks:
-            share[name] += self._seconds(*pair) / total
+        for name, begin, finish in marks:
+            if self.device.type != "cuda":
+                begin = max(begin, self._begin)
+            share[name] += self._seconds(begin, finish) / total
         times = StepTimes(self._steps, total / self._steps, dict(share))
         self.restart()
         return times
@@ -298,7 +302,8 @@ class Ahead:
     stream at which step n was taken, and then runs beside whatever the caller has queued since. So the CPU queues the
     step first and the GPU is not idle meanwhile. On a CPU the work is done on the spot, in the same order, or handed to
     `beside`, which begins it in another thread. make must depend on its step alone: then results are the same with and
-    without overlap, and a run that resumes at any step makes its first one anew.
+    without overlap, and a run that resumes at any step makes its first one anew. What it raises in another thread comes
+    with the `take` of its step.
 
     make(step) may read tensors that live as long as this object. Whatever reads its result is to be queued before the
     next `take`, and the result may be dropped at any time. On a GPU no more than two that the caller does not keep are
@@ -307,9 +312,9 @@ class Ahead:
 
     def __init__(self, make: Callable[[int], Any], device: torch.device, overlap: bool | None = None,
                  beside: Callable[[Callable[[], Any]], Future] | None = None):
-        """overlap None: on a GPU. beside: for a CPU."""
+        """overlap None: on a GPU, and with `beside`, which is for a CPU."""
         self.make, self.device, self.beside = make, device, beside
-        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self.overlap = device.type == "cuda" or beside is not None if overlap is None else overlap
         self._stream = torch.cuda.Stream(device) if self.overlap and device.type == "cuda" else None
         self._pending: tuple[int, Any] | None = None
         self._taken: int | None = None

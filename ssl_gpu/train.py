@@ -46,7 +46,8 @@ def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
     crops = draw_crops(bank, cfg.train.batch_size, cfg.scene.num_src, num_samples, cfg.speech.crop,
                        generator=generator(rng.Stream.SPEECH, bank.samples.device))
     dry = gather_crops(bank, crops, num_samples)
-    # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes.
+    # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes; in one of so many
+    # minutes it is the share when the batch is drawn.
     share = run.share if cfg.train.max_minutes is not None else (step - run.first) / cfg.train.steps
     return dry, run.simulator.draw(*dry.shape[::2], generator=generator(rng.Stream.SCENE, run.device),
                                    noise_share=noise_share(cfg.train, share))
@@ -68,18 +69,19 @@ def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
 
 def timed_draws(run: Run, timer: runtime.StepTimer, lanes: Lanes) -> runtime.Ahead:
     """What in_lanes draws for step after step, in one lane, since the draws of a batch are one sequence: beside the
-    optimiser's update of the step before, which has one thread as well."""
+    optimiser's update of the step before, which leaves the other lanes idle, unless train.overlap is false."""
     def draw(step: int) -> tuple[torch.Tensor, Draw]:
         with timer.section("simulate"):
             return draw_examples(run, step)
 
-    return runtime.Ahead(draw, run.device, overlap=run.device.type == "cpu", beside=lanes.beside)
+    overlap = run.cfg.train.overlap is not False and run.device.type == "cpu"
+    return runtime.Ahead(draw, run.device, overlap, lanes.beside)
 
 
 def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTimer,
              count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
-    and network in `count` parts side by side, the first of which is timed; the next one is being drawn."""
+    and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
     dry, draw = draws.take(run.step)
 
     def maker(index: int, part: slice) -> Callable[[], MixtureBatch]:

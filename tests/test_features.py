@@ -162,6 +162,10 @@ def test_audio_of_the_wrong_shape_is_refused(shape):
     (dict(band_hz=(0.0, 500.0)), RATE, SPACING, "features.band_hz must satisfy 0 < low < high, got (0.0, 500.0)"),
     (dict(num_bands=200), RATE, SPACING, "features.num_bands must leave an STFT bin to every band, got 200 for "
                                          "256 bins of 31.25 Hz, enough for 136"),
+    (dict(num_bands=10**6), RATE, SPACING, "features.num_bands must leave an STFT bin to every band, got 1000000 for "
+                                           "256 bins of 31.25 Hz, enough for 136"),
+    (dict(band_hz=(100.0, 120.0)), RATE, SPACING, "features.num_bands must leave an STFT bin to every band, got 8 for "
+                                                  "256 bins of 31.25 Hz, none within (100.0, 120.0)"),
     (dict(), 8000, SPACING, "features.band_hz must end at or below half the sample rate of 8000 Hz, "
                             "got (100.0, 7900.0)"),
     (dict(), RATE, 0.0, "mic_spacing must be > 0 m, got 0.0"),
@@ -209,5 +213,6 @@ def test_levels_for_a_gate_are_those_of_a_front_end_with_as_many_bands():
 def test_gate_bands_need_a_bin_each():
     with pytest.raises(ValueError, match="^features.gate_bands must leave an STFT bin to every band, got 200 for"):
         DelayMap(replace(CFG, gate_bands=200), RATE, SPACING)
+    DelayMap(replace(CFG, gate_bands=136), RATE, SPACING)
     with pytest.raises(ValueError, match="^features.gate_bands must be >= 0, got -1$"):
         replace(CFG, gate_bands=-1)

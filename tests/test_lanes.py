@@ -111,6 +111,55 @@ def test_an_error_in_a_lane_is_raised():
             lanes.gradients([lambda: mixtures(slice(0, 3)), lambda: 1 / 0], [clips()[2][:3], clips()[2][3:]])
 
 
+class Transposed(torch.autograd.Function):
+    """What it is given; the gradient lies in memory column by column."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mT.contiguous().mT
+
+
+class Choosy(nn.Module):
+    """One layer for loud clips and one for the others, and a third for none; its gradients come transposed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.soft, self.none = (nn.Parameter(torch.randn(4000, 2 * GRID) / 60) for _ in range(3))
+
+    def forward(self, audio):
+        weight = self.loud if audio.abs().max() > 10 else self.soft
+        return (audio[:, 0] @ Transposed.apply(weight)).unflatten(-1, (2, GRID))
+
+
+def test_parts_need_not_use_the_same_weights_and_gradients_lie_as_weights_do():
+    """Fused optimisers read along the memory of both."""
+    model, expected = Choosy(), Choosy()
+    scale = torch.tensor([1.0] * 4 + [100.0] * 3)[:, None, None]
+
+    def make(part):
+        mixture = mixtures(part)
+        return SimpleNamespace(audio=mixture.audio * scale[part], scenes=mixture.scenes)
+
+    parts = [slice(0, 4), slice(4, 7)]
+    for order in (parts, parts[::-1]):
+        for _ in range(2):
+            Lanes(model, loss, False).gradients([lambda part=part: make(part) for part in order],
+                                                [clips()[2][part] for part in order])
+            assert model.none.grad is None
+            for name, part in (("soft", parts[0]), ("loud", parts[1])):
+                share = clips()[2][part].sum() / clips()[2].sum()
+                wanted, = torch.autograd.grad(share * loss(expected(make(part).audio), make(part).scenes),
+                                              getattr(expected, name))
+                found = getattr(model, name).grad
+                assert wanted.stride() != found.stride() == getattr(model, name).stride()
+                torch.testing.assert_close(found, wanted)
+
+
 def test_frozen_weights_get_no_gradient():
     model = network()
     model.fold.requires_grad_(False)

@@ -225,6 +225,20 @@ def test_every_reading_is_of_its_own_interval(monkeypatch):
         timer.read()
 
 
+def test_of_a_section_that_was_open_already_an_interval_has_what_came_after_its_begin(monkeypatch):
+    """As of one in another thread."""
+    clock = Clock()
+    monkeypatch.setattr(runtime.time, "perf_counter", clock)
+    timer = runtime.StepTimer(CPU)
+    with timer.section("simulate"):
+        clock.work(50.0)
+        timer.restart()
+        clock.work(1.0)
+    clock.work(3.0)
+    timer.step()
+    assert timer.read() == runtime.StepTimes(1, 4.0, {"simulate": 0.25})
+
+
 def test_section_counts_when_its_block_fails(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(runtime.time, "perf_counter", clock)
@@ -337,7 +351,7 @@ def test_results_ahead_may_be_made_in_another_thread():
         return 1 // (step - 6)
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = runtime.Ahead(make, CPU, overlap=True, beside=pool.submit)
+        ahead = runtime.Ahead(make, CPU, beside=pool.submit)
         for step in (3, 4, 5, 3):
             assert ahead.take(step) == 1 // (step - 6)
             ahead.prefetch()

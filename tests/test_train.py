@@ -218,8 +218,11 @@ def test_weights_of_another_meaning_are_told_and_cannot_be_claimed_later(tiny, c
     assert config["train"]["init"] == str(tiny / "run")
     assert start("train.out=same", "train.steps=3", "train.init=moved", "--resume") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: train.init must stay that of the run that --resume goes on with, {tiny / 'run'}, got {tiny / 'moved'}")
+        f"error: train.init must stay that of the run that --resume goes on with, {tiny / 'run'}, got moved")
     assert start("train.out=same", "train.steps=3", "train.init=run", "--resume") == 0    # the same command, longer
+    (tiny / "run").symlink_to(tiny / "moved")
+    assert start("train.out=same", "train.steps=4", "--resume") == 0
+    assert load_checkpoint(tiny / "same" / "checkpoint.pt").config["train"]["init"] == str(tiny / "run")
 
 
 def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, capsys):
