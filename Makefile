@@ -13,7 +13,7 @@ help:
 	@echo "make lint       flake8"
 	@echo "make clean      remove $(VENV), build products and caches; runs/ and data/ stay"
 	@echo "Each installs what it needs into VENV=$(VENV) with PYTHON=$(PYTHON); ARGS=\"...\" is passed on, for example"
-	@echo "make train ARGS=\"scene.num_mics=4\"   make test ARGS=\"-k rir\""
+	@echo "make train ARGS=\"train.max_minutes=2\"   make test ARGS=\"-k rir\""
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m ssl_gpu.train $(CONFIG) $(ARGS)

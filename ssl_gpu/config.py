@@ -1,15 +1,19 @@
 """Run configurations: nested frozen dataclasses read strictly from YAML and `section.key=value`; errors of one line.
 
+    python -m ssl_gpu.config FILE [section.key=value ...]     # all keys with their values, and where they are described
+
 A field may be an int, float, bool, str, Enum (written as its value), a tuple of such (written as a list), a dataclass
 (a section), or one of these | None. Ranges and relations are checked by each section's own __post_init__.
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -356,3 +360,37 @@ def _parse(text: str | bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:  # a byte that is not text; a date such as 2020-02-31
         line, problem = "", " ".join(str(error).split())
     raise ConfigError(f"{where}{line}: {' '.join(problem.split())}")
+
+
+# ---- command line ----
+
+
+def described(config: Any) -> str:
+    """Its YAML; above every section a comment with the class whose docstring says what its keys mean."""
+    lines = []
+    for line in to_yaml(config).splitlines():
+        name = line.partition(":")[0]
+        if not line.startswith(" ") and dataclasses.is_dataclass(section := getattr(config, name, None)):
+            lines.append(f"# {type(section).__module__}.{type(section).__name__}")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.config",
+                                     description="Prints all keys of a configuration with their values, as YAML, and "
+                                                 "where each section is described.")
+    parser.add_argument("config", help="a YAML file, for example configs/librispeech.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        print(described(load_config(RunConfig, args.config, args.overrides)), end="")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ssl_gpu.config import (ConfigError, apply_overrides, from_mapping, load_config, load_yaml, save_yaml, to_mapping,
-                            to_yaml, walk_fields)
+from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, load_yaml, main,
+                            save_yaml, to_mapping, to_yaml, walk_fields)
 
 
 class Pattern(Enum):
@@ -307,3 +307,26 @@ def test_merged_mapping_may_repeat_a_key(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  a: 3\n")
     assert load_yaml(path)["other"] == {"a": 3, "b": 2}
+
+
+def test_the_command_prints_every_key_and_where_it_is_described(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {steps: 3}\n")
+    assert main([str(path), "train.lr=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "# ssl_gpu.optim.TrainConfig\ntrain:\n" in printed and "\n  lr: 0.5\n" in printed
+    (tmp_path / "all.yaml").write_text(printed)
+    assert load_config(RunConfig, tmp_path / "all.yaml") == load_config(RunConfig, path, ["train.lr=0.5"])
+    assert set(load_yaml(tmp_path / "all.yaml")["train"]) == set(to_mapping(load_config(RunConfig, path))["train"])
+    comments = [line for line in printed.splitlines() if line.startswith("#")]
+    assert len(comments) == sum(not line.startswith((" ", "#")) for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere.yaml"], "error: cannot read configuration nowhere.yaml: No such file or directory"),
+    (["{path}", "train.lr=0"], "error: train.lr must be > 0, got 0.0")])
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("train: {steps: 3}\n")
+    assert main([argument.format(path="run.yaml") for argument in arguments]) == 2
+    assert capsys.readouterr().err == message + "\n"
