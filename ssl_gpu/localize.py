@@ -336,6 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before the results", file=sys.stderr)
+        return 130
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(report(result))

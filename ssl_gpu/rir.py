@@ -125,8 +125,9 @@ class RirConfig:
             return
         for field in fields(self):  # which the images of the walls have no use for
             if field.name in FRA_CHOICES and getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
                 raise ValueError(f"rir.{field.name} is a choice of rir.method=fra only, got "
-                                 f"{getattr(self, field.name)} with {self.method.value}")
+                                 f"{value.value if isinstance(value, Enum) else value} with {self.method.value}")
 
     def _check_bands(self):
         if self.uses_walls and self.in_bands:

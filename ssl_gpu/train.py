@@ -333,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{run.out}: {run.cfg.model.kind.value} model, "
           f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
           f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} talkers, "
-          f"{run.speech.duration_s / 3600:.2f} h of speech")
+          f"{run.speech.duration_s / 3600:.2f} h of speech"
+          + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else ""))
     signal.signal(signal.SIGTERM, interrupt)
     log = Log(run.out, run.share)
     try:
@@ -360,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return status
     print(result_table(result))
-    print(f"{result['steps'] - run.first} steps, {result['examples'] - run.first_examples} examples in "
+    done = result["steps"] - run.first
+    print(f"{done} step{'s' * (done != 1)}, {result['examples'] - run.first_examples} examples in "
           f"{result['minutes']:.1f} min; {run.out}/result.json")
     return 0
 

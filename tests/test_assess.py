@@ -279,6 +279,15 @@ def test_mistake_costs_one_line(arguments, message, checkpoint, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_cli, "run", interrupted)
+    assert run("--sets", "e1") == 130
+    assert capsys.readouterr().err == "interrupted before the results\n"
+
+
 def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):
     assert run() == 2
     assert capsys.readouterr().err == "error: a checkpoint is needed, or --sets for the packaged weights\n"

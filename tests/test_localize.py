@@ -435,6 +435,15 @@ def test_every_mistake_is_one_line_and_writes_nothing(folder, name, capsys):
     assert captured.out == "" and sorted(folder.rglob("*")) == before
 
 
+def test_an_interruption_is_one_line(folder, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(localize, "localize", interrupted)
+    assert start("talk.wav", "run") == 130
+    assert capsys.readouterr().err == "interrupted before the results\n"
+
+
 def test_help_describes_every_argument(capsys):
     with pytest.raises(SystemExit) as end:
         start("--help")

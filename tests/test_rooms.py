@@ -177,3 +177,8 @@ def test_evaluation_set_is_in_the_rooms_of_the_method():
     assert len({first.digest for first, _ in sets.values()}) == len(METHODS)
     assert torch.equal(sets["ism"][0].mixture.scenes.src_pos, sets["fra"][0].mixture.scenes.src_pos)
     assert not torch.allclose(sets["ism"][0].mixture.audio, sets["fra"][0].mixture.audio)
+
+
+def test_choices_of_fra_rir_are_refused_for_other_methods_in_their_own_words():
+    with pytest.raises(ValueError, match="^rir.decay is a choice of rir.method=fra only, got measured with ism$"):
+        RirConfig(method="ism", decay="measured")

@@ -214,6 +214,16 @@ def test_speech_of_the_wrong_shape_is_refused(shape):
     assert str(error.value) == f"dry speech must be [batch, src=2, sample], got {list(shape)}"
 
 
+def test_speech_as_an_array_is_refused():
+    """It has a shape, and in numpy 2 a device called cpu."""
+    simulate, dry = simulator(), speech(2).numpy()
+    for call in (lambda: simulate(dry, generator=seeded(0)),
+                 lambda: simulate.render(dry, simulate.draw(2, 2000, generator=seeded(0)))):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == "dry speech must be a torch tensor, got numpy.ndarray"
+
+
 def test_speech_of_another_batch_than_the_draw_is_refused():
     """With a chunk that divides both, labels of scenes nobody speaks in would come back."""
     simulate = simulator(chunk=2, mixing=MixtureConfig())
