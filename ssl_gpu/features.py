@@ -50,21 +50,24 @@ def mel_bands(num_bands: int, band_hz: tuple[float, float], freq: Tensor, name: 
     into.
     """
     weight = _triangles(num_bands, band_hz, freq)
-    if (weight.sum(-1) == 0).any():
-        most = next(number for number in range(1, num_bands + 1)
-                    if (_triangles(number, band_hz, freq).sum(-1) == 0).any()) - 1
+    if weight is None:
+        most = next(number for number in range(1, num_bands + 1) if _triangles(number, band_hz, freq) is None) - 1
         raise ValueError(f"features.{name} must leave an STFT bin to every band, got {num_bands} for {len(freq)} bins "
                          f"of {float(freq[0]):.4g} Hz, {f'enough for {most}' if most else f'none within {band_hz}'}")
     return weight
 
 
-def _triangles(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Tensor:
+def _triangles(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Tensor | None:
+    """The weights, None where a band has no frequency."""
+    if num_bands > 2 * len(freq):  # a frequency is in two bands at most
+        return None
     low, high = (2595 * math.log10(1 + hz / 700) for hz in band_hz)
     edges = torch.linspace(low, high, num_bands + 2, dtype=torch.float64)
     mel = 2595 * torch.log10(1 + freq.double() / 700)
     rising = (mel - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0)
+    weight = torch.minimum(rising, falling).clamp(min=0)
+    return weight if (weight.sum(-1) > 0).all() else None
 
 
 class DelayMap(nn.Module):
