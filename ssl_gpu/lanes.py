@@ -1,7 +1,7 @@
 """A training step on CPU cores: each takes a part of the batch through simulation, network and back, on its own.
 
 Torch spreads every single operation over the cores and waits for the slowest at its end, a thousand times per step: two
-cores trained the main recipe on 43 clips/s so, on 65 with a lane each (entry 41 of docs/performance.md).
+cores trained the main recipe on 43 clips/s so, on 63 with a lane each (entry 41 of docs/performance.md).
 """
 from __future__ import annotations
 

@@ -113,7 +113,6 @@ class Simulator:
         Raises ValueError when dry is not a tensor [batch, src, sample], as many as there are scenes and sources.
         """
         num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
-        check_tensor(dry)
         if dry.ndim != 3 or dry.shape[1] != num_src or 0 in dry.shape:
             raise ValueError(f"dry speech must be [batch, src={num_src}, sample], got {list(dry.shape)}")
         return self.render(dry, self.draw(dry.shape[0], dry.shape[-1], generator=generator, scenes=scenes,
@@ -182,9 +181,11 @@ class Simulator:
         """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch; scenes that are not valid are silent.
         Deterministic, but for the last bits on a GPU, where arrivals that share a tap are added in any order.
 
-        Raises ValueError when dry does not belong to the draw, and for simulator.fused on a GPU without Triton.
+        Raises ValueError when dry is no tensor or does not belong to the draw, and for simulator.fused on a GPU without
+        Triton.
         """
-        check_tensor(dry)
+        if not isinstance(dry, Tensor):  # an array has a shape, and in numpy 2 a device called cpu
+            raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")
         if dry.device != draw.scenes.rt60.device:
             raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
         if dry.shape[:1] != draw.scenes.rt60.shape:
@@ -206,9 +207,3 @@ class Simulator:
         if parts[0].early is not None:
             early = torch.where(valid[..., None], torch.cat([p.early for p in parts]), 0.0)
         return MixtureBatch(audio, early, draw.scenes, self.rir.sample_rate)
-
-
-def check_tensor(dry: object) -> None:
-    """Raises ValueError for speech as an array, which has a shape and even a device."""
-    if not isinstance(dry, Tensor):
-        raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")

@@ -147,9 +147,9 @@ def test_parts_need_not_use_the_same_weights_and_gradients_lie_as_weights_do():
 
     parts = [slice(0, 4), slice(4, 7)]
     for order in (parts, parts[::-1]):
-        for _ in range(2):
-            Lanes(model, loss, False).gradients([lambda part=part: make(part) for part in order],
-                                                [clips()[2][part] for part in order])
+        lanes = Lanes(model, loss, False)
+        for _ in range(2):                                              # one by one, then side by side
+            lanes.gradients([lambda part=part: make(part) for part in order], [clips()[2][part] for part in order])
             assert model.none.grad is None
             for name, part in (("soft", parts[0]), ("loud", parts[1])):
                 share = clips()[2][part].sum() / clips()[2].sum()

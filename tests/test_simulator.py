@@ -215,7 +215,6 @@ def test_speech_of_the_wrong_shape_is_refused(shape):
 
 
 def test_speech_as_an_array_is_refused():
-    """It has a shape, and in numpy 2 a device called cpu."""
     simulate, dry = simulator(), speech(2).numpy()
     for call in (lambda: simulate(dry, generator=seeded(0)),
                  lambda: simulate.render(dry, simulate.draw(2, 2000, generator=seeded(0)))):
