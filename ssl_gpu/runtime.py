@@ -120,14 +120,22 @@ def constant(function: Compilable) -> Compilable:
 
     For tables and sizes that follow from a few numbers: torch compiles neither numpy nor what functools remembers.
     """
-    remembered = functools.lru_cache(maxsize=128)(function)
+    @functools.lru_cache(maxsize=128)
+    def remembered(*arguments):
+        # In a tuple, which the compiler gives a name of its own. A bare tensor it names after this code, whichever
+        # function and arguments it came from, and then refuses a second one in the same graph.
+        return (function(*arguments),)
 
-    @functools.wraps(function)
-    def look_up(*arguments):
+    def boxed(*arguments):
         return remembered(*arguments)
 
     # What torch.compiler.assume_constant_result does, which imports the compiler: a second, and it makes folders.
-    look_up._dynamo_marked_constant = True
+    boxed._dynamo_marked_constant = True
+
+    @functools.wraps(function)
+    def look_up(*arguments):
+        return boxed(*arguments)[0]
+
     return look_up
 
 

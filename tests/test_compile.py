@@ -11,6 +11,7 @@ from ssl_gpu.laws import Decay, ImageRange
 from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
 from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.rooms import draw_rooms, render_rooms
+from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 from ssl_gpu.synthesis import RirBatch
@@ -111,6 +112,43 @@ def test_exact_rooms_are_not_compiled(rir):
 def test_a_second_graph_is_noticed():
     with pytest.raises(torch._dynamo.exc.Unsupported):
         whole(lambda x: print(x), "eager")(torch.ones(2))
+
+
+@constant
+def table(first):
+    return torch.arange(3.0) + first
+
+
+@constant
+def other_table(first):
+    return torch.arange(3.0) - first
+
+
+@constant
+def tables(first):
+    return torch.full((3,), first), (torch.full((3,), 2 * first),)
+
+
+@constant
+def size(number):
+    return number + 1
+
+
+def add_constants(x):
+    """By methods: what operators make of constants alone is computed while tracing, so that they are not in the graph.
+    """
+    one, (two,) = tables(5.0)
+    for part in (table(1), table(2), table(1), other_table(1), one, two, tables(7.0)[0]):
+        x = x + part.exp() * size(2) / size(3)
+    return x
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("function", [add_constants, lambda x: (x + table(1).exp() + size(2), table(3), tables(5.0))])
+def test_constants_of_one_graph_are_told_apart(function):
+    """Whatever functions, arguments or tuples they come from: aot_eager, a part of inductor, wants a name for each."""
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    assert_close(whole(function, "aot_eager")(x), function(x), rtol=0, atol=0)
 
 
 @pytest.mark.slow
