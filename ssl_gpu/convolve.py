@@ -4,8 +4,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
 from ssl_gpu.microphones import REACH, Microphones
 from ssl_gpu.runtime import constant
+
+OTHER_LENGTHS = 1.3  # time per point of cuFFT's 2^a 3^b points over that of its 2^a, on an H200: 1.15 to 1.5
 
 
 @constant
@@ -27,6 +30,23 @@ def fast_length(length: int) -> int:
             three *= 3
         five *= 5
     return best
+
+
+@constant
+def transform_length(length: int, device: torch.device) -> int:
+    """fast_length, on a GPU the quicker of the next 2^a and the next even 2^a 3^b.
+
+    Per point cuFFT's real transforms take, of 16,384, 32,768 and 65,536, 3.0, 3.9 and 5.3 ps on an H200, of 12,288,
+    24,576 and 62,208 4.5, 5.1 and 7.0, and with a factor of five 5 to 12: 60,000 is dearer than 65,536.
+    """
+    if not runtime.is_gpu(device):
+        return fast_length(length)
+    two, best = 1 << max(1, (length - 1).bit_length()), 1 << 62
+    three = 3
+    while three < 2 * two:
+        best = min(best, three * max(2, 1 << (-(-length // three) - 1).bit_length()))
+        three *= 3
+    return best if OTHER_LENGTHS * best < two else two
 
 
 def _check_shapes(signal: Tensor, rir: Tensor) -> None:
@@ -52,7 +72,7 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     if num_samples is not None and not 1 <= num_samples <= total:
         raise ValueError(f"num_samples must be in 1..{total} = sample + tap - 1, got {num_samples}")
     # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front.
-    n_fft = fast_length(total if microphones is None else total + 2 * REACH)
+    n_fft = transform_length(total if microphones is None else total + 2 * REACH, signal.device)
     sources, responses = torch.fft.rfft(signal, n_fft)[:, None], torch.fft.rfft(rir, n_fft)
     if microphones is not None:
         responses.mul_(microphones.response(n_fft)[:, :, None])
@@ -75,7 +95,7 @@ def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536) -> Tensor:
         raise ValueError(f"convolve_blocks: block must be >= 1 sample, got {block}")
     batch, mics, _, taps = rir.shape
     samples = signal.shape[-1]
-    n_fft = fast_length(min(block, samples) + taps - 1)
+    n_fft = transform_length(min(block, samples) + taps - 1, signal.device)
     response = torch.fft.rfft(rir, n_fft)
     out = signal.new_zeros(batch, mics, samples + taps - 1)
     for start in range(0, samples, block):

@@ -1,4 +1,8 @@
-"""Kernels for a GPU, in Triton: what would take many passes over memory in one. Importing this needs Triton."""
+"""Kernels for a GPU, in Triton: arrivals added up in one pass over memory, and FRA-RIR's found on the way.
+
+Importing this needs Triton. The sums are those of ssl_gpu.scatter, the physics that of ssl_gpu.rir, which are the
+reference for both: tests/test_scatter.py compares them in Triton's interpreter.
+"""
 from __future__ import annotations
 
 from typing import Optional
@@ -14,27 +18,36 @@ BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight fo
 
 
 @triton.jit
-def add_kernels_program(total, table, slot, amplitude, early, arrivals, row_length, parts_apart,
-                        has_early: tl.constexpr, phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr,
-                        block: tl.constexpr):
-    """`block` arrivals of one RIR, program_id(0). The two sums in total [2, row, row_length] lie parts_apart elements
-    apart; table [2^phase_bits, tap]; slot, amplitude, early [row, arrival]. The taps of an arrival lie side by side in
-    both, so that the threads of a warp add to neighbouring addresses. Left out are arrivals of amplitude 0, as those
-    that pad a batch, and any that would leave its row, so that it cannot write into another's."""
-    row = tl.program_id(0).to(tl.int64)
-    arrival = tl.program_id(1) * block + tl.arange(0, block)
-    inside = arrival < arrivals
-    place = tl.load(slot + row * arrivals + arrival, mask=inside, other=0)
-    strength = tl.load(amplitude + row * arrivals + arrival, mask=inside, other=0.0)
-    start = place >> phase_bits
-    if has_early:
-        flag = tl.load(early + row * arrivals + arrival, mask=inside, other=0)
-        start += flag.to(tl.int64) * (row_length // 2)
+def _add_taps(total, table, row, place, strength, early, row_length, parts_apart, phase_bits: tl.constexpr,
+              taps: tl.constexpr, main_taps: tl.constexpr):
+    """Adds the kernels of arrivals in slots place [arrival] int64, as strong as strength, to row `row`, from its middle
+    on where early is 1. The taps of an arrival lie side by side in total and table, so that the threads of a warp add
+    to neighbouring addresses. Left out are arrivals of amplitude 0, as those that pad a batch, and any that would leave
+    its row, so that it cannot write into another's."""
+    start = (place >> phase_bits) + early * (row_length // 2)
     tap = tl.arange(0, taps)[None, :]
     weight = tl.load(table + (place & ((1 << phase_bits) - 1))[:, None] * taps + tap)
     target = total + row * row_length + start[:, None] + tap + tl.where(tap < main_taps, 0, parts_apart)
     counts = (strength != 0) & (start >= 0) & (start + taps <= row_length)
     tl.atomic_add(target, weight * strength[:, None], mask=counts[:, None], sem="relaxed")
+
+
+@triton.jit
+def add_kernels_program(total, table, slot, amplitude, early, arrivals, blocks, row_length, parts_apart,
+                        has_early: tl.constexpr, phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr,
+                        block: tl.constexpr):
+    """`block` arrivals of one RIR; all blocks of a row follow one another, so that its sums stay in the cache. The two
+    sums in total [2, row, row_length] lie parts_apart elements apart; table [2^phase_bits, tap]; slot, amplitude, early
+    [row, arrival]."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    arrival = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    inside = arrival < arrivals
+    place = tl.load(slot + row * arrivals + arrival, mask=inside, other=0)
+    strength = tl.load(amplitude + row * arrivals + arrival, mask=inside, other=0.0)
+    flag = tl.full(place.shape, 0, tl.int64)
+    if has_early:
+        flag = tl.load(early + row * arrivals + arrival, mask=inside, other=0).to(tl.int64)
+    _add_taps(total, table, row, place, strength, flag, row_length, parts_apart, phase_bits, taps, main_taps)
 
 
 @library.triton_op("ssl_gpu::add_kernels", mutates_args={"total"})
@@ -54,7 +67,74 @@ def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tenso
     arrivals, (phases, taps) = slot.shape[-1], table.shape
     # Never read where there is none. A view as bytes would do, but the compiler cannot lower it for bool.
     flags = slot if early is None else early.to(torch.uint8).contiguous()
-    grid = (slot.shape[:-1].numel(), triton.cdiv(arrivals, BLOCK))
-    program[grid](total, table, slot.contiguous(), amplitude.contiguous(), flags, arrivals, total.shape[-1],
-                  total.stride(0), has_early=early is not None, phase_bits=phases.bit_length() - 1, taps=taps,
-                  main_taps=main_taps, block=BLOCK)
+    blocks = triton.cdiv(arrivals, BLOCK)
+    program[(slot.shape[:-1].numel() * blocks,)](
+        total, table, slot.contiguous(), amplitude.contiguous(), flags, arrivals, blocks, total.shape[-1],
+        total.stride(0), has_early=early is not None, phase_bits=phases.bit_length() - 1, taps=taps,
+        main_taps=main_taps, block=BLOCK)
+
+
+@triton.jit
+def add_images_program(total, table, places, rooms, direction, ratio, perturbation, active, images, blocks, mics, srcs,
+                       row_length, parts_apart, perturbation_exponent, full_range: tl.constexpr,
+                       phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr, block: tl.constexpr):
+    """`block` images of one source at one microphone, the direct path the first of them: rir.find_arrivals and
+    rir.image_amplitude, in the same precisions, and add_kernels_program at once.
+
+    places [batch, mic, src, 5] float64 and rooms [batch, 7] float64 as of image_tables; direction [batch, src, image,
+    3], ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    image = (tl.program_id(0) % blocks) * block + tl.arange(0, block) - 1
+    batch, src = row // (mics * srcs), row % srcs
+    room, place = rooms + batch * 7, places + row * 5
+    reach, slope, log2_coefficient, last = tl.load(room), tl.load(room + 1), tl.load(room + 2), tl.load(room + 3)
+    epsilon, slots_per_s, speed = tl.load(room + 4), tl.load(room + 5), tl.load(room + 6)
+    closest, direct = tl.load(place + 3), tl.load(place + 4)
+
+    inside = (image >= 0) & (image < images)
+    inside = inside & (tl.load(active + batch * images + image, mask=inside, other=0) != 0)
+    at = (batch * srcs + src) * images + image
+    near = tl.load(ratio + at, mask=inside, other=1.0)
+    image_dist = closest * near.to(tl.float64)
+    x = tl.load(place) + image_dist * tl.load(direction + 3 * at, mask=inside, other=0.0).to(tl.float64)
+    y = tl.load(place + 1) + image_dist * tl.load(direction + 3 * at + 1, mask=inside, other=0.0).to(tl.float64)
+    z = tl.load(place + 2) + image_dist * tl.load(direction + 3 * at + 2, mask=inside, other=0.0).to(tl.float64)
+    dist = tl.where(image < 0, direct, tl.sqrt(x * x + y * y + z * z + epsilon))
+
+    spread = tl.load(perturbation + at, mask=inside, other=0.0) * tl.exp2(perturbation_exponent * tl.log2(near))
+    reflections = ((dist / reach) * slope + 1).to(tl.float32) + spread
+    strength = tl.exp2(tl.maximum(reflections, 1.0) * log2_coefficient.to(tl.float32)) / dist.to(tl.float32)
+    strength = tl.where(image < 0, 1 / dist.to(tl.float32), strength)
+    slot = tl.ceil(dist * slots_per_s / speed)
+    # `last` is below 0 in scenes that another method renders.
+    counts = ((image < 0) | inside) & (last + tl.full((block,), 0.0, tl.float64) >= 0)
+    if full_range:
+        counts = counts & ((image < 0) | (slot <= last))
+    strength = tl.where(counts, strength, 0.0)
+    slot = tl.where(counts, tl.minimum(slot, last), 0).to(tl.int64)
+    no_flag = tl.full(slot.shape, 0, tl.int64)
+    _add_taps(total, table, row, slot, strength, no_flag, row_length, parts_apart, phase_bits, taps, main_taps)
+
+
+@library.triton_op("ssl_gpu::add_images", mutates_args={"total"})
+def add_images_fused(total: Tensor, table: Tensor, places: Tensor, rooms: Tensor, direction: Tensor, ratio: Tensor,
+                     perturbation: Tensor, active: Tensor, perturbation_exponent: float, full_range: bool,
+                     main_taps: int) -> None:
+    """FRA-RIR's direct paths and images added up in place: total [2, batch, mic, src, length] float32, table [phase,
+    tap]; the others as add_images_program's, active bool."""
+    with runtime.current_device(total.device):
+        launch_images(library.wrap_triton(add_images_program), total, table, places, rooms, direction, ratio,
+                      perturbation, active, perturbation_exponent, full_range, main_taps)
+
+
+def launch_images(program, total: Tensor, table: Tensor, places: Tensor, rooms: Tensor, direction: Tensor,
+                  ratio: Tensor, perturbation: Tensor, active: Tensor, perturbation_exponent: float, full_range: bool,
+                  main_taps: int) -> None:
+    """Runs add_images_program, or the same in Triton's interpreter, over all images."""
+    (_, mics, srcs, _), images, (phases, taps) = places.shape, ratio.shape[-1], table.shape
+    blocks = triton.cdiv(1 + images, BLOCK)
+    program[(places.shape[:-1].numel() * blocks,)](
+        total, table, places.contiguous(), rooms.contiguous(), direction.contiguous(), ratio.contiguous(),
+        perturbation.contiguous(), active.to(torch.uint8).contiguous(), images, blocks, mics, srcs, total.shape[-1],
+        total.stride(0), perturbation_exponent, full_range=full_range, phase_bits=phases.bit_length() - 1, taps=taps,
+        main_taps=main_taps, block=BLOCK)

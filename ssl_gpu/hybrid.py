@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ssl_gpu import rng
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, shortest_rt60, trace_images
@@ -57,7 +58,7 @@ def draw_tail(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generat
     device, shape = scenes.rt60.device, (*scenes.src_pos.shape[:2], cfg.tail_arrivals)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device).mul_(high - low).add_(low)
+        return rng.uniform(shape, low, high, generator=generator)
 
     direction = unit_from_polar(uniform(-math.pi, math.pi), torch.acos(uniform(-1, 1)))
     place = (torch.arange(shape[-1], device=device) + uniform(0, 1)) / shape[-1]

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.microphones import Microphones, draw_microphones
@@ -160,8 +161,10 @@ def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Ten
     return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
 
 
-def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> MixtureBatch:
-    """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs.
+def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False) -> MixtureBatch:
+    """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs; nothing
+    in scenes that are not valid. fused: on a GPU with ssl_gpu.fused_convolve where that fits, to a few roundings the
+    same.
 
     Raises ValueError when the shapes of dry speech and RIRs do not belong together.
     """
@@ -169,12 +172,19 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw) -> M
         raise ValueError(f"dry speech [batch, src, sample] must match RIRs [batch, mic, src, tap], "
                          f"got {list(dry.shape)} and {list(rirs.full.shape)}")
     num_samples = dry.shape[-1]
-    dry = dry * draw.gain[..., None]
-    mics = draw.microphones
-    speech = audio = convolve_sources(dry, rirs.full, num_samples, microphones=mics)
-    early = None
-    if rirs.early is not None:
-        early = convolve_sources(dry, rirs.early, num_samples, keep_src=True, microphones=mics)
+    mics, speech, early = draw.microphones, None, None
+    valid = scenes.valid[:, None, None]
+    if fused and runtime.is_gpu(dry.device) and mics is None and rirs.early is None:
+        from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
+        speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid)
+    if speech is None:
+        dry = dry * draw.gain[..., None]
+        # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
+        speech = torch.where(valid, convolve_sources(dry, rirs.full, num_samples, microphones=mics), 0.0)
+        if rirs.early is not None:
+            early = convolve_sources(dry, rirs.early, num_samples, keep_src=True, microphones=mics)
+            early = torch.where(valid[..., None], early, 0.0)
+    audio = speech
     if draw.sensor is not None:
         audio = _add_noise(audio, draw.sensor, speech, draw.sensor_snr)
     if draw.diffuse is not None:

@@ -14,14 +14,17 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from ssl_gpu.acoustics import SPEED_OF_SOUND, distance, reflection_coefficient
+from ssl_gpu import rng, runtime
+from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance, reflection_coefficient
 from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
 from ssl_gpu.checks import read_enums
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
+from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.synthesis import OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize
+from ssl_gpu.synthesis import (MAIN_TAPS, OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize,
+                               synthesize_added)
 
 
 class Method(Enum):
@@ -222,7 +225,7 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     shape = (batch, num_src, most)
 
     def uniform(a: float, b: float) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device).mul_(b - a).add_(a)
+        return rng.uniform(shape, a, b, generator=generator)
 
     count = torch.randint(low, high + 1, (batch, 1), generator=generator, device=device)
     if cfg.images_per_s is not None:
@@ -377,10 +380,61 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, fused: bo
     if cfg.method is not Method.FRA or cfg.is_mixed:
         raise ValueError(f"render_rir is of rir.method=fra alone, got {cfg.method.value} with rir.hybrid_share="
                          f"{cfg.hybrid_share}, rir.ism_share={cfg.ism_share}; rooms.render_rooms renders any")
-    arrivals, slots = find_arrivals(cfg, scenes, images), slots_in_rir(cfg.sample_rate, scenes.rt60)
+    slots = slots_in_rir(cfg.sample_rate, scenes.rt60)
+    if fused and can_add_images(cfg, scenes):
+        return synthesize_added(cfg.sample_rate, (len(scenes), scenes.mic_pos.shape[1], scenes.src_pos.shape[1]),
+                                lambda total, table: add_images(cfg, scenes, images, total, table), slots,
+                                scenes.max_rt60)
+    arrivals = find_arrivals(cfg, scenes, images)
     if cfg.in_bands:
         return _render_bands(cfg, scenes, images, arrivals, slots, fused)
     return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
+
+
+def can_add_images(cfg: RirConfig, scenes: SceneBatch) -> bool:
+    """Whether add_images has a kernel for this: on a GPU, for the whole RIR of omni sources and microphones, by the
+    reference's decay."""
+    plain = cfg.src_pattern is cfg.mic_pattern is Pattern.OMNI and cfg.decay is Decay.NOMINAL
+    return runtime.is_gpu(scenes.rt60.device) and plain and not cfg.early and not cfg.in_bands
+
+
+def add_images(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, total: Tensor, table: Tensor,
+               chosen: Tensor | None = None) -> None:
+    """find_arrivals and scatter.add_kernels in one kernel, where can_add_images: adds to total [2, batch, mic, src,
+    sample], of the scenes that are chosen [batch] bool (None: all); table [phase, tap]."""
+    from ssl_gpu.fused import add_images_fused  # Triton is not everywhere where torch is
+    places, rooms = image_tables(cfg, scenes, chosen)
+    add_images_fused(total, table, places, rooms, images.direction, images.ratio, images.perturbation, images.active,
+                     cfg.perturbation_exponent, cfg.image_range is ImageRange.FULL, MAIN_TAPS)
+
+
+def image_tables(cfg: RirConfig, scenes: SceneBatch, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What all images of a source at a microphone, and all of a room, have in common.
+
+    places [batch, mic, src, 5] float64 m: from the microphone to that nearest to the source, x, y, z, the distance of
+    the source to that one, and to this one. rooms [batch, 7] float64: the metres travelled in one RT60; the reflections
+    on them, less 1; log2 of the reflection coefficient; the last slot, -1 for scenes that are not chosen;
+    DISTANCE_EPSILON, slots per second, SPEED_OF_SOUND.
+    """
+    _, direct, nearest = nearest_mic(scenes)
+    closest = direct.gather(1, nearest[:, None])
+    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
+    places = torch.cat((to_nearest, closest.expand_as(direct)[..., None], direct[..., None]), -1)
+    reach = SPEED_OF_SOUND * scenes.rt60
+    coefficient = reflection_coefficient(scenes.room_dim, scenes.rt60)
+    max_reflections = (torch.log10(reach) - 3) / torch.log10(coefficient)
+    last = (slots_in_rir(cfg.sample_rate, scenes.rt60) - 1).to(reach.dtype)
+    if chosen is not None:
+        last = torch.where(chosen, last, -1.0)
+    fixed = _fixed_on(OVERSAMPLING * cfg.sample_rate, reach.device).expand(len(scenes), -1)
+    return places, torch.cat((torch.stack((reach, max_reflections - 1, torch.log2(coefficient), last), -1), fixed), -1)
+
+
+@constant
+def _fixed_on(slots_per_s: int, device: torch.device) -> Tensor:
+    """The numbers that image_tables gives every room, [3] float64, on the device: as float64 Triton has them only
+    from memory."""
+    return torch.tensor((DISTANCE_EPSILON, slots_per_s, SPEED_OF_SOUND), dtype=torch.float64, device=device)
 
 
 def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals, slots: Tensor,

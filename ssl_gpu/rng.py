@@ -1,6 +1,7 @@
 """Random streams: (seed, split, stream, step, rank) -> torch.Generator, so that a run resumes from its step alone."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -48,6 +49,15 @@ def generator(seed: int, split: Split, stream: Stream, step: int, rank: int = 0,
             raise ValueError(f"{name} must be an int with 0 <= {name} <= {highest}, got {value!r}")
     sequence = np.random.SeedSequence(seed, spawn_key=(int(split), int(stream), step, rank))
     return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.Generator) -> torch.Tensor:
+    """Uniform numbers in [low, high), float32 on the generator's device."""
+    device = generator.device
+    if device.type != "cpu":                                            # one pass over memory instead of three
+        return torch.empty(shape, device=device).uniform_(low, high, generator=generator)
+    # On a CPU in these steps, by whose roundings evaluation sets are known.
+    return torch.rand(shape, generator=generator, device=device).mul_(high - low).add_(low)
 
 
 def _check_member(name: str, value: object, choices: type[IntEnum]) -> None:

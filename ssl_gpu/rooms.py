@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
 from ssl_gpu.ism import IsmConfig, render_ism
-from ssl_gpu.rir import ImageBatch, Method, RirConfig, draw_images, find_arrivals, render_rir
+from ssl_gpu.rir import (ImageBatch, Method, RirConfig, add_images, can_add_images, draw_images, find_arrivals,
+                         render_rir)
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
+from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, slots_in_rir, synthesize, synthesize_added
 
 METHODS = tuple(Method)  # their order is that of RoomDraw.method
 
@@ -73,13 +74,29 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
         return render_hybrid(cfg, rir_cfg, scenes, draw.tail, fused)
     if not rir_cfg.is_mixed:
         return render_rir(rir_cfg, scenes, draw.images, fused)
+    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+    if fused and draw.tail is not None and rir_cfg.ism_share == 0 and can_add_images(rir_cfg, scenes):
+        return _render_added(cfg, rir_cfg, scenes, draw, slots)
     arrivals = find_arrivals(rir_cfg, scenes, draw.images)
     if draw.tail is not None:
         arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
                          find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
-    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
     rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
+
+
+def _render_added(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw, slots: Tensor) -> RirBatch:
+    """Of a batch of FRA-RIR and hybrid rooms each scene by its own method, where rir.can_add_images."""
+    from ssl_gpu.fused import add_kernels_fused  # Triton is not everywhere where torch is
+    hybrid = draw.method == METHODS.index(Method.HYBRID)
+    arrivals = find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail)
+    amplitude = torch.where(hybrid[:, None, None, None], arrivals.amplitude, 0.0)  # nothing is added for a 0
+
+    def add(total: Tensor, table: Tensor) -> None:
+        add_images(rir_cfg, scenes, draw.images, total, table, ~hybrid)
+        add_kernels_fused(total, table, arrivals.slot, amplitude, None, MAIN_TAPS)
+
+    return synthesize_added(rir_cfg.sample_rate, tuple(amplitude.shape[:3]), add, slots, scenes.max_rt60)
 
 
 def _pick(chosen: Tensor, first: Arrivals, second: Arrivals) -> Arrivals:

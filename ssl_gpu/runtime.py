@@ -136,6 +136,7 @@ def constant(function: Compilable) -> Compilable:
     def look_up(*arguments):
         return boxed(*arguments)[0]
 
+    look_up.is_constant = True                                          # for those who look for tables
     return look_up
 
 

@@ -199,11 +199,9 @@ class Simulator:
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], self.config.fused)
-            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part]))
-        # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
-        valid = draw.scenes.valid[:, None, None]
-        audio = torch.where(valid, torch.cat([p.audio for p in parts]), 0.0)
-        early = None
-        if parts[0].early is not None:
-            early = torch.where(valid[..., None], torch.cat([p.early for p in parts]), 0.0)
+            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], self.config.fused))
+        if len(parts) == 1:
+            return MixtureBatch(parts[0].audio, parts[0].early, draw.scenes, self.rir.sample_rate)
+        audio = torch.cat([part.audio for part in parts])
+        early = None if parts[0].early is None else torch.cat([part.early for part in parts])
         return MixtureBatch(audio, early, draw.scenes, self.rir.sample_rate)

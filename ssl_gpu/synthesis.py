@@ -8,6 +8,7 @@ rir_kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_gpu.convolve import fast_length
-from ssl_gpu.runtime import constant
+from ssl_gpu.convolve import transform_length
+from ssl_gpu.runtime import constant, is_gpu
 from ssl_gpu.scatter import add_kernels
 
 OVERSAMPLING = 64  # slots per sample
@@ -126,9 +127,10 @@ def _kernel_on(sample_rate: int, device: torch.device) -> Tensor:
 
 @constant
 def _response_on(sample_rate: int, n_fft: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(1 - z^-1)^2 / A8 and 1 / A8 on the grid of an n_fft-point real FFT, complex64, on the device."""
+    """(1 - z^-1)^2 / A8 and 1 / A8 on the grid of an n_fft-point real FFT, complex64, on the device; on a GPU over
+    n_fft, which its inverse transform is then spared."""
     z = np.exp(-2j * math.pi * np.arange(n_fft // 2 + 1) / n_fft)
-    all_pole = 1 / np.polyval(rir_kernel(sample_rate).poles[::-1], z)
+    all_pole = (1 / n_fft if is_gpu(device) else 1.0) / np.polyval(rir_kernel(sample_rate).poles[::-1], z)
     responses = ((1 - z) ** 2 * all_pole, all_pole)
     main, rest = (torch.tensor(r, dtype=torch.complex64, device=device) for r in responses)
     return main, rest
@@ -149,8 +151,18 @@ def synthesize(sample_rate: int, arrivals: Arrivals, slots: Tensor, max_rt60: fl
     """
     taps = taps_for(sample_rate, max_rt60)
     train = add_kernels(_kernel_on(sample_rate, arrivals.slot.device), arrivals.slot, arrivals.amplitude,
-                        arrivals.early, _fft_length(sample_rate, taps), MAIN_TAPS, fused)
+                        arrivals.early, _fft_length(sample_rate, taps, slots.device), MAIN_TAPS, fused)
     return _filter(sample_rate, train, taps, slots)
+
+
+def synthesize_added(sample_rate: int, shape: tuple[int, int, int], add: Callable[[Tensor, Tensor], None],
+                     slots: Tensor, max_rt60: float) -> RirBatch:
+    """What synthesize does, without an early part, of arrivals that add(total, table) adds up, as ssl_gpu.fused does:
+    total [2, *shape, sample] for shape batch, mic, src, table [phase, tap]."""
+    taps, device = taps_for(sample_rate, max_rt60), slots.device
+    train = torch.zeros(2, *shape, _fft_length(sample_rate, taps, device), device=device)
+    add(train, _kernel_on(sample_rate, device).T.contiguous())
+    return _filter(sample_rate, train[..., None, :], taps, slots)
 
 
 def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch:
@@ -160,15 +172,15 @@ def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch
     """
     shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
     products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(sample_rate, train.device).T
-    spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps))  # main, remainder
+    spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps, train.device))  # main, remainder
     for tap in range(MAIN_TAPS + 2):
         spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
     return _filter(sample_rate, spread, taps, slots)
 
 
-def _fft_length(sample_rate: int, taps: int) -> int:
+def _fft_length(sample_rate: int, taps: int, device: torch.device) -> int:
     """Points of the transform that filters RIRs: their taps, what the kernel reaches beyond them, and its ringing."""
-    return fast_length(taps + LEAD + TAIL + 1 + math.ceil(RINGING_S * sample_rate))
+    return transform_length(taps + LEAD + TAIL + 1 + math.ceil(RINGING_S * sample_rate), device)
 
 
 def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor) -> RirBatch:
@@ -181,7 +193,8 @@ def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor) -> RirBat
 
     def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, sample]
         spectrum = torch.fft.rfft(train[0]).mul_(main).addcmul_(torch.fft.rfft(train[1]), rest)
-        return torch.where(inside, torch.fft.irfft(spectrum, n_fft)[..., LEAD:LEAD + taps], 0.0)
+        rir = torch.fft.irfft(spectrum, n_fft, norm="forward" if is_gpu(train.device) else "backward")
+        return torch.where(inside, rir[..., LEAD:LEAD + taps], 0.0)
 
     if train.shape[-2] == 1:
         return RirBatch(finish(train.squeeze(-2)), None, length, sample_rate)

@@ -32,6 +32,9 @@ from ssl_gpu.scene import SceneConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
 from ssl_gpu.speech import Crop, SpeechConfig, draw_crops, gather_crops, voices_bank  # noqa: E402
 
+if find_spec("triton") is not None:  # or it would be imported, with its tables, when something asks for it
+    import ssl_gpu.fused_convolve  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -50,7 +53,9 @@ LAWS = {
     "octaves": dict(rir=RirConfig(band_rt60_ratio=((0.5, 1.0),) * 7, air=(20.0, 50.0))),
     "hybrid": dict(rir=RirConfig(method="hybrid"), ism=IsmConfig("eyring")),
     "mixed": dict(rir=RirConfig(hybrid_share=0.5), ism=IsmConfig("eyring"), mixture=NOISY),
-    "fused": dict(config=SimulatorConfig(2, fused=find_spec("triton") is not None)),
+    **{f"fused, {name}": dict(config=SimulatorConfig(2, fused=find_spec("triton") is not None), **law)
+       for name, law in {"early": dict(rir=RirConfig()), "reference": {}, "mixed": dict(
+           rir=RirConfig(early=False, hybrid_share=0.5), ism=IsmConfig("eyring"), mixture=NOISY)}.items()},
 }
 
 
@@ -107,7 +112,7 @@ def fake_gpu(monkeypatch):
 
     for module in [module for name, module in sys.modules.items() if name.startswith("ssl_gpu.")]:
         for name, value in vars(module).items():
-            if hasattr(value, "_dynamo_marked_constant"):
+            if hasattr(value, "is_constant"):
                 monkeypatch.setattr(module, name, unwatched(value.__wrapped__))
     monkeypatch.setattr(rng, "generator", lambda *_, **__: FakeGenerator())
     for mode in (FakeTensorMode(allow_non_fake_inputs=True), Copies(), Literals()):
