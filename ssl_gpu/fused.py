@@ -1,4 +1,4 @@
-"""Kernels for a GPU, in Triton: arrivals added up in one pass over memory, and FRA-RIR's found on the way.
+"""Kernels for a GPU, in Triton: arrivals added up in one pass over memory, FRA-RIR's found on the way; their filter.
 
 Importing this needs Triton. The sums are those of ssl_gpu.scatter, the physics that of ssl_gpu.rir, which are the
 reference for both: tests/test_scatter.py compares them in Triton's interpreter.
@@ -15,6 +15,7 @@ from torch import Tensor, library
 from ssl_gpu import runtime
 
 BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight for each of its threads
+FREQS = 512  # to a program that filters
 
 
 @triton.jit
@@ -138,3 +139,34 @@ def launch_images(program, total: Tensor, table: Tensor, places: Tensor, rooms: 
         perturbation.contiguous(), active.to(torch.uint8).contiguous(), images, blocks, mics, srcs, total.shape[-1],
         total.stride(0), perturbation_exponent, full_range=full_range, phase_bits=phases.bit_length() - 1, taps=taps,
         main_taps=main_taps, block=BLOCK)
+
+
+@triton.jit
+def filter_program(first, second, first_response, second_response, freqs, count, block: tl.constexpr):
+    """first [row, freq, 2] times first_response [freq, 2] plus second times second_response, complex, into first;
+    `count` elements of all rows."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    part, inside = tl.arange(0, 2)[None, :], (at < count)[:, None]
+    place, freq = 2 * at[:, None] + part, 2 * (at % freqs)[:, None] + part
+    a_re, a_im = tl.split(tl.load(first + place, mask=inside, other=0.0))
+    b_re, b_im = tl.split(tl.load(second + place, mask=inside, other=0.0))
+    c_re, c_im = tl.split(tl.load(first_response + freq, mask=inside, other=0.0))
+    d_re, d_im = tl.split(tl.load(second_response + freq, mask=inside, other=0.0))
+    value = tl.join(a_re * c_re - a_im * c_im + b_re * d_re - b_im * d_im,
+                    a_re * c_im + a_im * c_re + b_re * d_im + b_im * d_re)
+    tl.store(first + place, value, mask=inside)
+
+
+@library.triton_op("ssl_gpu::filter_spectra", mutates_args={"first"})
+def filter_spectra(first: Tensor, second: Tensor, first_response: Tensor, second_response: Tensor) -> None:
+    """first [..., freq, 2] becomes first * first_response + second * second_response, as complex numbers; responses
+    [freq, 2], all float32 and contiguous."""
+    with runtime.current_device(first.device):
+        launch_filter(library.wrap_triton(filter_program), first, second, first_response, second_response)
+
+
+def launch_filter(program, first: Tensor, second: Tensor, first_response: Tensor, second_response: Tensor) -> None:
+    """Runs filter_program, or the same in Triton's interpreter."""
+    count = first.numel() // 2
+    program[(triton.cdiv(count, FREQS),)](first, second, first_response, second_response, first.shape[-2], count,
+                                          block=FREQS)

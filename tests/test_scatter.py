@@ -144,6 +144,16 @@ def test_fused_rooms_are_those_of_the_plain_path(changes, interpreted, monkeypat
     assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_triton_kernel_filters(interpreted):
+    """Spectra of more rows and frequencies than a program takes, with responses that are views."""
+    fused, program = interpreted
+    first, second = torch.randn(2, 3, 5, 101, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    main, rest = torch.randn(2, 101, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    expected = first * main + second * rest
+    fused.launch_filter(program("filter_program"), *map(torch.view_as_real, (first, second, main, rest)))
+    assert_close(first, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("with_early, offsets", [(False, "i32"), (True, "i32"), (True, "i64")])
 def test_triton_kernel_compiles_for_a_hopper_gpu(with_early, offsets, tmp_path):
     """To machine code, by Triton's own assembler: additions without an answer (RED), nothing spilled."""
