@@ -145,6 +145,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether convolutions of few channels, or over few tokens, are better done as products (ssl_gpu.products)."""
+    return is_gpu(device)
+
+
 def current_device(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which what asks for the current GPU gets `device`; nothing for a CPU, and where no GPU is in use."""
     return torch.cuda.device(device) if is_gpu(device) and torch.cuda.is_initialized() else contextlib.nullcontext()
