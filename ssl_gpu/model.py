@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssl_gpu import runtime
+from ssl_gpu import products, runtime
 from ssl_gpu.checks import read_enums
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
@@ -20,6 +20,7 @@ HOP = 160  # samples, 10 ms at 16 kHz
 NUM_BINS = WINDOW // 2 + 1
 STEP_FRAMES = 64  # frames in one time step of the original's tokens, and bins in one of its bands
 HANN_ERROR = 1e-6  # of weights of at most 1 that still count as the Hann transform's; float32 has 6e-8
+PRODUCT_WIDTH = 64  # outputs in a row of the products that stand for 3 x 3 convolutions: 16 bins of 4 maps, 8 of 8
 SILENCE = 1e-16  # |X0 X1|: two spectra of 1e-8, made by samples of 7e-10; the last of 24 bits is 1.2e-7
 
 
@@ -162,8 +163,7 @@ class SSLModel(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         self._check(audio)
-        x = runtime.channels_last(self.features(audio), self.channels_last)
-        x = self.patch_embed(self.inter_conv(x))  # [batch, 512, time, band]
+        x = self.embed(self.features(audio))  # [batch, 512, time, band]
         x = rearrange(x, "b c t f -> b (t f) c")
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         x = self.norm(self.backbone(x + self.pos_embed[:, : x.shape[1]]))
@@ -175,6 +175,16 @@ class SSLModel(nn.Module):
         # Not in bfloat16: of two mixed utterances it moves 13 % of the phase differences by over 0.1 rad, float32 none.
         with runtime.autocast(audio.device, False):
             return phase_difference(*self.stft(audio, first_bin=1))
+
+    def embed(self, maps: Tensor) -> Tensor:
+        """Maps [batch, 2, frame, 256] -> [batch, 512, frame // 64, 4]; with channels last on a GPU, by products."""
+        if self.channels_last is False or not runtime.has_matrix_units(maps.device):
+            return self.patch_embed(self.inter_conv(runtime.channels_last(maps, self.channels_last)))
+        for conv, norm, gelu in _triples(self.inter_conv):
+            maps = gelu(norm(products.conv3x3(maps, conv.weight, conv.bias, PRODUCT_WIDTH // conv.out_channels)))
+        for conv, norm, gelu in _triples(self.patch_embed):
+            maps = gelu(norm(products.patches(maps, conv.weight, conv.bias)))
+        return maps
 
     def _check(self, audio: Tensor) -> None:
         if audio.ndim != 3 or audio.shape[1] != 2:
@@ -192,6 +202,12 @@ class SSLModel(nn.Module):
 def _conv_norm_gelu(channels_in: int, channels_out: int, kernel: int, stride: int, padding: int) -> tuple:
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding)
     return conv, nn.BatchNorm2d(channels_out), nn.GELU()
+
+
+def _triples(layers: nn.Sequential) -> list[tuple[nn.Module, ...]]:
+    """Convolution, norm and GELU of each step, as _conv_norm_gelu made them."""
+    layers = list(layers)
+    return list(zip(layers[::3], layers[1::3], layers[2::3]))
 
 
 class ModelKind(Enum):
