@@ -10,10 +10,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 
 from benchmarks import bench_train  # noqa: E402
 from ssl_gpu import runtime  # noqa: E402
-from ssl_gpu.conformer import Attention  # noqa: E402
+from ssl_gpu.conformer import Attention, DepthWiseConv1d  # noqa: E402
+from ssl_gpu.features import FeatureConfig  # noqa: E402
 from ssl_gpu.ism import IsmConfig  # noqa: E402
 from ssl_gpu.mixture import MixtureConfig  # noqa: E402
-from ssl_gpu.model import STFT, SSLModel  # noqa: E402
+from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel  # noqa: E402
 from ssl_gpu.optim import TrainConfig, build_optimizer  # noqa: E402
 from ssl_gpu.rir import RirConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
@@ -127,6 +128,63 @@ def test_attention_with_its_bias_is_that_of_the_cpu(dtype, most):
     expected.sin().sum().backward()
     found.float().sin().sum().backward()
     assert relative(there.rel_pos_emb.weight.grad, here.rel_pos_emb.weight.grad) < 2 * most
+
+
+def trained(network, audio, bfloat16=False):
+    """Outputs, and the gradients of all weights, by name and on the CPU, after one pass in training."""
+    network.zero_grad()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with runtime.autocast(audio.device, bfloat16):
+            out = network(audio)
+        out = torch.cat(out) if isinstance(out, tuple) else out
+        out.float().sin().sum().backward()
+    return out.detach(), {name: p.grad.cpu() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bfloat16, most", [(False, 1e-4), (True, 3e-2)])
+@pytest.mark.parametrize("tokens", [18, 62, 63])                        # the last by a convolution
+def test_depthwise_filters_are_those_of_the_cpu(tokens, bfloat16, most):
+    torch.manual_seed(0)
+    here, x = DepthWiseConv1d(64, 31), torch.randn(40, tokens, 64)
+    there = DepthWiseConv1d(64, 31).to(GPU)
+    there.load_state_dict(here.state_dict())
+    (expected, gradients), (found, others) = trained(here, x), trained(there, x.to(GPU), bfloat16)
+    assert found.dtype == (torch.bfloat16 if bfloat16 else torch.float32) and relative(found, expected) < most
+    for name, gradient in gradients.items():
+        assert relative(others[name], gradient) < 2 * most
+
+
+@pytest.mark.parametrize("samples", [10_080, 16_000, 48_000])
+def test_transform_is_that_of_the_cpu(samples):
+    here, there, audio = STFT(), STFT().to(GPU), torch.randn(4, 2, samples, generator=seeded(0))
+    (expected, gradients), (found, others) = trained(here, audio), trained(there, audio.to(GPU))
+    assert relative(found, expected) < 1e-5
+    for name, gradient in gradients.items():
+        assert relative(others[name], gradient) < 1e-3                  # of sin(), whose arguments reach a hundred
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("compile, bfloat16", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", ["original", "small"])
+def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
+    """Logits, gradients of all weights, and what batch norms keep."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    networks = [SSLModel() if kind == "original" else
+                ConformerLocalizer(ModelConfig(), FeatureConfig(), 16_000, 0.08, 2, 36) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    networks[1].to(GPU)
+    audio = torch.randn(4, 2, 16_000)
+    (expected, gradients) = trained(networks[0], audio)
+    (found, others) = trained(runtime.compiled(networks[1], compile), audio.to(GPU), bfloat16)
+    # On a CPU bfloat16 moves logits by 2 % and gradients by 4, by products and by convolutions.
+    assert relative(found, expected) < (0.06 if bfloat16 else 1e-3)
+    assert others.keys() == gradients.keys()
+    # All of them, as those of a bias before a norm are 0 but for roundings.
+    assert relative(*(torch.cat([part[name].flatten() for name in gradients]) for part in (others, gradients))) < (
+        0.15 if bfloat16 else 1e-2)
+    for (name, buffer), other in zip(networks[0].named_buffers(), networks[1].buffers()):
+        assert relative(other, buffer) < (0.05 if bfloat16 else 1e-3), name
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])

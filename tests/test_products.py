@@ -1,16 +1,29 @@
 """Convolutions as products: those of torch in outputs and all gradients, and the networks that use them on a GPU."""
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_gpu import products
+from ssl_gpu import products, runtime
+from ssl_gpu.conformer import DepthWiseConv1d
+from ssl_gpu.features import FeatureConfig
+from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel
 
 EXACT = dict(rtol=1e-11, atol=1e-12)  # of float64; sums of a few thousand products
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Sets whether the CPU counts as a device with matrix units."""
+    def switch(on):
+        monkeypatch.setattr(runtime, "has_matrix_units", lambda device: on)
+    return switch
 
 
 def with_gradients(function, *inputs):
@@ -83,3 +96,94 @@ def test_autocast_reaches_output_and_not_the_gradients_of_weights(function, shap
     assert [value.dtype for value in found] == [torch.bfloat16] + [torch.float32] * 3
     for low, high in zip(found, exact):
         assert (low - high).norm() < 0.03 * high.norm()
+
+
+@pytest.mark.parametrize("first_bin", [0, 1])
+def test_transform_by_a_product_is_that_of_the_convolutions(first_bin, as_on_a_gpu):
+    stft, audio, results = STFT().double(), noise(2, 2, 2_000), []
+    for on in (True, False):
+        as_on_a_gpu(on)
+        stft.zero_grad()
+        heard = audio.clone().requires_grad_()
+        real, imag = stft(heard, first_bin)
+        (real * imag).sin().sum().backward()
+        results.append((real, imag, heard.grad, stft.conv_real.weight.grad, stft.conv_imag.weight.grad))
+    assert results[0][0].shape == (2, 2, 13, 257 - first_bin)
+    assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens, by_product", [(14, True), (15, False)])
+def test_few_tokens_are_twice_the_kernel(tokens, by_product, as_on_a_gpu, monkeypatch):
+    as_on_a_gpu(True)
+    calls, depthwise = [], products.depthwise
+    monkeypatch.setattr(products, "depthwise", lambda *args: calls.append(args) or depthwise(*args))
+    DepthWiseConv1d(6, 7).double()(noise(2, tokens, 6))
+    assert bool(calls) == by_product
+
+
+def original(**arguments):
+    """One block, in float64."""
+    torch.manual_seed(0)
+    network = SSLModel(**arguments)
+    network.backbone.layers = network.backbone.layers[:1]
+    return network.double(), noise(2, 2, 11_000)
+
+
+def small(**_):
+    torch.manual_seed(0)
+    return ConformerLocalizer(ModelConfig(depth=1), FeatureConfig(), 16_000, 0.08, 2, 36), noise(
+        2, 2, 8_000, dtype=torch.float32)
+
+
+def trained(network, audio, backend=None):
+    """Logits, the gradients of all weights and all buffers, after one pass in training."""
+    network = copy.deepcopy(network)
+    function = network
+    if backend:
+        torch.compiler.reset()
+        function = torch.compile(network, fullgraph=True, dynamic=False, backend=backend)
+    logits = function(audio)
+    logits = torch.stack(logits) if isinstance(logits, tuple) else logits
+    logits.sin().sum().backward()
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+    return logits.detach(), gradients, dict(network.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("build, most", [(original, 1e-10), (small, 1e-4)])
+def test_network_by_products_is_the_plain_one(build, most, backend, as_on_a_gpu):
+    """Logits, gradients and running statistics; compiled, as one graph."""
+    network, audio = build()
+    as_on_a_gpu(False)
+    logits, gradients, buffers = trained(network, audio)
+    as_on_a_gpu(True)
+    found, others, statistics = trained(network, audio, backend)
+    assert_close(found, logits, rtol=most, atol=most)
+    assert_close(statistics, buffers, rtol=1e-6, atol=1e-6)
+    assert others.keys() == gradients.keys()
+    scale = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        # Of a bias before a norm the gradient is 0, and what is found are roundings.
+        assert (others[name] - gradient).norm() < most * max(float(gradient.norm()), 1e-3 * scale), name
+
+
+@pytest.mark.parametrize("channels_last, by_product", [(None, True), (True, True), (False, False)])
+def test_maps_that_are_not_channels_last_are_left_to_the_convolutions(channels_last, by_product, as_on_a_gpu):
+    as_on_a_gpu(True)
+    network, audio = original(channels_last=channels_last)
+    called = []
+    for conv in (network.inter_conv[0], network.patch_embed[0]):
+        conv.register_forward_hook(lambda *_: called.append(True))
+    with torch.no_grad():
+        network(audio)
+    assert bool(called) != by_product
+
+
+def test_small_network_is_as_ever_without_gradients(as_on_a_gpu):
+    network, audio = small()
+    as_on_a_gpu(False)
+    with torch.no_grad():
+        expected = network(audio)
+        as_on_a_gpu(True)
+        assert torch.equal(network(audio), expected)
