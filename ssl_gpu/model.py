@@ -224,7 +224,8 @@ class ModelConfig:
     kind: conformer or original. dropout: in every Conformer block, of either kind.
     freeze_stft: of the original, keep its transform at the Hann window instead of training it, by one FFT.
     channels_last: of the original, how the maps of its convolutions lie in memory; null: channels last on a GPU, not on
-        a CPU. It changes roundings alone. The small one has group norm, which would undo it on a GPU.
+        a CPU; on a GPU the convolutions are then products of matrices. It changes roundings alone. The small one has
+        group norm, which would undo it on a GPU.
     channels: maps of the convolutions over frame and delay.
     dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
 
