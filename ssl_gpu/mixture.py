@@ -94,9 +94,16 @@ class MixtureBatch:
 
 
 def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, num_samples: int, *,
-                 generator: torch.Generator) -> MixtureDraw:
-    """Draw the levels and noises of `batch` mixtures and their microphones, on the generator's device."""
-    device = generator.device
+                 generator: torch.Generator, noise_share: float | Tensor = 1.0) -> MixtureDraw:
+    """Draw the levels and noises of `batch` mixtures and their microphones, on the generator's device.
+
+    noise_share: factor of mixture.noise_probability; or a tensor of it there, [] float64, whose value is not looked at.
+    Raises ValueError for a number that makes no probability of it.
+    """
+    device, probability = generator.device, noise_share * cfg.noise_probability
+    if not isinstance(probability, Tensor) and not 0 <= probability <= 1:
+        raise ValueError(f"noise_share * mixture.noise_probability must be in [0, 1], got {noise_share} * "
+                         f"{cfg.noise_probability}")
 
     def uniform(shape, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator, device=device)
@@ -110,7 +117,7 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
             snrs.append(torch.full((batch,), torch.inf, device=device))
             continue
         snr = uniform((batch,), *snr_db)
-        noisy = torch.rand((batch,), generator=generator, device=device) < cfg.noise_probability
+        noisy = torch.rand((batch,), generator=generator, device=device) < probability
         snrs.append(torch.where(noisy, snr, torch.inf))
         noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, device=device))
     microphones = None

@@ -33,12 +33,21 @@ class Stream(IntEnum):
 
 def generator(seed: int, split: Split, stream: Stream, step: int, rank: int = 0,
               device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device` that belongs to these five numbers alone.
+    """A generator on `device` that belongs to these five numbers alone, by seed_of.
+
+    The same numbers draw differently on a CPU and on a GPU; and torch's CPU generator keeps only 32 of the 64 bits, so
+    there two of n generators agree with probability n^2 / 2^33 (1 % for 10^4), against n^2 / 2^65 on a GPU.
+
+    Raises ValueError as seed_of does.
+    """
+    return torch.Generator(device).manual_seed(seed_of(seed, split, stream, step, rank))
+
+
+def seed_of(seed: int, split: Split, stream: Stream, step: int, rank: int = 0) -> int:
+    """64 bits for torch.Generator.manual_seed that belong to these five numbers alone.
 
     They are hashed by numpy's SeedSequence. A sum such as seed + step + rank collides: step 1 of rank 0 would be step 0
-    of rank 1, and run 1 would be run 0 one step late. The same numbers draw differently on a CPU and on a GPU; and
-    torch's CPU generator keeps only 32 of the 64 bits, so there two of n generators agree with probability n^2 / 2^33
-    (1 % for 10^4), against n^2 / 2^65 on a GPU.
+    of rank 1, and run 1 would be run 0 one step late.
 
     Raises ValueError where a number is negative, too large or not an int, or where split or stream is not of its Enum.
     """
@@ -48,7 +57,7 @@ def generator(seed: int, split: Split, stream: Stream, step: int, rank: int = 0,
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= highest:
             raise ValueError(f"{name} must be an int with 0 <= {name} <= {highest}, got {value!r}")
     sequence = np.random.SeedSequence(seed, spawn_key=(int(split), int(stream), step, rank))
-    return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -105,11 +105,11 @@ class Simulator:
 
     @torch.no_grad()
     def __call__(self, dry: Tensor, *, generator: torch.Generator, scenes: SceneBatch | None = None,
-                 noise_share: float = 1.0) -> MixtureBatch:
+                 noise_share: float | Tensor = 1.0) -> MixtureBatch:
         """dry [batch, src, sample] float32 -> MixtureBatch, a new room for every example, on the generator's device.
 
         scenes: rooms, arrays and talkers of your own (scene.make_scenes) instead of new ones. noise_share: factor of
-        mixture.noise_probability, for a training that begins without noise.
+        mixture.noise_probability, for a training that begins without noise, see mixture.draw_mixture.
         Raises ValueError when dry is not a tensor [batch, src, sample], as many as there are scenes and sources.
         """
         num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
@@ -151,7 +151,7 @@ class Simulator:
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
-             scenes: SceneBatch | None = None, noise_share: float = 1.0) -> Draw:
+             scenes: SceneBatch | None = None, noise_share: float | Tensor = 1.0) -> Draw:
         """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device; in scenes of
         your own, on that device, if there are some. noise_share changes which examples are noisy, and nothing else.
 
@@ -165,8 +165,8 @@ class Simulator:
             num_mics, num_src = scenes.mic_pos.shape[1], scenes.src_pos.shape[1]
             if self.rir.uses_walls and not self.ism.clamp_infeasible:
                 check_feasible(self.ism, scenes)                        # which waits for the device
-        mixture = replace(self.mixture, noise_probability=noise_share * self.mixture.noise_probability)
-        noise = draw_mixture(mixture, batch, num_src, num_mics, num_samples, generator=generator)
+        noise = draw_mixture(self.mixture, batch, num_src, num_mics, num_samples, generator=generator,
+                             noise_share=noise_share)
         if scenes is not None or self.scene.bank is None:
             if scenes is None:
                 scenes = sample_scenes(self.scene, batch, generator=generator)
