@@ -85,6 +85,7 @@ class Muon(torch.optim.Optimizer):
     times an update, of RMS near UPDATE_RMS where gradients have full rank, after a decay by lr * weight_decay as
     AdamW's.
 
+    lr: of a group it may also be a tensor [] on the weights' device, as for torch's, that a CUDA graph reads anew.
     momentum: decay of the average of the gradients, with Nesterov's look ahead.
 
     Raises ValueError for a weight of fewer dimensions.
@@ -111,7 +112,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
             updates = self._updates(torch._foreach_lerp(grads, averages, group["momentum"]))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+            if isinstance(group["lr"], Tensor):                         # alpha must be a number
+                torch._foreach_mul_(updates, group["lr"])
+                torch._foreach_sub_(weights, updates)
+            else:
+                torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     @staticmethod
     def _updates(gradients: Sequence[Tensor]) -> list[Tensor]:

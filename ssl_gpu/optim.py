@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_gpu.checks import read_enums
 from ssl_gpu.muon import SMALLEST, Muon, hidden_matrices
@@ -46,7 +46,10 @@ class TrainConfig:
     out: the run folder; None for runs/<name of the configuration>-<date>.
     device: auto, cpu, cuda or cuda:N. precision: auto, float32 or bfloat16. compile: torch.compile the network.
     overlap: simulate the next batch beside the step of this one; null: on a GPU, and on CPU cores that share a batch
-        (ssl_gpu.lanes) what is random of it. The batches are the same.
+        (ssl_gpu.lanes) what is random of it. The batches are the same. Without effect on steps that are a CUDA graph.
+    graph: the whole step, simulation included, as one CUDA graph, which the CPU starts in one call; null: on a GPU,
+        where the step never waits for it: not with exact rooms, nor where the speech did not fit there. The same draws
+        and, to roundings, the same steps. What part of a step is simulation is not measured then.
     seed: of the weights and of every draw.
     init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
         null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice, but
@@ -72,6 +75,7 @@ class TrainConfig:
     precision: Precision = Precision.AUTO
     compile: bool = False
     overlap: bool | None = None
+    graph: bool | None = None
     seed: int = 0
     init: str | None = None
     steps: int | None = None
@@ -163,7 +167,8 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mapping[str, Any]) -> None:
-    """Loads the state dict of an earlier run; weight decay, and whether it is fused, stay as build_optimizer made it.
+    """Loads the state dict of an earlier run; weight decay, rate, and whether it is fused, stay as build_optimizer made
+    it, and what rate_on_device changed as that did.
 
     Raises what torch raises for a state that does not fit, ValueError for one with Muon where there is none now or the
     other way round, KeyError and TypeError for what is no state.
@@ -176,12 +181,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
             restore_optimizer(part, state[name])
         return
     # Loading takes all saved options. fused decides where the counts of steps are kept, so it is set before; Muon has
-    # no such choice. The rate is set at every step, the decay is not.
-    kept = {"fused", "weight_decay"} & optimizer.defaults.keys()
+    # no such choice. The rate is set at every step, the decay is not; of a run with train.graph the rate is a tensor.
+    kept = {"fused", "weight_decay", "lr", "capturable"} & optimizer.defaults.keys()
     groups, own = list(state["param_groups"]), optimizer.param_groups  # of other lengths, torch refuses them
     for index, (then, now) in enumerate(zip(groups, own)):
         groups[index] = {**then, **{name: now[name] for name in kept}}
     optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def rate_on_device(optimizer: torch.optim.Optimizer | Together, device: torch.device) -> Tensor:
+    """The learning rate as a tensor [] float32 on `device`, that of the weights, which every step from now on reads:
+    fill_ changes it for a CUDA graph of a step, which would keep a number as it was. 0 at first."""
+    rate = torch.zeros((), device=device)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if "capturable" in group:
+            group["capturable"] = True
+    for part in optimizer.parts.values() if isinstance(optimizer, Together) else (optimizer,):
+        # Or torch warns at the first step that is not captured, and a graph is warmed up with some.
+        part._warned_capturable_if_run_uncaptured = True
+    return rate
 
 
 def noise_share(cfg: TrainConfig, progress: float) -> float:
@@ -207,11 +226,22 @@ class Averaged:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, updates
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """One step of averaging."""
+    def next_weight(self) -> float:
+        """How much the model counts in the next update, 1 - decay; which counts that update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        return 1 - decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, weight: Tensor | None = None) -> None:
+        """One step of averaging. weight: the next_weight, as a tensor [] on the device, where a CUDA graph is to read
+        it; None: update asks for it itself."""
+        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        if weight is None:
+            torch._foreach_lerp_(mine, theirs, self.next_weight())
+        else:                                                           # for tensors lerp would take them one by one
+            change = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(mine, change)
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
