@@ -10,8 +10,8 @@ import re
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -371,6 +371,71 @@ class Ahead:
         self._stream.wait_event(self._begin)
         with torch.cuda.stream(self._stream):
             self._pending = step, self.make(step)
+
+
+class Graphed:
+    """function() as a CUDA graph: called a few times, then captured, and from then on the GPU repeats what it did, all
+    of its kernels for one launch by the CPU.
+
+    function takes nothing, never waits for the device, and does the same work with the same tensors every time: what is
+    to differ it reads from tensors that the caller fills before a call, and from `generators`, which the caller may
+    seed before a call and which live as long as this. Numbers and branches of Python are those of the capture. It
+    returns tensors without a gradient (an autograd graph kept alive would tie the next call to this one), that the next
+    call overwrites; those of every call are ready for the current stream. Every call counts, the first ones too, in
+    which libraries and compilers get ready and whatever is made once is made: WARM_UP of them, on the stream that
+    captures, as torch wants it for a backward pass. Once captured, no more than AHEAD calls are queued, so that a clock
+    in the CPU tells how long calls take. On a CPU all calls are plain.
+
+    Raises RuntimeError where function cannot be captured; the process should not go on with the GPU after that.
+    """
+
+    WARM_UP = 3
+    AHEAD = 2
+
+    def __init__(self, function: Callable[[], Any], device: torch.device, generators: Sequence[torch.Generator] = ()):
+        self.function, self.device, self.generators = function, device, generators
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._graph = self._result = None
+        self._plain_calls = 0
+        self._queued: deque = deque()
+
+    def __call__(self) -> Any:
+        """What function returns."""
+        if self._stream is None:
+            return self.function()
+        if self._plain_calls < self.WARM_UP:
+            self._plain_calls += 1
+            return self._plain()
+        if self._graph is None:
+            self._capture()
+        if len(self._queued) == self.AHEAD:
+            self._queued.popleft().synchronize()
+        self._graph.replay()                                           # on the current stream
+        self._queued.append(torch.cuda.current_stream(self.device).record_event())
+        return self._result
+
+    def _plain(self) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self.function()
+        current.wait_stream(self._stream)
+        return result
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:                              # or a replay would draw what was captured
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
+                self._result = self.function()
+        except Exception as error:
+            first = error
+            while first.__context__ is not None:                       # the last is that the capture was spoiled
+                first = first.__context__
+            raise RuntimeError(f"a step could not be captured as a CUDA graph, train.graph=false does without: "
+                               f"{first}") from error
+        self._graph = graph
 
 
 class ThreadTuner:

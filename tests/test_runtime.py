@@ -368,6 +368,10 @@ def streams(monkeypatch):
     """Stand-ins for a GPU's streams: what happens on which, in the order in which it is queued."""
     log, current = [], ["main"]
 
+    class Moment(int):
+        def synchronize(self):
+            log.append(f"CPU waits for {self}")
+
     class Stream:
         def __init__(self, name):
             self.name = name
@@ -377,7 +381,7 @@ def streams(monkeypatch):
 
         def record_event(self):
             log.append(f"{self.name} gets to {len(log)}")
-            return len(log) - 1
+            return Moment(len(log) - 1)
 
         def wait_event(self, event):
             log.append(f"{self.name} waits for {event}")
@@ -429,6 +433,70 @@ def test_memory_of_a_result_is_kept_for_the_stream_that_reads_it_and_no_longer(s
         assert [result() is not None for result in alive] == [False] * step + [True]
         ahead.prefetch()
         assert alive[-1]() is not None
+
+
+@pytest.fixture
+def graphs(streams, monkeypatch):
+    """Stand-ins for CUDA graphs on those streams: a replay repeats what was captured, and says so."""
+    log, _ = streams
+
+    class Graph:
+        def register_generator_state(self, generator):
+            log.append(f"draws from {generator}")
+
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        log.append(f"capture on {stream.name}")
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        except ValueError:
+            raise RuntimeError("the capture was spoiled")
+        log.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return streams
+
+
+def test_gpu_repeats_what_was_captured_after_calls_that_count(graphs):
+    log, make = graphs
+    results = []
+    graphed = runtime.Graphed(lambda: results.append(make(len(results))) or results[-1], torch.device("cuda", 0), ["A"])
+    for call in range(runtime.Graphed.WARM_UP):
+        del log[:]
+        assert graphed() is results[call]
+        assert log == ["side waits for main", f"{call} on side", "main waits for side"]
+    del log[:]
+    assert graphed() is results[3]
+    assert log == ["draws from A", "capture on side", "3 on side", "captured", "replay", "main gets to 5"]
+    del log[:]
+    assert graphed() is results[3] is graphed()
+    assert log == ["replay", "main gets to 1", "CPU waits for 5", "replay", "main gets to 4"]
+    assert len(results) == 4
+
+
+def test_step_that_cannot_be_captured_says_why_and_what_to_do(graphs):
+    def function():
+        if graphs[0][-1] == "capture on side":
+            raise ValueError("it waits for the device")
+
+    graphed = runtime.Graphed(function, torch.device("cuda", 0))
+    for _ in range(runtime.Graphed.WARM_UP):
+        graphed()
+    with pytest.raises(RuntimeError, match="^a step could not be captured as a CUDA graph, train.graph=false does "
+                                           "without: it waits for the device$"):
+        graphed()
+
+
+def test_on_a_cpu_every_call_is_plain():
+    calls = []
+    graphed = runtime.Graphed(lambda: calls.append(None) or len(calls), CPU)
+    assert [graphed() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
 
 
 class Machine:
