@@ -25,6 +25,7 @@ from ssl_gpu.pool import eval_rooms_in
 from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
                                 trained_talkers)
 from ssl_gpu.report import announced
+from ssl_gpu.rir import Method
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
@@ -56,6 +57,7 @@ class Run:
     eval_s: float = 0.0        # the longest that an evaluation took
     step_s: float = 0.0        # what a step takes, the slowest of late
     bfloat16: bool = False     # what train.precision has come to
+    graph: bool = False        # what train.graph has come to
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
 
 
@@ -219,7 +221,8 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
     optimizer = build_optimizer(cfg.train, localizer)
     run = Run(cfg, out, device, speech, simulator, eval_set, fixed, localizer, averaged, optimizer,
-              bfloat16=uses_bfloat16(cfg.train, device, resumed), talkers=talkers)
+              bfloat16=uses_bfloat16(cfg.train, device, resumed), graph=uses_graph(cfg, device, speech),
+              talkers=talkers)
     if initial is not None:
         run.step = run.first = initial.step
         run.examples = run.first_examples = initial.examples
@@ -277,3 +280,18 @@ def uses_bfloat16(train: TrainConfig, device: torch.device, resumed: Checkpoint 
         return train.precision is Precision.BFLOAT16
     before = None if resumed is None else resumed.extra.get("bfloat16", {}).get(device.type)
     return runtime.has_bfloat16(device) if before is None else before
+
+
+def uses_graph(cfg: RunConfig, device: torch.device, speech: SpeechBank) -> bool:
+    """What train.graph comes to. Raises ValueError where it is true and a step cannot be captured."""
+    why_not = None
+    if not runtime.is_gpu(device):
+        why_not = f"on a {device.type}"
+    elif cfg.rir.method is Method.ISM or cfg.rir.ism_share > 0:
+        why_not = (f"where rooms are exact, which wait for the device (rir.method={cfg.rir.method.value}, "
+                   f"rir.ism_share={cfg.rir.ism_share})")
+    elif speech.samples.device != device:
+        why_not = f"where the speech, {speech.samples.nbytes / 1e9:.1f} GB, did not fit on the device"
+    if cfg.train.graph and why_not is not None:
+        raise ValueError(f"train.graph must be false or null {why_not}, got true")
+    return cfg.train.graph is not False and why_not is None

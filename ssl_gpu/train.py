@@ -27,30 +27,41 @@ from ssl_gpu.checkpoint import CheckpointError, write_json
 from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.optim import learning_rate, noise_share
+from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
 from ssl_gpu.report import result_table
 from ssl_gpu.run import Run, elapsed_s, evaluate_now, prepare, save, setup, told_finished
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
 
 
+STREAMS = (rng.Stream.SPEECH, rng.Stream.SCENE)  # that the examples of a step are drawn from
+
+
 def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
     """Dry speech [batch, src, sample] and all that is random of the mixtures of one step: other talkers, crops, rooms,
     images and noise than at any other step."""
+    generators = [rng.generator(run.cfg.train.seed, rng.Split.TRAIN, stream, step, device=device)
+                  for stream, device in zip(STREAMS, (run.speech.samples.device, run.device))]
+    return draw_from(run, *generators, noise_at(run, step))
+
+
+def draw_from(run: Run, crop_generator: torch.Generator, scene_generator: torch.Generator,
+              noise: float | torch.Tensor) -> tuple[torch.Tensor, Draw]:
+    """The same from generators of STREAMS; noise: the factor of mixture.noise_probability."""
     cfg, bank = run.cfg, run.speech
     num_samples = round(cfg.speech.clip_s * cfg.rir.sample_rate)
-
-    def generator(stream: rng.Stream, device: torch.device) -> torch.Generator:
-        return rng.generator(cfg.train.seed, rng.Split.TRAIN, stream, step, device=device)
-
     crops = draw_crops(bank, cfg.train.batch_size, cfg.scene.num_src, num_samples, cfg.speech.crop,
-                       generator=generator(rng.Stream.SPEECH, bank.samples.device))
+                       generator=crop_generator)
     dry = gather_crops(bank, crops, num_samples)
+    return dry, run.simulator.draw(*dry.shape[::2], generator=scene_generator, noise_share=noise)
+
+
+def noise_at(run: Run, step: int) -> float:
+    """Factor of mixture.noise_probability at a step."""
     # Of a run counted in steps, so that a batch made ahead is the one that a resumed run makes; in one of so many
     # minutes it is the share when the batch is drawn.
-    share = run.share if cfg.train.max_minutes is not None else (step - run.first) / cfg.train.steps
-    return dry, run.simulator.draw(*dry.shape[::2], generator=generator(rng.Stream.SCENE, run.device),
-                                   noise_share=noise_share(cfg.train, share))
+    train = run.cfg.train
+    return noise_share(train, run.share if train.max_minutes is not None else (step - run.first) / train.steps)
 
 
 def draw_batch(run: Run, step: int) -> MixtureBatch:
@@ -82,6 +93,7 @@ def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTi
              count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
     and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
+    run.optimizer.zero_grad(set_to_none=True)
     dry, draw = draws.take(run.step)
 
     def maker(index: int, part: slice) -> Callable[[], MixtureBatch]:
@@ -94,6 +106,68 @@ def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTi
     loss = lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts])
     draws.prefetch()
     return loss, valid
+
+
+def gradients(run: Run, network: torch.nn.Module, mixture: MixtureBatch,
+              section: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> torch.Tensor:
+    """The loss of a batch, without its autograd graph; gradients are in place. section: StepTimer's, of both halves."""
+    with section("forward"):
+        run.optimizer.zero_grad(set_to_none=True)
+        with runtime.autocast(run.device, run.bfloat16):
+            logits = network(mixture.audio)
+        loss = run.localizer.loss(logits, mixture.scenes)
+    with section("backward"):
+        loss.backward()
+    return loss.detach()
+
+
+def update(run: Run, average: torch.Tensor | None = None) -> None:
+    """Weights and averaged weights one step on, by the gradients; average: the weight of optim.Averaged.update."""
+    if run.cfg.train.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), run.cfg.train.clip_norm)
+    run.optimizer.step()
+    if run.averaged is not None:
+        run.averaged.update(run.localizer, average)
+
+
+class CapturedStep:
+    """A whole step, from the draws to the averaged weights, that a GPU repeats as one CUDA graph (runtime.Graphed).
+
+    With the main recipe and 128 mixtures it is some 1,300 kernels, 12 to 16 ms of an H200, where a slow CPU takes 40 to
+    110 ms to launch them one by one. Draws are those of draw_examples. What differs from step to step is written to the
+    device beforehand: seeds, learning rate, noise share and the weight of averaging. invalid: counts the scenes that
+    broke their law.
+    """
+
+    def __init__(self, run: Run, network: torch.nn.Module, invalid: torch.Tensor):
+        self.run, self.network, self.invalid = run, network, invalid
+        self.generators = [torch.Generator(run.device) for _ in STREAMS]
+        self.rate = rate_on_device(run.optimizer, run.device)
+        self.noise = torch.ones((), dtype=torch.float64, device=run.device)
+        self.average = torch.ones((), device=run.device)
+        self.graphed = runtime.Graphed(self.step, run.device, self.generators)
+
+    def take(self, step: int, rate: float) -> torch.Tensor:
+        """That step at that learning rate; its loss, which the next step overwrites."""
+        for generator, stream in zip(self.generators, STREAMS):
+            generator.manual_seed(rng.seed_of(self.run.cfg.train.seed, rng.Split.TRAIN, stream, step))
+        self.rate.fill_(rate)
+        self.noise.fill_(noise_at(self.run, step))
+        if self.run.averaged is not None:
+            self.average.fill_(self.run.averaged.next_weight())
+        return self.graphed()
+
+    def mixtures(self) -> MixtureBatch:
+        """Those of a step, by the generators as they are."""
+        return self.run.simulator.render(*draw_from(self.run, *self.generators, self.noise))
+
+    def step(self) -> torch.Tensor:
+        """What is captured."""
+        mixture = self.mixtures()
+        loss = gradients(self.run, self.network, mixture)
+        update(self.run, self.average)
+        self.invalid.add_((~mixture.scenes.valid).sum())
+        return loss
 
 
 def progress(run: Run, step: int, began: tuple[float, float]) -> float:
@@ -190,27 +264,23 @@ def train(run: Run, log: Log) -> int:
     share = progress(run, step, began)
     evaluated = math.floor(share * cfg.evaluations)
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
+    captured = CapturedStep(run, network, invalid) if run.graph else None
     run.localizer.train()
     while share < 1:
-        step_began = time.perf_counter()
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step - run.first, share)
-        run.optimizer.zero_grad(set_to_none=True)
-        if tuner.lanes > 1:
-            loss, valid = in_lanes(run, lanes, draws, timer, tuner.lanes)
+        step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
+        if captured is not None:
+            loss = captured.take(step, rate)
         else:
-            mixture = batches.take(step)
-            with runtime.autocast(run.device, run.bfloat16):
-                logits = network(mixture.audio)
-            loss, valid = run.localizer.loss(logits, mixture.scenes), mixture.scenes.valid
-            loss.backward()
-            batches.prefetch()                                         # behind what this step has queued
-        if cfg.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
-        run.optimizer.step()
-        if run.averaged is not None:
-            run.averaged.update(run.localizer)
-        invalid += (~valid).sum()
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            if tuner.lanes > 1:
+                loss, valid = in_lanes(run, lanes, draws, timer, tuner.lanes)
+            else:
+                mixture = batches.take(step)
+                loss, valid = gradients(run, network, mixture), mixture.scenes.valid
+                batches.prefetch()                                     # behind what this step has queued
+            update(run)
+            invalid += (~valid).sum()
         step += 1
         run.step, run.examples = step, run.examples + cfg.batch_size
         timer.step()
@@ -225,7 +295,7 @@ def train(run: Run, log: Log) -> int:
             if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
                 log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
-            log_step(run, log, step, share, loss, invalid, timer.read())
+            log_step(run, log, step, share, rate, loss, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
             evaluated = math.floor(share * cfg.evaluations)
             log_evaluation(run, log, step, share)
@@ -251,17 +321,20 @@ def check_loss(loss: torch.Tensor, step: int) -> float:
     return value
 
 
-def log_step(run: Run, log: Log, step: int, share: float, loss: torch.Tensor, invalid: torch.Tensor,
+def log_step(run: Run, log: Log, step: int, share: float, rate: float, loss: torch.Tensor, invalid: torch.Tensor,
              times: runtime.StepTimes) -> None:
     """One line of metrics.jsonl and the numbers behind the progress bar. Reading the loss is the interval's one sync.
+    Of steps that are a CUDA graph, in which there are no marks for a timer, no simulate_share is told.
 
     Raises FloatingPointError when the loss is not finite any more.
     """
     value = check_loss(loss, step)
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
-    log.write({"step": step, "loss": value, "lr": run.optimizer.param_groups[0]["lr"], "examples_per_s": speed,
-               "simulate_share": simulate, "invalid_scenes": int(invalid), "elapsed_s": elapsed_s(run)}, share)
-    log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s, {100 * simulate:.0f} % simulating")
+    log.write({"step": step, "loss": value, "lr": rate, "examples_per_s": speed,
+               **({} if run.graph else {"simulate_share": simulate}), "invalid_scenes": int(invalid),
+               "elapsed_s": elapsed_s(run)}, share)
+    log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s"
+             + ("" if run.graph else f", {100 * simulate:.0f} % simulating"))
 
 
 def log_evaluation(run: Run, log: Log, step: int, share: float) -> dict[str, Any]:

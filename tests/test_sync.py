@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ from ssl_gpu.directivity import Pattern  # noqa: E402
 from ssl_gpu.ism import IsmConfig  # noqa: E402
 from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections  # noqa: E402
 from ssl_gpu.mixture import MixtureConfig  # noqa: E402
+from ssl_gpu.optim import Averaged, build_optimizer, rate_on_device  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
 from ssl_gpu.rir import RirConfig  # noqa: E402
 from ssl_gpu.scene import SceneConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
 from ssl_gpu.speech import Crop, SpeechConfig, draw_crops, gather_crops, voices_bank  # noqa: E402
+from ssl_gpu.train import update  # noqa: E402
 
 if find_spec("triton") is not None:  # or it would be imported, with its tables, when something asks for it
     import ssl_gpu.fused_convolve  # noqa: F401
@@ -182,6 +185,27 @@ def test_networks_and_losses_never_wait_for_the_gpu(name, request):
     assert loss.shape == () and loss.device == GPU
 
 
+def test_updates_that_a_graph_captures_never_wait_for_the_gpu(request):
+    """Clipping, Muon with its rate on the GPU (torch's fused AdamW takes no fake tensors), averages; and the draws with
+    their share of noise there."""
+    cfg = load_config(RunConfig, ROOT / "configs" / "librispeech.yaml")
+    localizer = build_localizer(cfg).to("meta")
+    simulator, averaged = simulator_of("mixed"), Averaged(localizer, 0.9)
+    request.getfixturevalue("fake_gpu")
+    for module in (localizer, averaged.model):
+        module.to_empty(device=GPU)
+    run = SimpleNamespace(cfg=cfg, localizer=localizer, averaged=averaged,
+                          optimizer=build_optimizer(cfg.train, localizer).parts["muon"])
+    rate_on_device(run.optimizer, GPU).fill_(1e-3)
+    for _ in range(2):
+        for weight in localizer.parameters():
+            weight.grad = torch.empty_like(weight)
+        update(run, torch.ones((), device=GPU))
+    noise = torch.ones((), dtype=torch.float64, device=GPU)
+    drawn = simulator.draw(4, 4000, generator=FakeGenerator(), noise_share=noise)
+    assert drawn.mixture.sensor_snr.device == GPU
+
+
 # ---- on a GPU ----
 
 
@@ -237,7 +261,7 @@ def test_simulation_sets_off_no_alarm(law):
 @pytest.mark.parametrize("name", ["librispeech", "original"])
 def test_training_steps_set_off_no_alarm(name, overlap):
     """Speech, rooms, network, loss, gradients, clipping, update and average, simulated ahead or not."""
-    run = bench_train.prepare(name, 4, GPU, [f"train.overlap={overlap}", "train.clip_norm=1.0"])
+    run = bench_train.prepare(name, 4, GPU, [f"train.overlap={overlap}", "train.graph=false", "train.clip_norm=1.0"])
     steps = bench_train.Steps(run, run.localizer)
     steps.take(3)
     with alarm():
