@@ -72,7 +72,8 @@ def parts_of(on_gpu: bool, quick: bool) -> list[Part]:
             benchmark("simulate", "--batch", "64", "256", "512", "1024", "2048", "4096", "--arrays", *ARRAYS,
                       "--array-batch", "512", "--compile", "both", "--fused", "both"),
             benchmark("train", "--model", "librispeech", "original", "original-fft", "original-nchw", "--compile",
-                      "both", "--overlap", "both", "--seconds", "5", "--set", "train.precision=bfloat16"),
+                      "both", "--overlap", "both", "--graph", "both", "--seconds", "5", "--set",
+                      "train.precision=bfloat16"),
             benchmark("peers", "--scenes", "4096", "--batch", "1024", "--patience", "30", module="peers")]
 
 
@@ -188,13 +189,14 @@ def training(rows: list[dict[str, Any]]) -> list[Verdict]:
     row = best(rows)
     if row is None:
         return [Verdict(target, None, False) for target in targets]
-    where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}"
+    where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}" \
+        + ", captured" * row.get("graph", False)
     share, cost = row["share"], row["simulation_cost"]
+    parts = (f" ({100 * share['wait']:.1f} % waiting, {100 * share['simulate']:.1f} % of the step's time on its "
+             f"stream)") if share else ""                               # captured steps have no shares
     return [Verdict(targets[0], f"{row['scenes_per_s']:,.0f} examples/s, {where}",
                     row["scenes_per_s"] >= EXAMPLES_PER_S),
-            Verdict(targets[1], f"{100 * cost:.1f} % over steps with one batch ({100 * share['wait']:.1f} % waiting, "
-                                f"{100 * share['simulate']:.1f} % of the step's time on its stream)",
-                    cost <= SIMULATION_SHARE)]
+            Verdict(targets[1], f"{100 * cost:.1f} % over steps with one batch{parts}", cost <= SIMULATION_SHARE)]
 
 
 def compiled(row: dict[str, Any]) -> str:

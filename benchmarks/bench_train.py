@@ -4,9 +4,11 @@ The shares are measured by ssl_gpu.runtime.StepTimer: by events on a GPU, which 
 next batch is simulated beside the step, on a stream of its own: "simulate" is how long that takes, in which it competes
 with the step, and "wait" how long the step waits for it; without overlap the one is the other. Neither tells how much
 the simulation slows the rest down: what it costs is the share of the step that goes when every step has the same batch.
+Rows that are captured (train.graph) have steps that are one CUDA graph each, simulation included: they have no shares.
 """
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,9 +24,9 @@ from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, build_optimizer
 from ssl_gpu.pretrained import build_localizer
-from ssl_gpu.run import Run, training_speech, uses_bfloat16
+from ssl_gpu.run import Run, training_speech, uses_bfloat16, uses_graph
 from ssl_gpu.simulator import Simulator
-from ssl_gpu.train import timed_batches
+from ssl_gpu.train import CapturedStep, gradients, timed_batches, update
 
 # Few voices, for they take time to make; endless rooms for both networks, where original.yaml has a bank of 3,000.
 OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.bank=null", "rir.early=false")
@@ -33,7 +35,7 @@ OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.ba
 NETWORKS = {"librispeech": ("librispeech", None, ()), "original": ("original", 2, ()),
             "original-fft": ("original", 2, ("model.freeze_stft=true",)),
             "original-nchw": ("original", 2, ("model.channels_last=false",))}
-BURN_IN = 3  # steps; compilation is in the first
+BURN_IN = 3  # steps; compilation is in the first, and a capture follows them
 
 
 def prepare(name: str, batch: int | None, device: torch.device, overrides: Sequence[str]) -> Run:
@@ -44,43 +46,50 @@ def prepare(name: str, batch: int | None, device: torch.device, overrides: Seque
                       [*OVERRIDES, *more, *batch_size, *overrides])
     localizer = build_localizer(cfg).to(device).train()
     averaged = None if cfg.train.ema is None else Averaged(localizer, cfg.train.ema)
-    return Run(cfg, Path(), device, training_speech(cfg, device),
-               Simulator(cfg.scene, cfg.rir, cfg.mixture, cfg.simulator, cfg.ism), None, {}, localizer, averaged,
-               build_optimizer(cfg.train, localizer))
+    speech = training_speech(cfg, device)
+    return Run(cfg, Path(), device, speech, Simulator(cfg.scene, cfg.rir, cfg.mixture, cfg.simulator, cfg.ism), None,
+               {}, localizer, averaged, build_optimizer(cfg.train, localizer),
+               bfloat16=uses_bfloat16(cfg.train, device), graph=uses_graph(cfg, device, speech))
 
 
 class Steps:
-    """Steps of a run, those of ssl_gpu.train.train, with marks for a timer between the parts."""
+    """Steps of a run, those of ssl_gpu.train.train, with marks for a timer between the parts unless they are captured.
+    """
 
     def __init__(self, run: Run, network: torch.nn.Module):
         self.run, self.network = run, network
         self.timer = runtime.StepTimer(run.device)
         self.batches = timed_batches(run, self.timer)
-        self.bfloat16 = uses_bfloat16(run.cfg.train, run.device)
+        self.captured = None
+        if run.graph:
+            self.captured = CapturedStep(run, network, torch.zeros((), dtype=torch.int64, device=run.device))
 
     def take(self, count: int) -> None:
         """`count` steps more."""
-        run, cfg, timer = self.run, self.run.cfg.train, self.timer
+        run, timer = self.run, self.timer
         for _ in range(count):
-            with timer.section("wait"):
-                mixture = self.batches.take(run.step)
-            with timer.section("forward"):
-                with runtime.autocast(run.device, self.bfloat16):
-                    logits = self.network(mixture.audio)
-                loss = run.localizer.loss(logits, mixture.scenes)
-            with timer.section("backward"):
-                run.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            with timer.section("wait"):  # on a CPU; on a GPU as long as the GPU waits for this to be queued
-                self.batches.prefetch()
-            with timer.section("update"):
-                if cfg.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), cfg.clip_norm)
-                run.optimizer.step()
-                if run.averaged is not None:
-                    run.averaged.update(run.localizer)
+            if self.captured is not None:
+                self.captured.take(run.step, run.cfg.train.lr)
+            else:
+                with timer.section("wait"):
+                    mixture = self.batches.take(run.step)
+                gradients(run, self.network, mixture, timer.section)
+                with timer.section("wait"):  # on a CPU; on a GPU as long as the GPU waits for this to be queued
+                    self.batches.prefetch()
+                with timer.section("update"):
+                    update(run)
             run.step += 1
             timer.step()
+
+    def keep_batch(self) -> None:
+        """From now on all steps have the batch of the next one, and simulate nothing."""
+        if self.captured is None:
+            self.batches = OneBatch(self.batches.take(self.run.step))
+        else:
+            mixture = self.captured.mixtures()
+            self.captured = CapturedStep(self.run, self.network, self.captured.invalid)
+            gc.collect()  # it and its method refer to each other: until then the other one keeps its memory
+            self.captured.mixtures = lambda: mixture
 
 
 class OneBatch:
@@ -99,7 +108,7 @@ class OneBatch:
 
 def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTimes]:
     """What the timer says, after a burn-in, of `every` steps each, for about `seconds` s."""
-    steps.take(BURN_IN)
+    steps.take(BURN_IN if steps.captured is None else runtime.Graphed.WARM_UP + BURN_IN)
     steps.timer.read()
     readings, spent = [], 0.0
     while len(readings) < common.LEAST_CALLS or spent < seconds:
@@ -110,22 +119,24 @@ def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTi
 
 
 def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
-            every: int, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], None]:
-    """The row of one network, eager or compiled, simulation overlapped or not: `every` steps from one reading of the
-    timer to the next; and then as many with one batch again and again, to know what simulation costs."""
+            every: int, overrides: Sequence[str] = (), graph: bool = False) -> tuple[dict[str, Any], None]:
+    """The row of one network, eager or compiled, simulation overlapped or not, or steps captured: `every` steps from
+    one reading of the timer to the next; and then as many with one batch again and again, to know what simulation
+    costs."""
     if compile:
         torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
-    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", *overrides])
+    gc.collect()  # what an earlier row captured
+    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", f"train.graph={str(graph).lower()}",
+                                        *overrides])
     steps = Steps(run, runtime.compiled(run.localizer, compile))
     runtime.reset_peak_memory(device)
     readings = readings_of(steps, seconds, every)
     share = {key: sum(r.share[key] for r in readings) / len(readings) for key in readings[0].share}
     cfg = run.cfg
     row = common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
-                     cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, share=share,
-                     parameters=sum(p.numel() for p in run.localizer.parameters()),
-                     bfloat16=steps.bfloat16)
-    steps.batches = OneBatch(steps.batches.take(run.step))
+                     cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, graph=graph,
+                     share=share, parameters=sum(p.numel() for p in run.localizer.parameters()), bfloat16=run.bfloat16)
+    steps.keep_batch()
     fixed_s = common.Timing.of([r.step_s for r in readings_of(steps, seconds, every)]).median_s
     return {**row, "fixed_step_s": fixed_s, "simulation_cost": (row["median_s"] - fixed_s) / row["median_s"]}, None
 
@@ -142,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlap", choices=common.CHOICES,
                         help="simulate the next batch beside the step (default no on a CPU, where there is nothing "
                              "beside it, both on a GPU)")
+    parser.add_argument("--graph", choices=common.CHOICES,
+                        help="steps as one CUDA graph each, which do not overlap (default no on a CPU, which has none, "
+                             "both on a GPU)")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE",
                         help="of the configurations, for example train.precision=bfloat16")
     parser.add_argument("--every", type=common.positive, metavar="N",
@@ -149,14 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     on_cpu = device.type == "cpu"
-    every, overlaps = args.every or (1 if on_cpu else 10), common.CHOICES[args.overlap or ("no" if on_cpu else "both")]
+    every, overlaps, graphs = args.every or (1 if on_cpu else 10), *(
+        common.CHOICES[choice or ("no" if on_cpu else "both")] for choice in (args.overlap, args.graph))
+    ways = [(overlap, False) for overlap in overlaps if False in graphs] + [(False, True)] * (True in graphs)
     results, tasks = common.Results("bench_train", device, arguments, args.json), []
     names = args.model or (["librispeech"] if on_cpu else ["librispeech", "original"])
     # Eager first: compilation takes longest, and fails most.
-    for compile, name, overlap in product(common.CHOICES[args.compile], names, overlaps):
+    for compile, name, (overlap, graph) in product(common.CHOICES[args.compile], names, ways):
         batch = args.batch or (NETWORKS[name][1] if on_cpu else None)
-        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set)
-        tasks.append(common.Task(name, batch, compile, make, {"overlap": overlap}))
+        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set, graph)
+        tasks.append(common.Task(name, batch, compile, make, {"overlap": overlap, "graph": graph}))
     results.measure(tasks)
     return results.finish()
 

@@ -66,7 +66,7 @@ def simulation_table(results: dict[str, Any]) -> list[str]:
 
 def train_table(results: dict[str, Any]) -> list[str]:
     """Of bench_train; with a column of its own for the wait where some rows simulate beside the step, and for what
-    simulation costs where that was measured."""
+    simulation costs where that was measured. Captured steps have no shares."""
     parts, overlapped = ("simulate", "forward", "backward", "update"), any(r.get("overlap") for r in results["rows"])
     compared = any("simulation_cost" in row for row in results["rows"])
     head = ["network", "batch", "precision", "ms per step (p10 to p90)", "examples/s", f"{' / '.join(parts)}, %",
@@ -74,12 +74,13 @@ def train_table(results: dict[str, Any]) -> list[str]:
     rows = []
     for row in results["rows"]:
         how = ", compiled" * row["compiled"] + ", overlapped" * row.get("overlap", False)
+        how += ", captured" * row.get("graph", False)
         if "failed" in row:
             rows.append(failure(row["name"] + how, row, head))
             continue
-        wait = [f"{100 * row['share']['wait']:.0f}"] if overlapped else []
+        wait = [f"{100 * row['share']['wait']:.0f}" if row["share"] else "-"] if overlapped else []
         cost = [f"{100 * row['simulation_cost']:.1f}"] if compared else []
-        shares = " / ".join(f"{100 * row['share'][part]:.0f}" for part in parts)
+        shares = " / ".join(f"{100 * row['share'][part]:.0f}" for part in parts) if row["share"] else "-"
         rows.append([f"{row['name']}, {row['parameters'] / 1e6:.2f} M{how}", row["batch"],
                      "bfloat16" if row["bfloat16"] else "float32", spread(row, 1e3), number(row["scenes_per_s"]),
                      shares, *wait, *cost, mebibytes(row["peak_bytes"])])

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (ablations, accuracy_tables, bench_convolve, bench_rir, bench_simulate,  # noqa: E402
                         bench_train, common, floors, lanes, localize_windows, peers, report, traffic)
-from ssl_gpu import synthesis, train  # noqa: E402
+from ssl_gpu import runtime, synthesis, train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
@@ -116,6 +116,31 @@ def test_steps_with_one_batch_simulate_nothing(overlap, monkeypatch):
     steps = bench_train.BURN_IN + common.LEAST_CALLS
     assert row["calls"] == common.LEAST_CALLS and runs[0].step == 2 * steps
     assert simulated == list(range(steps + 1))  # the last one is the batch that is kept
+
+
+def test_captured_steps_have_no_shares_and_cost_what_they_cost(monkeypatch):
+    """On a CPU, where the calls of a graph are plain: first with new rooms, then with one batch."""
+    drawn = []
+    monkeypatch.setattr(bench_train, "uses_graph", lambda *_: True)
+    monkeypatch.setattr(train, "draw_from", lambda *arguments, draw=train.draw_from:
+                        drawn.append(None) or draw(*arguments))
+    row, _ = bench_train.measure("librispeech", 1, False, False, torch.device("cpu"), 0.0, 1, ["speech.clip_s=1.0"],
+                                 graph=True)
+    assert row["graph"] and row["share"] == {}
+    assert row["simulation_cost"] == pytest.approx(1 - row["fixed_step_s"] / row["median_s"])
+    steps = runtime.Graphed.WARM_UP + bench_train.BURN_IN + common.LEAST_CALLS
+    assert len(drawn) == steps + 1                                      # and the batch that is kept
+    table = report.train_table({"rows": [row, {**row, "graph": False, "overlap": True, "share": {
+        "simulate": 0.3, "forward": 0.2, "backward": 0.3, "update": 0.1, "wait": 0.25}}]})
+    assert ", captured | 1 |" in table[2] and " | - | - | " in table[2] and " | 30 / 20 / 30 / 10 | 25 | " in table[3]
+
+
+def test_graphs_are_refused_on_a_cpu_by_their_row(tmp_path):
+    path = tmp_path / "results.json"
+    assert bench_train.main(["--batch", "1", "--seconds", "0", "--compile", "no", "--graph", "yes", "--device", "cpu",
+                             "--threads", "1", "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["failed"] for row in rows] == ["ValueError: train.graph must be false or null on a cpu, got true"]
 
 
 @pytest.fixture
@@ -233,6 +258,9 @@ def test_targets_are_met_or_missed_by_what_was_measured():
     assert found[0].measured == "192,308 scenes/s, batch 512" and found[1].measured == "7.90 GB"
     assert found[5].measured == "11,000 examples/s, original, batch 1024, compiled, overlapped"
     assert found[6].measured.startswith("5.0 % over steps with one batch (1.0 % waiting, 30.0 %")
+    good["train"]["rows"].append({**training_row(13_000, 0.04, False), "graph": True, "share": {}})
+    assert [verdict.measured for verdict in benchmark_all.verdicts(good)[5:]] == [
+        "13,000 examples/s, original, batch 1024, compiled, captured", "4.0 % over steps with one batch"]
     bad = {"simulate": {"rows": [mixtures(256, 7.0), mixtures(512, 7.1), mixtures(1024, 7.0, peak=8.1e9),
                                  mixtures(4096, 8.5), mixtures(512, 20.0, "endless rooms, 2x4"),
                                  mixtures(512, 40.0, "endless rooms, 4x4")]},
@@ -269,7 +297,7 @@ def broken(monkeypatch, module, name, calls):
     (bench_rir, ("--batch", "1", "--compile", "both"), 7, {}),
     (bench_simulate, ("--batch", "1", "--arrays", "1x1"), 4, {}),
     (bench_convolve, ("--batch", "1"), 5, {}),
-    (bench_train, ("--overlap", "both", "--compile", "no"), 2, {"overlap": True})])
+    (bench_train, ("--overlap", "both", "--compile", "no"), 2, {"overlap": True, "graph": False})])
 def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_path, monkeypatch, capsys):
     """The file is there from the first row on, and says of the second what went wrong."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

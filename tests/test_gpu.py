@@ -15,9 +15,10 @@ from ssl_gpu.features import FeatureConfig  # noqa: E402
 from ssl_gpu.ism import IsmConfig  # noqa: E402
 from ssl_gpu.mixture import MixtureConfig  # noqa: E402
 from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel  # noqa: E402
-from ssl_gpu.optim import TrainConfig, build_optimizer  # noqa: E402
+from ssl_gpu.optim import TrainConfig, build_optimizer, learning_rate, restore_optimizer  # noqa: E402
 from ssl_gpu.rir import RirConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
+from ssl_gpu.train import CapturedStep, draw_batch, gradients, update  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 GPU = torch.device("cuda", 0)
@@ -80,7 +81,8 @@ def test_fused_simulator_gives_the_same_mixtures(name, compile):
 def test_batches_made_ahead_are_those_made_in_turn(drop):
     """Beside a busy stream; also where each is dropped while the GPU still reads it, which would let the next one
     write into its memory were it not held until that one is taken."""
-    runs = [bench_train.prepare("librispeech", 64, GPU, [f"train.overlap={on}"]) for on in ("false", "true")]
+    runs = [bench_train.prepare("librispeech", 64, GPU, [f"train.overlap={on}", "train.graph=false"])
+            for on in ("false", "true")]
     plain, ahead = (bench_train.Steps(run, run.localizer).batches for run in runs)
     expected = [plain.take(step).audio.square().sum() for step in range(8)]
     work, sums, kept = torch.randn(4096, 4096, device=GPU), [], []
@@ -94,6 +96,80 @@ def test_batches_made_ahead_are_those_made_in_turn(drop):
         del mixture
         ahead.prefetch()
     assert_close(torch.stack(sums), torch.stack(expected), rtol=1e-5, atol=0)
+
+
+STEP = ["train.precision=float32", "speech.clip_s=1.0", "train.steps=100", "train.clip_norm=1.0", "train.ema=0.9",
+        "train.noise_warmup=0.2"]  # of the recipe, with mixed rooms and noise
+
+
+def trained(network, overrides, count, compile=False):
+    """Losses of `count` steps, and the run: by CapturedStep or the loop, as train.graph says."""
+    torch.manual_seed(0)
+    run = bench_train.prepare(network, 8, GPU, [*STEP, *overrides])
+    steps, losses = bench_train.Steps(run, runtime.compiled(run.localizer, compile)), []
+    for step in range(count):
+        rate = learning_rate(run.cfg.train, step, step / 100)
+        if run.graph:
+            losses.append(steps.captured.take(step, rate).clone())     # the next one overwrites it
+            continue
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        losses.append(gradients(run, steps.network, steps.batches.take(step)))
+        update(run)
+    return torch.stack(losses), run
+
+
+@pytest.mark.parametrize("network, overrides", [
+    ("librispeech", []), ("librispeech", ["train.optimizer=adamw"]),
+    ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
+    ("original", ["train.precision=bfloat16", "train.warmup=0.1"])], ids=["muon", "adamw", "bare", "original"])
+def test_captured_steps_are_those_of_the_loop(network, overrides):
+    """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
+    Rooms are added up in any order, and eight steps make more of it."""
+    expected, plain = trained(network, [*overrides, "train.graph=false"], 8)
+    found, run = trained(network, [*overrides, "train.graph=true"], 8)
+    assert run.graph and not plain.graph and len(expected.unique()) == 8
+    assert_close(found, expected, rtol=1e-2 if network == "original" else 1e-3, atol=0)
+    begin = bench_train.prepare(network, 8, GPU, STEP).localizer       # from the same seed
+    start, there, here = (torch.cat([weight.detach().flatten() for weight in one.parameters()])
+                          for one in (begin, plain.localizer, run.localizer))
+    # As a whole, by how far they have gone: where a gradient is zero, Adam makes a step of its rounding error.
+    assert (here - there).norm() < (0.5 if network == "original" else 0.1) * (there - start).norm()
+    if run.averaged is not None:
+        there, here = (torch.cat([weight.flatten() for weight in one.averaged.model.parameters()])
+                       for one in (plain, run))
+        assert (here - there).norm() < 1e-2 * there.norm() and run.averaged.updates == 8
+
+
+def test_captured_draws_are_those_of_their_steps():
+    """The very mixtures, in a step that trains nothing; also those of a step that was there before."""
+    run = bench_train.prepare("librispeech", 8, GPU, [*STEP, "train.graph=true"])
+    captured = CapturedStep(run, run.localizer, torch.zeros((), dtype=torch.int64, device=GPU))
+    captured.graphed = runtime.Graphed(lambda: captured.mixtures().audio, GPU, captured.generators)
+    for step in (0, 1, 2, 3, 4, 30, 4):
+        found, expected = captured.take(step, 1e-3), draw_batch(run, step).audio
+        assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
+def test_compiled_network_and_simulator_may_be_captured():
+    torch.compiler.reset()
+    expected, _ = trained("librispeech", ["train.graph=false"], 6)
+    found, _ = trained("librispeech", ["train.graph=true", "simulator.compile=true"], 6, compile=True)
+    assert_close(found, expected, rtol=1e-2, atol=0)
+
+
+def test_captured_run_goes_on_from_its_state():
+    """Three steps more, in the graph that follows, from the state dicts after five."""
+    expected, _ = trained("librispeech", ["train.graph=true"], 8)
+    _, half = trained("librispeech", ["train.graph=true"], 5)
+    run = bench_train.prepare("librispeech", 8, GPU, [*STEP, "train.graph=true"])
+    run.localizer.load_state_dict(half.localizer.state_dict())
+    restore_optimizer(run.optimizer, half.optimizer.state_dict())
+    run.averaged.updates = 5
+    captured = CapturedStep(run, run.localizer, torch.zeros((), dtype=torch.int64, device=GPU))
+    found = [captured.take(step, learning_rate(run.cfg.train, step, step / 100)).clone() for step in (5, 6, 7)]
+    assert_close(torch.stack(found), expected[5:], rtol=1e-3, atol=0)
 
 
 def test_layout_and_frozen_transform_change_roundings_alone():
