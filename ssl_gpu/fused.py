@@ -15,6 +15,7 @@ from torch import Tensor, library
 from ssl_gpu import runtime
 
 BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight for each of its threads
+IMAGES = 128  # to a program that finds them: one for each thread. With 64 half of the threads did the same as others
 FREQS = 512  # to a program that filters
 
 
@@ -77,19 +78,19 @@ def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tenso
 
 @triton.jit
 def add_images_program(total, table, places, rooms, direction, ratio, perturbation, active, images, blocks, mics, srcs,
-                       row_length, parts_apart, perturbation_exponent, full_range: tl.constexpr,
+                       axis_stride, row_length, parts_apart, perturbation_exponent, full_range: tl.constexpr,
                        phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr, block: tl.constexpr):
     """`block` images of one source at one microphone, the direct path the first of them: rir.find_arrivals and
     rir.image_amplitude, in the same precisions, and add_kernels_program at once.
 
-    places [batch, mic, src, 5] float64 and rooms [batch, 7] float64 as of image_tables; direction [batch, src, image,
-    3], ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""
+    places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables; direction [3, batch, src,
+    image], its axes axis_stride apart, ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     image = (tl.program_id(0) % blocks) * block + tl.arange(0, block) - 1
     batch, src = row // (mics * srcs), row % srcs
-    room, place = rooms + batch * 7, places + row * 5
-    reach, slope, log2_coefficient, last = tl.load(room), tl.load(room + 1), tl.load(room + 2), tl.load(room + 3)
-    epsilon, slots_per_s, speed = tl.load(room + 4), tl.load(room + 5), tl.load(room + 6)
+    room, place = rooms + batch * 5, places + row * 5
+    slope, log2_coefficient = tl.load(room).to(tl.float32), tl.load(room + 1).to(tl.float32)
+    last, epsilon, slots_per_m = tl.load(room + 2), tl.load(room + 3), tl.load(room + 4)
     closest, direct = tl.load(place + 3), tl.load(place + 4)
 
     inside = (image >= 0) & (image < images)
@@ -97,16 +98,18 @@ def add_images_program(total, table, places, rooms, direction, ratio, perturbati
     at = (batch * srcs + src) * images + image
     near = tl.load(ratio + at, mask=inside, other=1.0)
     image_dist = closest * near.to(tl.float64)
-    x = tl.load(place) + image_dist * tl.load(direction + 3 * at, mask=inside, other=0.0).to(tl.float64)
-    y = tl.load(place + 1) + image_dist * tl.load(direction + 3 * at + 1, mask=inside, other=0.0).to(tl.float64)
-    z = tl.load(place + 2) + image_dist * tl.load(direction + 3 * at + 2, mask=inside, other=0.0).to(tl.float64)
+    x = tl.load(place) + image_dist * tl.load(direction + at, mask=inside, other=0.0).to(tl.float64)
+    y = tl.load(place + 1) + image_dist * tl.load(direction + axis_stride + at, mask=inside, other=0.0).to(tl.float64)
+    z = tl.load(place + 2) + image_dist * tl.load(direction + 2 * axis_stride + at, mask=inside,
+                                                  other=0.0).to(tl.float64)
     dist = tl.where(image < 0, direct, tl.sqrt(x * x + y * y + z * z + epsilon))
 
+    # Slots are found in float64, as in rir.find_arrivals; strengths in float32, which moves them by 1e-6 at most.
+    metres = dist.to(tl.float32)
     spread = tl.load(perturbation + at, mask=inside, other=0.0) * tl.exp2(perturbation_exponent * tl.log2(near))
-    reflections = ((dist / reach) * slope + 1).to(tl.float32) + spread
-    strength = tl.exp2(tl.maximum(reflections, 1.0) * log2_coefficient.to(tl.float32)) / dist.to(tl.float32)
-    strength = tl.where(image < 0, 1 / dist.to(tl.float32), strength)
-    slot = tl.ceil(dist * slots_per_s / speed)
+    strength = tl.exp2(tl.maximum(metres * slope + 1 + spread, 1.0) * log2_coefficient)
+    strength = tl.where(image < 0, 1.0, strength) / metres
+    slot = tl.ceil(dist * slots_per_m)
     # `last` is below 0 in scenes that another method renders.
     counts = ((image < 0) | inside) & (last + tl.full((block,), 0.0, tl.float64) >= 0)
     if full_range:
@@ -133,12 +136,14 @@ def launch_images(program, total: Tensor, table: Tensor, places: Tensor, rooms: 
                   main_taps: int) -> None:
     """Runs add_images_program, or the same in Triton's interpreter, over all images."""
     (_, mics, srcs, _), images, (phases, taps) = places.shape, ratio.shape[-1], table.shape
-    blocks = triton.cdiv(1 + images, BLOCK)
+    blocks, axes = triton.cdiv(1 + images, IMAGES), direction.movedim(-1, 0)
+    if not axes[0].is_contiguous():
+        axes = axes.contiguous()
     program[(places.shape[:-1].numel() * blocks,)](
-        total, table, places.contiguous(), rooms.contiguous(), direction.contiguous(), ratio.contiguous(),
-        perturbation.contiguous(), active.to(torch.uint8).contiguous(), images, blocks, mics, srcs, total.shape[-1],
+        total, table, places.contiguous(), rooms.contiguous(), axes, ratio.contiguous(), perturbation.contiguous(),
+        active.to(torch.uint8).contiguous(), images, blocks, mics, srcs, axes.stride(0), total.shape[-1],
         total.stride(0), perturbation_exponent, full_range=full_range, phase_bits=phases.bit_length() - 1, taps=taps,
-        main_taps=main_taps, block=BLOCK)
+        main_taps=main_taps, block=IMAGES)
 
 
 @triton.jit

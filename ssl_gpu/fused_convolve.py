@@ -198,11 +198,11 @@ def launch_merge(program, out: Tensor, parts: Tensor, twiddles: Tensor, keep: Op
         has_keep=keep is not None, radix=radix, present=triton.cdiv(length, base), block=block)
 
 
-def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples: int,
-                   keep: Tensor | None = None) -> Tensor | None:
+def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples: int, keep: Tensor | None = None,
+                   out: Tensor | None = None) -> Tensor | None:
     """What convolve.convolve_sources makes of signal [batch, src, sample], each source times its gain [batch, src], and
     rir [batch, mic, src, tap]: [batch, mic, num_samples] float32, silent where keep [batch] is false. On a GPU; to a
-    few roundings the same. None where transforms of MOST points are too few."""
+    few roundings the same. out: where that is put, contiguous. None where transforms of MOST points are too few."""
     size = split_size(signal.shape[-1] + rir.shape[-1] - 1)
     if size is None:
         return None
@@ -219,6 +219,6 @@ def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples
     product = torch.empty((batch, pairs, radix, base, 2), device=device)
     multiply(product, spectra(signal[:, :, None], gain), spectra(rir, None), 1 / (radix * base))
     parts = torch.view_as_real(torch.fft.ifft(torch.view_as_complex(product), norm="forward"))
-    heard = torch.empty((batch, mics, num_samples), device=device)
+    heard = torch.empty((batch, mics, num_samples), device=device) if out is None else out
     merge(heard, parts, twiddles, keep)
     return heard

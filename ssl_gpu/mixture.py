@@ -168,10 +168,11 @@ def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Ten
     return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
 
 
-def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False) -> MixtureBatch:
+def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False,
+        out: Tensor | None = None) -> MixtureBatch:
     """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs; nothing
     in scenes that are not valid. fused: on a GPU with ssl_gpu.fused_convolve where that fits, to a few roundings the
-    same.
+    same. out [batch, mic, sample]: where the audio is put, if there is such a place.
 
     Raises ValueError when the shapes of dry speech and RIRs do not belong together.
     """
@@ -183,7 +184,7 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
     valid = scenes.valid[:, None, None]
     if fused and runtime.is_gpu(dry.device) and mics is None and rirs.early is None:
         from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
-        speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid)
+        speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid, out)
     if speech is None:
         dry = dry * draw.gain[..., None]
         # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
@@ -197,4 +198,6 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
     if draw.diffuse is not None:
         noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate, mics)
         audio = _add_noise(audio, noise, speech, draw.diffuse_snr)
+    if out is not None and audio is not out:
+        audio = out.copy_(audio)
     return MixtureBatch(audio, early, scenes, rirs.sample_rate)

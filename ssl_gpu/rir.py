@@ -21,7 +21,6 @@ from ssl_gpu.checks import read_enums
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
-from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import (MAIN_TAPS, OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize,
                                synthesize_added)
@@ -272,9 +271,9 @@ def image_span(cfg: RirConfig, rt60: Tensor, closest: Tensor) -> Tensor:
 
 
 def unit_from_polar(azimuth: Tensor, polar: Tensor) -> Tensor:
-    """Azimuth and polar angle from +z [...] rad -> unit vector [..., 3], in their dtype."""
+    """Azimuth and polar angle from +z [...] rad -> unit vector [..., 3], in their dtype, its axes apart in memory."""
     sin = torch.sin(polar)
-    return torch.stack((torch.cos(azimuth) * sin, torch.sin(azimuth) * sin, torch.cos(polar)), -1)
+    return torch.stack((torch.cos(azimuth) * sin, torch.sin(azimuth) * sin, torch.cos(polar))).movedim(0, -1)
 
 
 def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arrivals:
@@ -412,9 +411,8 @@ def image_tables(cfg: RirConfig, scenes: SceneBatch, chosen: Tensor | None = Non
     """What all images of a source at a microphone, and all of a room, have in common.
 
     places [batch, mic, src, 5] float64 m: from the microphone to that nearest to the source, x, y, z, the distance of
-    the source to that one, and to this one. rooms [batch, 7] float64: the metres travelled in one RT60; the reflections
-    on them, less 1; log2 of the reflection coefficient; the last slot, -1 for scenes that are not chosen;
-    DISTANCE_EPSILON, slots per second, SPEED_OF_SOUND.
+    the source to that one, and to this one. rooms [batch, 5] float64: reflections per metre, less the first; log2 of
+    the reflection coefficient; the last slot, -1 for scenes that are not chosen; DISTANCE_EPSILON, slots per metre.
     """
     _, direct, nearest = nearest_mic(scenes)
     closest = direct.gather(1, nearest[:, None])
@@ -426,15 +424,10 @@ def image_tables(cfg: RirConfig, scenes: SceneBatch, chosen: Tensor | None = Non
     last = (slots_in_rir(cfg.sample_rate, scenes.rt60) - 1).to(reach.dtype)
     if chosen is not None:
         last = torch.where(chosen, last, -1.0)
-    fixed = _fixed_on(OVERSAMPLING * cfg.sample_rate, reach.device).expand(len(scenes), -1)
-    return places, torch.cat((torch.stack((reach, max_reflections - 1, torch.log2(coefficient), last), -1), fixed), -1)
-
-
-@constant
-def _fixed_on(slots_per_s: int, device: torch.device) -> Tensor:
-    """The numbers that image_tables gives every room, [3] float64, on the device: as float64 Triton has them only
-    from memory."""
-    return torch.tensor((DISTANCE_EPSILON, slots_per_s, SPEED_OF_SOUND), dtype=torch.float64, device=device)
+    # As float64 Triton has numbers only from memory.
+    slots_per_m = OVERSAMPLING * cfg.sample_rate / SPEED_OF_SOUND
+    fixed = (torch.full_like(last, value) for value in (DISTANCE_EPSILON, slots_per_m))
+    return places, torch.stack(((max_reflections - 1) / reach, torch.log2(coefficient), last, *fixed), -1)
 
 
 def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals, slots: Tensor,

@@ -27,13 +27,13 @@ BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or t
 @dataclass(frozen=True)
 class SimulatorConfig:
     """chunk: scenes rendered at a time, which bounds the memory; the result does not depend on it. None: 16 on a CPU
-    (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time); elsewhere 512 of
-    2 microphones x 2 sources, and as many times fewer as there are more pairs.
+    (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time); elsewhere 1,024
+    of 2 microphones x 2 sources, and as many times fewer as there are more pairs.
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
         for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
         twice as slow with it (docs/performance.md).
-    fused: on a GPU, add up the arrivals of a chunk by one Triton kernel (ssl_gpu.fused), to a few roundings the same;
-        with compile or without. No GPU has run it yet, hence the default.
+    fused: on a GPU, find and add up arrivals and convolve by Triton kernels (ssl_gpu.fused, ssl_gpu.fused_convolve), to
+        a few roundings the same; with compile or without.
 
     Raises ValueError when chunk < 1.
     """
@@ -53,7 +53,7 @@ class SimulatorConfig:
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
-        return self.chunk or (16 if device.type == "cpu" else max(1, 512 * 4 // pairs))
+        return self.chunk or (16 if device.type == "cpu" else max(1, 1024 * 4 // pairs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,14 +194,17 @@ class Simulator:
         self.config.check_device(dry.device)
         pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
         chunk, parts = self.config.chunk_on(dry.device, pairs), []
+        whole = None                                                    # where the parts go, if there are several
+        if len(dry) > chunk:
+            whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1])
         for start in range(0, dry.shape[0], chunk):
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], self.config.fused)
-            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], self.config.fused))
-        if len(parts) == 1:
+            out = None if whole is None else whole[part]
+            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], self.config.fused, out))
+        if whole is None:
             return MixtureBatch(parts[0].audio, parts[0].early, draw.scenes, self.rir.sample_rate)
-        audio = torch.cat([part.audio for part in parts])
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
-        return MixtureBatch(audio, early, draw.scenes, self.rir.sample_rate)
+        return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate)

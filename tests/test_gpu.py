@@ -102,7 +102,7 @@ STEP = ["train.precision=float32", "speech.clip_s=1.0", "train.steps=100", "trai
         "train.noise_warmup=0.2"]  # of the recipe, with mixed rooms and noise
 
 
-def trained(network, overrides, count, compile=False):
+def steps_of(network, overrides, count, compile=False):
     """Losses of `count` steps, and the run: by CapturedStep or the loop, as train.graph says."""
     torch.manual_seed(0)
     run = bench_train.prepare(network, 8, GPU, [*STEP, *overrides])
@@ -126,8 +126,8 @@ def trained(network, overrides, count, compile=False):
 def test_captured_steps_are_those_of_the_loop(network, overrides):
     """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
     Rooms are added up in any order, and eight steps make more of it."""
-    expected, plain = trained(network, [*overrides, "train.graph=false"], 8)
-    found, run = trained(network, [*overrides, "train.graph=true"], 8)
+    expected, plain = steps_of(network, [*overrides, "train.graph=false"], 8)
+    found, run = steps_of(network, [*overrides, "train.graph=true"], 8)
     assert run.graph and not plain.graph and len(expected.unique()) == 8
     assert_close(found, expected, rtol=1e-2 if network == "original" else 1e-3, atol=0)
     begin = bench_train.prepare(network, 8, GPU, STEP).localizer       # from the same seed
@@ -154,15 +154,15 @@ def test_captured_draws_are_those_of_their_steps():
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
 def test_compiled_network_and_simulator_may_be_captured():
     torch.compiler.reset()
-    expected, _ = trained("librispeech", ["train.graph=false"], 6)
-    found, _ = trained("librispeech", ["train.graph=true", "simulator.compile=true"], 6, compile=True)
+    expected, _ = steps_of("librispeech", ["train.graph=false"], 6)
+    found, _ = steps_of("librispeech", ["train.graph=true", "simulator.compile=true"], 6, compile=True)
     assert_close(found, expected, rtol=1e-2, atol=0)
 
 
 def test_captured_run_goes_on_from_its_state():
     """Three steps more, in the graph that follows, from the state dicts after five."""
-    expected, _ = trained("librispeech", ["train.graph=true"], 8)
-    _, half = trained("librispeech", ["train.graph=true"], 5)
+    expected, _ = steps_of("librispeech", ["train.graph=true"], 8)
+    _, half = steps_of("librispeech", ["train.graph=true"], 5)
     run = bench_train.prepare("librispeech", 8, GPU, [*STEP, "train.graph=true"])
     run.localizer.load_state_dict(half.localizer.state_dict())
     restore_optimizer(run.optimizer, half.optimizer.state_dict())
