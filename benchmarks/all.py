@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from benchmarks.report import WAYS
 from ssl_gpu.checkpoint import write_text
 
 SCENES_PER_S, LEAST_BATCH = 150_000, 512
@@ -67,10 +68,10 @@ def parts_of(on_gpu: bool, quick: bool) -> list[Part]:
                 benchmark("train", "--model", "librispeech", "original"),
                 benchmark("peers", "--scenes", "256", module="peers")]
     return [tests,
-            benchmark("rir", "--batch", "64", "512", "2048", "--compile", "both", "--fused", "both"),
+            benchmark("rir", "--batch", "64", "512", "2048", "--fused", "both"),
             benchmark("convolve", "--batch", "64", "512"),
             benchmark("simulate", "--batch", "64", "256", "512", "1024", "2048", "4096", "--arrays", *ARRAYS,
-                      "--array-batch", "512", "--compile", "both", "--fused", "both"),
+                      "--array-batch", "512", "--fused", "both", "--graph", "both"),
             benchmark("train", "--model", "librispeech", "original", "original-fft", "original-nchw", "--compile",
                       "both", "--overlap", "both", "--graph", "both", "--seconds", "5", "--set",
                       "train.precision=bfloat16"),
@@ -149,7 +150,7 @@ def memory(rows: list[dict[str, Any]]) -> Verdict:
 
 
 def flat(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Time per scene over the batch size, eager and compiled, fused and not."""
+    """Time per scene over the batch size, by each way."""
     found = []
     for kind in sorted({compiled(row) for row in rows}) or [""]:
         low, high = FLAT_BATCHES
@@ -165,7 +166,7 @@ def flat(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def linear(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Time per microphone and source of larger scenes, over that of 2x2 in the same batch, fused and not."""
+    """Time per microphone and source of larger scenes, over that of 2x2 in the same batch, by each way."""
     found = []
     for name in ARRAYS:
         target = f"{name} microphones x sources at most {100 * LINEAR:.0f} % above 2x2, per pair"
@@ -189,8 +190,7 @@ def training(rows: list[dict[str, Any]]) -> list[Verdict]:
     row = best(rows)
     if row is None:
         return [Verdict(target, None, False) for target in targets]
-    where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}" \
-        + ", captured" * row.get("graph", False)
+    where = f"{row['name']}, batch {row['batch']}{compiled(row)}{', overlapped' if row['overlap'] else ''}"
     share, cost = row["share"], row["simulation_cost"]
     parts = (f" ({100 * share['wait']:.1f} % waiting, {100 * share['simulate']:.1f} % of the step's time on its "
              f"stream)") if share else ""                               # captured steps have no shares
@@ -200,8 +200,8 @@ def training(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 def compiled(row: dict[str, Any]) -> str:
-    """What is said of a row that is compiled or fused."""
-    return ", compiled" * bool(row["compiled"]) + ", fused" * bool(row.get("fused"))
+    """What is said of a row that is compiled, fused or captured."""
+    return "".join(f", {word}" for key, word in WAYS.items() if row.get(key))
 
 
 def summary(name: str, outcomes: dict[str, tuple[bool, float]], found: list[Verdict]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
+from ssl_gpu import runtime
 from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import SceneConfig
@@ -34,7 +35,12 @@ def measure(name: str, batch: int, way: dict[str, bool], cfg: SceneConfig, mixtu
     simulator = Simulator(cfg, RIR, mixture, SimulatorConfig(compile=way["compiled"], fused=way["fused"]))
     if cfg.bank is not None:
         simulator.fill_bank(generator=generator)
-    timing = common.measure(lambda: simulator(dry, generator=generator), device, seconds)
+    call = partial(simulator, generator=generator)
+    if way["graph"]:
+        call = simulator.captured(batch, SAMPLES, generator=generator)
+        for _ in range(runtime.Graphed.WARM_UP + 1):                    # the last of these captures
+            call(dry)
+    timing = common.measure(lambda: call(dry), device, seconds)
     row = common.row(name, batch, timing, batch * common.CLIP_S, device, **way)
     return row, comparison(simulator, dry, min(compare, batch)) if compare else None
 
@@ -63,15 +69,15 @@ def tasks(batch: int, way: dict[str, bool], device: torch.device, args) -> list[
              ("endless rooms, sensor and diffuse noise", SceneConfig(), NOISY, 0),
              ("bank of rooms", SceneConfig(bank=BANK), MixtureConfig(), args.check)]
     return [common.Task(name, batch, way["compiled"], partial(measure, name, batch, way, *kind, device, args.seconds),
-                        {"fused": way["fused"]}) for name, *kind in kinds]
+                        {key: way[key] for key in ("fused", "graph")}) for name, *kind in kinds]
 
 
 def task_of_array(array: str, batch: int, way: dict[str, bool], device: torch.device, args) -> common.Task:
     """Endless rooms with `array` microphones x sources, a name such as 2x4, to be compared with 2x2."""
     mics, srcs = map(int, array.split("x"))
     name, cfg = f"endless rooms, {array}", SceneConfig(num_mics=mics, num_src=srcs)
-    return common.Task(name, batch, way["compiled"], partial(measure, name, batch, way, cfg, MixtureConfig(), 0, device,
-                                                             args.seconds), {"fused": way["fused"]})
+    make = partial(measure, name, batch, way, cfg, MixtureConfig(), 0, device, args.seconds)
+    return common.Task(name, batch, way["compiled"], make, {key: way[key] for key in ("fused", "graph")})
 
 
 def array_name(text: str) -> str:
@@ -85,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = common.parser("bench_simulate", __doc__)
     common.add_batch(parser, "16 and 64 on a CPU, 64, 512 and 2048 on a GPU")
+    parser.add_argument("--graph", choices=common.CHOICES, default="no",
+                        help="a batch as one CUDA graph, which a CPU has not (default no)")
     parser.add_argument("--arrays", type=array_name, nargs="+", default=[], metavar="MxS",
                         help="endless rooms with so many microphones and sources, too, for example 2x4 4x4")
     parser.add_argument("--array-batch", type=common.positive, metavar="N",

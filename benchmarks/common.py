@@ -172,15 +172,17 @@ def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
     arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
     arguments.add_argument("--compile", choices=CHOICES, default="no", help="render through torch.compile (default no)")
     arguments.add_argument("--fused", choices=CHOICES, default="no",
-                           help="add up arrivals by one Triton kernel, which a CPU does not (default no)")
+                           help="by Triton kernels, which a CPU has not (default no)")
     arguments.add_argument("--check", type=int, default=2, metavar="N",
                            help="compare so many scenes with the float64 oracle (default 2)")
 
 
 def ways(args: argparse.Namespace) -> list[dict[str, bool]]:
-    """What --compile and --fused ask for, as keys of a row: eager first, as compilation takes longest, fails most."""
-    return [{"compiled": compiled, "fused": fused}
-            for compiled, fused in product(CHOICES[args.compile], CHOICES[args.fused])]
+    """What --compile, --fused and --graph ask for, as keys of a row: eager first, as compilation takes longest, fails
+    most."""
+    graphs = [{"graph": graph} for graph in CHOICES[args.graph]] if hasattr(args, "graph") else [{}]
+    return [{"compiled": compiled, "fused": fused, **graph}
+            for compiled, fused, graph in product(CHOICES[args.compile], CHOICES[args.fused], graphs)]
 
 
 def positive(text: str) -> int:

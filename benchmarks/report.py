@@ -51,12 +51,15 @@ def notes(results: dict[str, Any]) -> list[str]:
         {"peers": [], "bench_train": [PEAK]}.get(kind, [ERROR])
 
 
+WAYS = {"compiled": "compiled", "fused": "fused", "graph": "captured"}  # keys of a row, and what it is called for
+
+
 def simulation_table(results: dict[str, Any]) -> list[str]:
     """Of bench_rir, bench_convolve and bench_simulate."""
     head = ["", "batch", "ms per scene (p10 to p90)", "scenes/s", "s of audio per s", "peak MiB", "error"]
     rows = []
     for row in results["rows"]:
-        name = f"{row['name']}{', compiled' if row.get('compiled') else ''}{', fused' if row.get('fused') else ''}"
+        name = row["name"] + "".join(f", {word}" for key, word in WAYS.items() if row.get(key))
         rows.append(failure(name, row, head) if "failed" in row else [
             name, row["batch"], spread(row, 1e3 / row["batch"]), number(row["scenes_per_s"]),
             number(row["audio_s_per_s"]), mebibytes(row["peak_bytes"]),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,14 +34,14 @@ class SimulatorConfig:
         for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
         twice as slow with it (docs/performance.md).
     fused: on a GPU, find and add up arrivals and convolve by Triton kernels (ssl_gpu.fused, ssl_gpu.fused_convolve), to
-        a few roundings the same; with compile or without.
+        a few roundings the same; with compile or without. null: where Triton is installed.
 
     Raises ValueError when chunk < 1.
     """
 
     chunk: int | None = None
     compile: bool = False
-    fused: bool = False
+    fused: bool | None = None
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
@@ -48,12 +49,21 @@ class SimulatorConfig:
 
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError for fused on a GPU where there is no Triton."""
-        if self.fused and runtime.is_gpu(device) and importlib.util.find_spec("triton") is None:
-            raise ValueError("simulator.fused must be false where Triton is not installed, got true")
+        if self.fused and runtime.is_gpu(device) and not has_triton():
+            raise ValueError("simulator.fused must be false or null where Triton is not installed, got true")
+
+    def fused_on(self, device: torch.device) -> bool:
+        """What fused comes to on this device."""
+        return runtime.is_gpu(device) and (has_triton() if self.fused is None else self.fused)
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
         return self.chunk or (16 if device.type == "cpu" else max(1, 1024 * 4 // pairs))
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +146,7 @@ class Simulator:
             raise ValueError(f"scene: {int((~scenes.valid).sum())} of scene.bank={self.scene.bank} rooms have no place "
                              f"for the sources, widen scene.src_dist_m={self.scene.src_dist_m} or scene.room_min_m")
         chunk, rooms = self.config.chunk_on(device, self.scene.mic_count * self.scene.num_src), []
+        fused = self.config.fused_on(device)
         for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
             block = scenes[start:start + BANK_BLOCK].to(device)
             if original:
@@ -143,7 +154,7 @@ class Simulator:
                 drawn = RoomDraw(images, None, None).to(device)
             else:
                 drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
-            rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], self.config.fused)
+            rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], fused)
                       for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
@@ -192,6 +203,7 @@ class Simulator:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
                              f"got {list(dry.shape)}")
         self.config.check_device(dry.device)
+        fused = self.config.fused_on(dry.device)
         pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
         chunk, parts = self.config.chunk_on(dry.device, pairs), []
         whole = None                                                    # where the parts go, if there are several
@@ -201,10 +213,37 @@ class Simulator:
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
-                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], self.config.fused)
+                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], fused)
             out = None if whole is None else whole[part]
-            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], self.config.fused, out))
+            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], fused, out))
         if whole is None:
             return MixtureBatch(parts[0].audio, parts[0].early, draw.scenes, self.rir.sample_rate)
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
         return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate)
+
+    @torch.no_grad()
+    def captured(self, batch: int, num_samples: int, *,
+                 generator: torch.Generator) -> Callable[[Tensor], MixtureBatch]:
+        """A call of this for `batch` mixtures of `num_samples` samples, on a GPU as one CUDA graph (runtime.Graphed).
+
+        The GPU does what it does otherwise, and the CPU does nothing but start it: for batches so small that it cannot
+        launch their kernels as fast as they run. The result takes dry [batch, src, sample] on the generator's device
+        and returns mixtures that its next call overwrites; the first calls are plain, the fourth captures. Draws are
+        the generator's, which is to live as long.
+        Raises ValueError for exact rooms, which wait for the device, and, like a call of this, for a bank that is not
+        filled.
+        """
+        if self.rir.method is Method.ISM or self.rir.ism_share > 0:
+            raise ValueError(f"Simulator.captured needs rooms that do not wait for the device, got rir.method="
+                             f"{self.rir.method.value} and rir.ism_share={self.rir.ism_share}")
+        shape = (batch, self.scene.num_src, num_samples)
+        speech = torch.zeros(shape, device=generator.device)
+        graphed = runtime.Graphed(lambda: self(speech, generator=generator), generator.device, (generator,))
+
+        def call(dry: Tensor) -> MixtureBatch:
+            if dry.shape != shape:
+                raise ValueError(f"dry speech must be {list(shape)} for what was captured, got {list(dry.shape)}")
+            speech.copy_(dry)
+            return graphed()
+
+        return call

@@ -16,7 +16,7 @@ from ssl_gpu import runtime, synthesis, train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
-from ssl_gpu.simulator import Simulator  # noqa: E402
+from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
 
 CONDITIONS = {"benchmark", "command", "date", "machine", "versions", "commit", "workload", "rows"}
 TIMES = {"name", "median_s", "p10_s", "p90_s"}
@@ -223,7 +223,10 @@ def test_fused_rows_are_marked_and_asked_for(benchmark, rows, tmp_path, monkeypa
     """Arrays are measured either way, too. On a CPU the numbers are those of the plain path, and so is the error."""
     pytest.importorskip("triton")
     asked, real = [], synthesis.add_kernels
-    monkeypatch.setattr(synthesis, "add_kernels", lambda *args: asked.append(args[-1]) or real(*args))
+    if benchmark is bench_rir:
+        monkeypatch.setattr(synthesis, "add_kernels", lambda *args: asked.append(args[-1]) or real(*args))
+    else:
+        monkeypatch.setattr(SimulatorConfig, "fused_on", lambda self, device: asked.append(self.fused))
     arrays = ("--arrays", "1x1") if benchmark is bench_simulate else ()
     results = run(benchmark, tmp_path, "--batch", "1", "--seconds", "0", "--check", "1", "--fused", "both", *arrays)
     fused = [row for row in results["rows"] if row.get("fused")]
@@ -316,7 +319,7 @@ def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_
     assert lengths == [*range(1, rows + 1), rows] and results["complete"]
     assert [index for index, row in enumerate(results["rows"]) if "failed" in row] == [1]
     bad, line = results["rows"][1], "RuntimeError: CUDA error: an illegal | access"
-    more = {"fused": False} if benchmark in (bench_rir, bench_simulate) else overlap
+    more = {bench_rir: {"fused": False}, bench_simulate: {"fused": False, "graph": False}}.get(benchmark, overlap)
     assert bad == {"name": bad["name"], "batch": 1, "compiled": False, "failed": line, **more}
     assert [bool(row.get("compiled")) for row in results["rows"]] == sorted(bool(row.get("compiled"))
                                                                             for row in results["rows"])

@@ -278,3 +278,29 @@ def test_update_is_that_of_the_cpu(kind):
                 parameter.grad = gradient.to(parameter.device)
             optimizer.step()
     assert_close(layers[1].cpu().state_dict(), layers[0].state_dict(), rtol=1e-5, atol=1e-5)  # of updates of 1e-2
+
+
+def test_captured_simulator_gives_the_same_mixtures():
+    """Of a generator that was seeded before the call: of plain calls, of the capture and of replays."""
+    simulator = Simulator(rir=RIRS["mixed"], mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
+    generator, dry = torch.Generator(GPU), torch.randn(7, 6, 2, 16000, generator=seeded(0)).to(GPU)
+    captured = simulator.captured(6, 16000, generator=generator)
+    for step in (0, 1, 2, 3, 4, 5, 4):
+        generator.manual_seed(step)
+        found = captured(dry[step])
+        expected = simulator(dry[step], generator=seeded(step, GPU))
+        assert relative(found.audio, expected.audio) < 1e-5 and relative(found.early, expected.early) < 1e-5
+        assert torch.equal(found.scenes.src_pos, expected.scenes.src_pos)
+
+
+def test_convolution_by_triton_is_that_of_the_cpu():
+    """As long as a recipe's, and odd numbers of microphones and sources."""
+    from ssl_gpu.convolve import convolve_sources
+    from ssl_gpu.fused_convolve import convolve_fused
+    for mics, srcs, samples in ((2, 2, 48000), (3, 1, 20000), (1, 3, 5000)):
+        signal, gain = torch.randn(3, srcs, samples, generator=seeded(0)), torch.rand(3, srcs, generator=seeded(1))
+        rir, keep = torch.randn(3, mics, srcs, 3000, generator=seeded(2)), torch.tensor([True, True, False])
+        expected = convolve_sources(signal * gain[..., None], rir, samples)
+        expected[2] = 0
+        found = convolve_fused(*(x.to(GPU) for x in (signal, gain, rir)), samples, keep.to(GPU))
+        assert relative(found, expected) < 1e-6

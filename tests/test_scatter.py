@@ -134,6 +134,7 @@ def test_fused_rooms_are_those_of_the_plain_path(changes, interpreted, monkeypat
     expected, asked = simulator.render(dry, draw).audio, []
     monkeypatch.setattr(rir_module, "can_add_images", lambda *_: True)
     monkeypatch.setattr(rooms, "can_add_images", lambda *_: True)
+    monkeypatch.setattr(SimulatorConfig, "fused_on", lambda self, device: bool(self.fused))
     monkeypatch.setattr(fused, "add_images_fused", lambda *a: (asked.append("images"), fused.launch_images(
         program("add_images_program"), *a)))
     monkeypatch.setattr(fused, "add_kernels_fused", lambda *a: (asked.append("kernels"), fused.launch(
@@ -223,7 +224,7 @@ def test_no_triton_is_one_line_and_on_a_gpu_alone(monkeypatch):
     """Weights whose training was fused are read and rendered with on a CPU without it."""
     monkeypatch.setitem(sys.modules, "triton", None)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    with pytest.raises(ValueError, match="^simulator.fused must be false where Triton is not installed, got true$"):
+    with pytest.raises(ValueError, match="^simulator.fused must be false or null where Triton is not installed, got t"):
         SimulatorConfig(fused=True).check_device(gpu)
     SimulatorConfig(fused=True).check_device(cpu)
     SimulatorConfig(fused=False).check_device(gpu)

@@ -328,3 +328,15 @@ def test_every_section_reaches_the_mixture():
         assert torch.equal(other.scenes.src_pos, plain.scenes.src_pos) and not torch.equal(other.audio, plain.audio)
     # These do not change the sound: see above, test_compile and test_scatter.
     assert [f.name for f in fields(SimulatorConfig)] == ["chunk", "compile", "fused"]
+
+
+def test_captured_calls_are_those_of_the_simulator_on_a_cpu():
+    simulator, dry = Simulator(rir=RirConfig(early=False)), torch.randn(3, 2, 800)
+    call = simulator.captured(3, 800, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        assert torch.equal(call(dry).audio, simulator(dry, generator=generator).audio)
+    with pytest.raises(ValueError, match=r"^dry speech must be \[3, 2, 800\] for what was captured, got \[2, 2, 8"):
+        call(dry[:2])
+    with pytest.raises(ValueError, match="^Simulator.captured needs rooms that do not wait for the device, got rir.m"):
+        Simulator(rir=RirConfig(method="ism"), ism=IsmConfig("eyring")).captured(1, 8, generator=generator)
