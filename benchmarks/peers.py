@@ -242,7 +242,8 @@ class Ours:
 
         def rirs():
             images = draw_images(cfg, self.scenes, generator=self.generator)
-            return render_chunks(cfg, self.scenes, images, chunk=self.chunk)
+            fused = SimulatorConfig().fused_on(images.ratio.device)
+            return render_chunks(cfg, self.scenes, images, fused=fused, chunk=self.chunk)
 
         def mixtures():
             images = draw_images(cfg, self.scenes, generator=self.generator)
