@@ -215,7 +215,8 @@ class Results:
         words = " ".join(sys.argv[1:] if arguments is None else arguments)
         words = re.sub(r"\s*--json[ =]\S+", "", f" {words}".rstrip())
         name = runtime.device_name(device)
-        machine = {"device": name, "slug": slug(name), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        machine = {"device": name, "slug": slug(name), "gpu": runtime.is_gpu(device), "cores": os.cpu_count(),
+                   "threads": torch.get_num_threads()}
         self.path, self.device, self._checks = path, device, []
         self.rows: list[dict[str, Any]] = []
         self.content = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",

@@ -139,8 +139,9 @@ def mebibytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:,.0f}"
 
 
-def newest(folder: Path) -> list[dict[str, Any]]:
-    """Of every benchmark on every machine with so many threads the newest results, in the order of TITLES.
+def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
+    """Of every benchmark on every GPU, or on every CPU with so many threads, the newest results, in the order of
+    TITLES.
 
     Raises ValueError for a file that is not one of results.
     """
@@ -150,22 +151,46 @@ def newest(folder: Path) -> list[dict[str, Any]]:
         if results.get("benchmark") not in TITLES:
             raise ValueError(f"{path} must hold the results of one of {', '.join(TITLES)}")
         machine = results["machine"]
+        if machine.get("gpu", False) != gpu:                            # older files, of CPUs all, do not say
+            continue
         found[results["benchmark"], machine["device"], machine["threads"]] = results
     return sorted(found.values(), key=lambda results: list(TITLES).index(results["benchmark"]))
 
 
-def report(folder: Path) -> str:
-    """All tables, and under them every note once."""
-    found = newest(folder)
+def report(folder: Path, gpu: bool = False) -> str:
+    """All tables of CPUs or of GPUs, and under them every note once."""
+    found = newest(folder, gpu)
     unique = dict.fromkeys(note for results in found for note in notes(results))
     return "\n\n".join([*map(titled_table, found), *unique])
+
+
+def gpu_short(folder: Path) -> str:
+    """Mixtures per second on a GPU, launched one kernel at a time and captured, side by side."""
+    lines = []
+    for results in newest(folder, gpu=True):
+        if results["benchmark"] != "bench_simulate":
+            continue
+        rates: dict[tuple[str, int], dict[bool, dict[str, Any]]] = {}
+        for row in results["rows"]:
+            if "failed" not in row and row["fused"] and not row["compiled"]:
+                rates.setdefault((row["name"], row["batch"]), {})[row["graph"]] = row
+        names = list(dict.fromkeys(name for name, _ in rates))
+        rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in (False, True)),
+                 mebibytes(max(row["peak_bytes"] for row in ways.values()))]
+                for (name, batch), ways in sorted(rates.items(), key=lambda it: (names.index(it[0][0]), it[0][1]))]
+        machine, head = results["machine"], ["mixtures/s", "batch", "a launch per kernel", "one CUDA graph", "peak MiB"]
+        lines += [*table(head, rows), "",
+                  f"{machine['device']}, torch {results['versions']['torch']}, commit {results['commit']}, "
+                  f"{results['date']}: `{results['command']}`"]
+    return "\n".join(lines)
 
 
 def blocks(folder: Path) -> dict[str, Callable[[], str]]:
     """What goes between the markers of each name."""
     from benchmarks.accuracy_tables import BLOCKS  # here, as benchmarks.ablations takes its tables from this module
 
-    return {"benchmarks": lambda: report(folder), **BLOCKS}
+    return {"benchmarks": lambda: report(folder), "benchmarks-gpu": lambda: report(folder, gpu=True),
+            "gpu-short": lambda: gpu_short(folder), **BLOCKS}
 
 
 def insert(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
@@ -193,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = []
     try:
         if not args.write and not args.check:
-            print(report(args.results))
+            print("\n\n".join(filter(None, (report(args.results, gpu) for gpu in (True, False)))))
         for target in args.write or args.check or []:
             text = target.read_text(encoding="utf-8")
             wanted = insert(text, blocks(args.results))

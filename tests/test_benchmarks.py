@@ -54,7 +54,8 @@ def run(benchmark, tmp_path, *arguments):
 def check(results, keys):
     """What every file of results must say."""
     assert CONDITIONS <= set(results)
-    assert set(results["machine"]) == {"device", "slug", "cores", "threads"} and results["machine"]["threads"] == 1
+    assert set(results["machine"]) == {"device", "slug", "gpu", "cores", "threads"}
+    assert results["machine"]["threads"] == 1
     assert {"torch", "python", "ssl_gpu"} <= set(results["versions"])
     assert results["rows"]
     for row in results["rows"]:
@@ -498,7 +499,10 @@ def test_report_takes_the_newest_of_each_kind(tmp_path):
         (tmp_path / f"{date}-cpu-rir.json").write_text(json.dumps({**results, "date": date}))
     other = {**results, "machine": {**results["machine"], "threads": 2}, "date": "2026-01-05"}
     (tmp_path / "2026-01-05-cpu2-rir.json").write_text(json.dumps(other))
-    assert [found["date"] for found in report.newest(tmp_path)] == ["2026-01-10", "2026-01-05"]
+    gpu = {**results, "machine": {**results["machine"], "gpu": True}, "date": "2026-01-20"}
+    (tmp_path / "2026-01-20-gpu-rir.json").write_text(json.dumps(gpu))
+    assert [found["date"] for found in report.newest(tmp_path, False)] == ["2026-01-10", "2026-01-05"]
+    assert [found["date"] for found in report.newest(tmp_path, True)] == ["2026-01-20"]
 
 
 def test_report_writes_and_checks_the_tables(tmp_path, capsys):
@@ -519,9 +523,25 @@ def test_report_writes_and_checks_the_tables(tmp_path, capsys):
 
 
 def test_published_tables_are_those_of_the_results():
-    assert report.main(["--check", *(str(common.ROOT / name) for name in ("README.md", "docs/accuracy.md"))]) == 0
-    tables = report.report(report.RESULTS)
-    assert all(results["commit"] in tables for results in report.newest(report.RESULTS))
+    pages = "README.md", "docs/accuracy.md", "docs/performance.md"
+    assert report.main(["--check", *(str(common.ROOT / name) for name in pages)]) == 0
+    for gpu in (False, True):
+        tables = report.report(report.RESULTS, gpu)
+        assert all(results["commit"] in tables for results in report.newest(report.RESULTS, gpu))
+
+
+def test_mixtures_of_a_gpu_side_by_side(tmp_path):
+    """A launch per kernel beside captured ones, kind by kind; what failed, and what only one way has, are dashes."""
+    rows = [{"name": name, "batch": batch, "fused": True, "compiled": False, "graph": graph, "peak_bytes": peak << 20,
+             "scenes_per_s": rate} for name, batch, graph, peak, rate in (
+        ("rooms", 256, False, 3, 1000.0), ("noise", 256, False, 3, 900.0), ("rooms", 512, False, 5, 1500.0),
+        ("rooms", 256, True, 1, 2000.0))] + [{"name": "rooms", "batch": 512, "fused": True, "compiled": False,
+                                              "graph": True, "failed": "no"}]
+    results = {"benchmark": "bench_simulate", "machine": {"device": "GPU", "gpu": True, "threads": 1}, "date": "today",
+               "versions": {"torch": "2"}, "commit": "abc", "command": "python -m it", "rows": rows}
+    (tmp_path / "2026-01-20-gpu-simulate.json").write_text(json.dumps(results))
+    assert report.gpu_short(tmp_path).splitlines()[2:5] == [
+        "| rooms | 256 | 1,000 | 2,000 | 3 |", "| rooms | 512 | 1,500 | - | 5 |", "| noise | 256 | 900 | - | 3 |"]
 
 
 def result_of(cone, azimuth, rooms=0, talkers=0):
