@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
     results = common.Results("bench_rir", device, arguments, args.json)
-    for way, batch in product(common.ways(args), batches):
+    for way, batch in product(common.ways(args, device), batches):
         if way["compiled"]:
             torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
         results.measure(tasks(batch, way, device, args))

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
     results = common.Results("bench_simulate", device, arguments, args.json)
-    for way in common.ways(args):
+    for way in common.ways(args, device):
         for batch in batches:
             if way["compiled"]:
                 torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth

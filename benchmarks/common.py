@@ -171,18 +171,21 @@ def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
     """--batch, --compile and --check, of benchmarks of the simulation."""
     arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
     arguments.add_argument("--compile", choices=CHOICES, default="no", help="render through torch.compile (default no)")
-    arguments.add_argument("--fused", choices=CHOICES, default="no",
-                           help="by Triton kernels, which a CPU has not (default no)")
+    arguments.add_argument("--fused", choices=CHOICES,
+                           help="by Triton kernels, which a CPU has not (default yes on a GPU)")
     arguments.add_argument("--check", type=int, default=2, metavar="N",
                            help="compare so many scenes with the float64 oracle (default 2)")
 
 
-def ways(args: argparse.Namespace) -> list[dict[str, bool]]:
+def ways(args: argparse.Namespace, device: torch.device) -> list[dict[str, bool]]:
     """What --compile, --fused and --graph ask for, as keys of a row: eager first, as compilation takes longest, fails
-    most."""
-    graphs = [{"graph": graph} for graph in CHOICES[args.graph]] if hasattr(args, "graph") else [{}]
-    return [{"compiled": compiled, "fused": fused, **graph}
-            for compiled, fused, graph in product(CHOICES[args.compile], CHOICES[args.fused], graphs)]
+    most. Ends the program where a CPU is to capture."""
+    on_gpu, graph = runtime.is_gpu(device), getattr(args, "graph", "no")
+    if graph != "no" and not on_gpu:
+        sys.exit(f"error: --graph must be no on a {device.type}, got {graph}")
+    graphs = [{"graph": captured} for captured in CHOICES[graph]] if hasattr(args, "graph") else [{}]
+    return [{"compiled": compiled, "fused": fused, **captured} for compiled, fused, captured in
+            product(CHOICES[args.compile], CHOICES[args.fused or ("yes" if on_gpu else "no")], graphs)]
 
 
 def positive(text: str) -> int:

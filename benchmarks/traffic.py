@@ -1,17 +1,15 @@
 """Operations and bytes of operands of a batch of mixtures, counted from shapes: python -m benchmarks.traffic.
 
 Nothing is computed and no GPU is needed. Every operand of an operation counts once as read or written, as if no cache
-held it and nothing were fused; over a GPU's bandwidth that is the least time of eager kernels. Views count nothing.
-With --fused the arrivals are added up by the one kernel of simulator.fused, which reads them and writes their sums.
+held it and nothing were fused; over a GPU's bandwidth that is the least time of eager kernels, those of
+simulator.fused=false. Views count nothing.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from benchmarks.bench_simulate import RIR, SAMPLES
-from ssl_gpu import synthesis
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 
 
@@ -45,22 +42,13 @@ class Traffic(TorchDispatchMode):
         # An expanded tensor is read from what it has in memory.
         self.bytes[name] += sum(min(x.untyped_storage().nbytes(), x.nbytes) for x in operands)
 
-    def add_kernels(self, table: torch.Tensor, slot: torch.Tensor, amplitude: torch.Tensor, early: None, length: int,
-                    main_taps: int, fused: bool) -> torch.Tensor:
-        """Stands in for scatter.add_kernels: its fused path is a GPU's, and these tensors are not."""
-        total = torch.zeros(2, *slot.shape[:3], 1, length)
-        self.add("add_kernels", (table, table))                         # transposed
-        self.add("add_kernels", (table, slot, amplitude, total, total))
-        return total
 
-
-def count(scenes: int, fused: bool = False) -> Traffic:
+def count(scenes: int) -> Traffic:
     """Of one call of the Simulator under the default law, eager, in one chunk of all scenes."""
     simulator, generator = Simulator(rir=RIR, config=SimulatorConfig(scenes)), common.generator(torch.device("cpu"))
     simulator(torch.zeros(1, 2, SAMPLES), generator=generator)  # tables are made once, and must not be fakes
     traffic = Traffic()
-    swap = mock.patch.object(synthesis, "add_kernels", traffic.add_kernels) if fused else contextlib.nullcontext()
-    with swap, FakeTensorMode(allow_non_fake_inputs=True), traffic:
+    with FakeTensorMode(allow_non_fake_inputs=True), traffic:
         simulator(torch.zeros(scenes, 2, SAMPLES), generator=generator)
     return traffic
 
@@ -69,10 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--scenes", type=common.positive, default=512, help="in one chunk (default 512)")
-    parser.add_argument("--fused", action="store_true", help="as with simulator.fused=true")
     args = parser.parse_args(arguments)
-    traffic = count(args.scenes, args.fused)
-    print(f"{args.scenes} mixtures of the default law, 3 s, drawn, rendered and mixed{', fused' * args.fused}: bytes "
+    traffic = count(args.scenes)
+    print(f"{args.scenes} mixtures of the default law, 3 s, drawn, rendered and mixed: bytes "
           f"of operands, operations")
     for name, size in traffic.bytes.most_common(12):
         print(f"{size / 1e9:8.3f} GB {traffic.calls[name]:5d} {name}")

@@ -96,7 +96,7 @@ class DepthWiseConv1d(nn.Module):
         self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if runtime.has_matrix_units(x.device) and x.shape[1] <= 2 * self.conv.kernel_size[0]:
+        if runtime.prefers_products(x.device) and x.shape[1] <= 2 * self.conv.kernel_size[0]:
             return products.depthwise(x, self.conv.weight, self.conv.bias, self.padding[0])
         x = F.pad(x, (0, 0, *self.padding)).transpose(1, 2)[:, :, None]  # [batch, channel, 1, token], channels last
         if x.device.type != "cpu":

@@ -57,7 +57,7 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: Ism
     """
     num_samples = round(clip_s * rir.sample_rate)
     simulator = Simulator(replace(scene, bank=None, pool=Pool.LAW), replace(rir, early=False), MixtureConfig(),
-                          SimulatorConfig(), ism)
+                          SimulatorConfig(fused=False), ism)
     generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(bank, cfg.num_clips, scene.num_src, num_samples, Crop.FIRST, generator=generator)
     dry = gather_crops(bank, crops, num_samples)

@@ -100,8 +100,8 @@ def add_images_program(total, table, places, rooms, direction, ratio, perturbati
     image_dist = closest * near.to(tl.float64)
     x = tl.load(place) + image_dist * tl.load(direction + at, mask=inside, other=0.0).to(tl.float64)
     y = tl.load(place + 1) + image_dist * tl.load(direction + axis_stride + at, mask=inside, other=0.0).to(tl.float64)
-    z = tl.load(place + 2) + image_dist * tl.load(direction + 2 * axis_stride + at, mask=inside,
-                                                  other=0.0).to(tl.float64)
+    third = direction + axis_stride + axis_stride + at                  # twice the stride may be more than an int32
+    z = tl.load(place + 2) + image_dist * tl.load(third, mask=inside, other=0.0).to(tl.float64)
     dist = tl.where(image < 0, direct, tl.sqrt(x * x + y * y + z * z + epsilon))
 
     # Slots are found in float64, as in rir.find_arrivals; strengths in float32, which moves them by 1e-6 at most.
@@ -171,7 +171,10 @@ def filter_spectra(first: Tensor, second: Tensor, first_response: Tensor, second
 
 
 def launch_filter(program, first: Tensor, second: Tensor, first_response: Tensor, second_response: Tensor) -> None:
-    """Runs filter_program, or the same in Triton's interpreter."""
+    """Runs filter_program, or the same in Triton's interpreter. Raises ValueError for spectra with gaps."""
+    if not all(x.is_contiguous() for x in (first, second, first_response, second_response)):
+        raise ValueError(f"filter_spectra needs spectra and responses without gaps, got strides {first.stride()}, "
+                         f"{second.stride()}, {first_response.stride()} and {second_response.stride()}")
     count = first.numel() // 2
     program[(triton.cdiv(count, FREQS),)](first, second, first_response, second_response, first.shape[-2], count,
                                           block=FREQS)

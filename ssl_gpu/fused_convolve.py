@@ -5,7 +5,8 @@ transforms here are radix * base, radix 1, 2 or 4 and base at most 16,384: the f
 (Cooley and Tukey 1965) is done by hand, where signals are padded, scaled and read for the first time anyway, and the
 last step of the inverse where the result is cut to its length. Spectrum K of a signal is element [K % radix, K //
 radix] of [radix, base]. And two real signals travel as real and imaginary part of a complex one: two talkers, and what
-two microphones hear, since a talker's real signal filters both alike.
+two microphones hear, since a talker's real signal filters both alike. The price: roundings are those of the louder of
+the two, 1e-7 of it, so that a microphone that hears nothing is not silent beside one that does.
 
 Importing this needs Triton.
 """
@@ -76,8 +77,9 @@ def split_program(out, signal, gain, twiddles, lanes, pairs, rows, length, batch
         for j in tl.static_range(present):
             sample = n + j * base
             there = (n < base) & (sample < length)
-            re = tl.load(start + sample * sample_stride, mask=there, other=0.0) * first_gain
-            im = tl.load(start + lane_stride + sample * sample_stride, mask=there & both, other=0.0) * second_gain
+            place = start + sample.to(tl.int64) * sample_stride
+            re = tl.load(place, mask=there, other=0.0) * first_gain
+            im = tl.load(place + lane_stride, mask=there & both, other=0.0) * second_gain
             re, im = _turned(re, im, -j * r * (4 // radix))             # times exp(-2 pi i j r / radix)
             sum_re += re
             sum_im += im
@@ -202,7 +204,8 @@ def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples
                    out: Tensor | None = None) -> Tensor | None:
     """What convolve.convolve_sources makes of signal [batch, src, sample], each source times its gain [batch, src], and
     rir [batch, mic, src, tap]: [batch, mic, num_samples] float32, silent where keep [batch] is false. On a GPU; to a
-    few roundings the same. out: where that is put, contiguous. None where transforms of MOST points are too few."""
+    few roundings of the louder of two microphones the same; without gradients. out: where that is put, contiguous.
+    None where transforms of MOST points are too few."""
     size = split_size(signal.shape[-1] + rir.shape[-1] - 1)
     if size is None:
         return None

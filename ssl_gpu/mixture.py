@@ -171,9 +171,10 @@ def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Ten
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False,
         out: Tensor | None = None) -> MixtureBatch:
     """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs; nothing
-    in scenes that are not valid. fused: on a GPU with ssl_gpu.fused_convolve where that fits, to a few roundings the
-    same. out [batch, mic, sample]: where the audio is put, if there is such a place.
+    in scenes that are not valid.
 
+    fused: on a GPU with ssl_gpu.fused_convolve where that fits, which is for float32 without gradients, to a few
+    roundings the same. out [batch, mic, sample]: where the audio is put, if there is such a place.
     Raises ValueError when the shapes of dry speech and RIRs do not belong together.
     """
     if dry.ndim != 3 or dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
@@ -182,7 +183,9 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
     num_samples = dry.shape[-1]
     mics, speech, early = draw.microphones, None, None
     valid = scenes.valid[:, None, None]
-    if fused and runtime.is_gpu(dry.device) and mics is None and rirs.early is None:
+    fits = mics is None and rirs.early is None and dry.dtype == torch.float32
+    fits = fits and not (dry.requires_grad or rirs.full.requires_grad)
+    if fused and fits and runtime.is_gpu(dry.device):
         from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
         speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid, out)
     if speech is None:

@@ -68,7 +68,7 @@ class STFT(nn.Module):
             spectrum = rearrange(spectrum, "(b m) f t -> b m t f", m=audio.shape[1])
             return spectrum.real[..., first_bin:], spectrum.imag[..., first_bin:]
         signal = F.pad(audio.flatten(0, 1)[:, None], (WINDOW // 2, WINDOW // 2), mode="reflect")
-        if runtime.has_matrix_units(audio.device):
+        if runtime.prefers_products(audio.device):
             # Of 2048 signals of 3 s in float32 on an H200: 9.9 ms, and 19 with the gradient; by cuDNN 35.5 and 51. And
             # without bin 0 it is 512 columns, which fill 4 tiles of 128 instead of 5.
             weight = torch.cat((self.conv_real.weight[first_bin:, 0], self.conv_imag.weight[first_bin:, 0]))
@@ -178,7 +178,7 @@ class SSLModel(nn.Module):
 
     def embed(self, maps: Tensor) -> Tensor:
         """Maps [batch, 2, frame, 256] -> [batch, 512, frame // 64, 4]; with channels last on a GPU, by products."""
-        if self.channels_last is False or not runtime.has_matrix_units(maps.device):
+        if self.channels_last is False or not runtime.prefers_products(maps.device):
             return self.patch_embed(self.inter_conv(runtime.channels_last(maps, self.channels_last)))
         for conv, norm, gelu in _triples(self.inter_conv):
             maps = gelu(norm(products.conv3x3(maps, conv.weight, conv.bias, PRODUCT_WIDTH // conv.out_channels)))
@@ -320,7 +320,7 @@ class ConformerLocalizer(nn.Module):
     def _convolved(self, x: Tensor) -> Tensor:
         """self.conv of maps [batch, 2 * band, frame, delay]; in training on a GPU by products."""
         # For the gradients of the weights alone: cuDNN's two slowest took 5.9 ms of 128 clips on an H200, half a step.
-        if not (torch.is_grad_enabled() and runtime.has_matrix_units(x.device)):
+        if not (torch.is_grad_enabled() and runtime.prefers_products(x.device)):
             return self.conv(x)
         for conv, norm, gelu in _triples(self.conv):
             x = gelu(norm(products.strided3x3(x, conv.weight, conv.bias, conv.stride)))

@@ -186,7 +186,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
     groups, own = list(state["param_groups"]), optimizer.param_groups  # of other lengths, torch refuses them
     for index, (then, now) in enumerate(zip(groups, own)):
         groups[index] = {**then, **{name: now[name] for name in kept}}
+    rates = [group["lr"] for group in own]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, rate in zip(optimizer.param_groups, rates):              # loading copied it, and a graph reads this one
+        group["lr"] = rate
 
 
 def rate_on_device(optimizer: torch.optim.Optimizer | Together, device: torch.device) -> Tensor:

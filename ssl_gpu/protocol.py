@@ -158,6 +158,7 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
         used = CropBatch(crops.utterance[block][kept], crops.offset[block][kept])
         dry = gather_crops(options.speech, used, NUM_SAMPLES)
         there = rooms.to(options.device)
+        # By the plain path: sets are not to depend on the order of a GPU's additions, nor on kernels of one GPU alone.
         rirs = render_rir(REFERENCE, there, images.to(options.device))
         audio = mix(dry.to(options.device), rirs, there, noise.to(options.device)).audio
         measures = measure_rirs(rirs, there)

@@ -287,7 +287,7 @@ def uses_graph(cfg: RunConfig, device: torch.device, speech: SpeechBank) -> bool
     why_not = None
     if not runtime.is_gpu(device):
         why_not = f"on a {device.type}"
-    elif cfg.rir.method is Method.ISM or cfg.rir.ism_share > 0:
+    elif cfg.scene.bank is None and (cfg.rir.method is Method.ISM or cfg.rir.ism_share > 0):
         why_not = (f"where rooms are exact, which wait for the device (rir.method={cfg.rir.method.value}, "
                    f"rir.ism_share={cfg.rir.ism_share})")
     elif speech.samples.device != device:

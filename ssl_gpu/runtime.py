@@ -120,7 +120,7 @@ def constant(function: Compilable) -> Compilable:
 
     For tables and sizes that follow from a few numbers: torch compiles neither numpy nor what functools remembers.
     """
-    @functools.lru_cache(maxsize=128)
+    @functools.lru_cache(maxsize=None)                                  # a CUDA graph may read a table for ever
     def remembered(*arguments):
         # In a tuple, which the compiler gives a name of its own. A bare tensor it names after this code, whichever
         # function and arguments it came from, and then refuses a second one in the same graph.
@@ -136,7 +136,7 @@ def constant(function: Compilable) -> Compilable:
     def look_up(*arguments):
         return boxed(*arguments)[0]
 
-    look_up.is_constant = True                                          # for those who look for tables
+    look_up.is_constant = True                                          # by which tests/test_sync.py finds tables
     return look_up
 
 
@@ -145,8 +145,9 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def has_matrix_units(device: torch.device) -> bool:
-    """Whether convolutions of few channels, or over few tokens, are better done as products (ssl_gpu.products)."""
+def prefers_products(device: torch.device) -> bool:
+    """Whether convolutions of few channels, or over few tokens, are done as products of matrices (ssl_gpu.products): on
+    any GPU. Measured on an H200."""
     return is_gpu(device)
 
 
@@ -373,6 +374,10 @@ class Ahead:
             self._pending = step, self.make(step)
 
 
+class CaptureError(RuntimeError):
+    """What was to become a CUDA graph cannot."""
+
+
 class Graphed:
     """function() as a CUDA graph: called a few times, then captured, and from then on the GPU repeats what it did, all
     of its kernels for one launch by the CPU.
@@ -386,7 +391,7 @@ class Graphed:
     captures, as torch wants it for a backward pass. Once captured, no more than AHEAD calls are queued, so that a clock
     in the CPU tells how long calls take. On a CPU all calls are plain.
 
-    Raises RuntimeError where function cannot be captured; the process should not go on with the GPU after that.
+    Raises CaptureError where function cannot be captured; the process should not go on with the GPU after that.
     """
 
     WARM_UP = 3
@@ -423,18 +428,18 @@ class Graphed:
         return result
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, handled = torch.cuda.CUDAGraph(), sys.exc_info()[1]      # what the caller is dealing with is not ours
         for generator in self.generators:                              # or a replay would draw what was captured
             graph.register_generator_state(generator)
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream):
                 self._result = self.function()
         except Exception as error:
-            first = error
-            while first.__context__ is not None:                       # the last is that the capture was spoiled
+            first = error                                               # the last is that the capture was spoiled
+            while first.__context__ is not None and first.__context__ is not handled:
                 first = first.__context__
-            raise RuntimeError(f"a step could not be captured as a CUDA graph, train.graph=false does without: "
-                               f"{first}") from error
+            line = (str(first).strip().splitlines() or [type(first).__name__])[0]
+            raise CaptureError(f"this cannot be captured as a CUDA graph: {line}") from error
         self._graph = graph
 
 

@@ -6,14 +6,16 @@
 """
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ssl_gpu import runtime
+from ssl_gpu.directivity import Pattern
 from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.pool import check_pool, draw_original_images
@@ -33,8 +35,10 @@ class SimulatorConfig:
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
         for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
         twice as slow with it (docs/performance.md).
-    fused: on a GPU, find and add up arrivals and convolve by Triton kernels (ssl_gpu.fused, ssl_gpu.fused_convolve), to
-        a few roundings the same; with compile or without. null: where Triton is installed.
+    fused: on a GPU by Triton kernels (ssl_gpu.fused, ssl_gpu.fused_convolve), to a few roundings the same; with compile
+        or without; null: where Triton works. What they do: the scatter and filter of any RIRs but exact ones; finding
+        FRA-RIR's images, without early RIRs (rir.early=false), octave bands, patterns and decay=measured; convolving,
+        without early RIRs, microphones that differ and patterns of microphones, up to 65,536 samples with the RIR's.
 
     Raises ValueError when chunk < 1.
     """
@@ -48,22 +52,40 @@ class SimulatorConfig:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
 
     def check_device(self, device: torch.device) -> None:
-        """Raises ValueError for fused on a GPU where there is no Triton."""
-        if self.fused and runtime.is_gpu(device) and not has_triton():
-            raise ValueError("simulator.fused must be false or null where Triton is not installed, got true")
+        """Raises ValueError for fused on a GPU where Triton does not work."""
+        if self.fused and runtime.is_gpu(device) and (problem := triton_problem(device)) is not None:
+            raise ValueError(f"simulator.fused must be false or null where {problem}, got true")
 
     def fused_on(self, device: torch.device) -> bool:
-        """What fused comes to on this device."""
-        return runtime.is_gpu(device) and (has_triton() if self.fused is None else self.fused)
+        """What fused comes to on this device; a warning where it is null and Triton is there and does not work."""
+        if not runtime.is_gpu(device) or self.fused is False:
+            return False
+        problem = triton_problem(device)
+        if problem is not None and self.fused is None and problem != NO_TRITON:
+            warnings.warn(f"rooms are simulated without our own kernels, as {problem}", stacklevel=2)
+        return problem is None
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
         return self.chunk or (16 if device.type == "cpu" else max(1, 1024 * 4 // pairs))
 
 
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+NO_TRITON = "Triton is not installed"
+
+
+@lru_cache(maxsize=None)
+def triton_problem(device: torch.device) -> str | None:
+    """Why our kernels do not run on a GPU, None where they do: found out once, by the smallest of them. Triton comes
+    with torch, but wants a C compiler and a GPU that it knows."""
+    try:
+        from ssl_gpu.fused import filter_spectra
+    except ImportError:
+        return NO_TRITON
+    try:
+        filter_spectra(*torch.zeros(4, 1, 2, device=device))
+    except Exception as error:
+        return f"Triton does not work ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +226,8 @@ class Simulator:
                              f"got {list(dry.shape)}")
         self.config.check_device(dry.device)
         fused = self.config.fused_on(dry.device)
+        # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
+        fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
         pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
         chunk, parts = self.config.chunk_on(dry.device, pairs), []
         whole = None                                                    # where the parts go, if there are several
@@ -215,7 +239,7 @@ class Simulator:
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], fused)
             out = None if whole is None else whole[part]
-            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], fused, out))
+            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], fused_mix, out))
         if whole is None:
             return MixtureBatch(parts[0].audio, parts[0].early, draw.scenes, self.rir.sample_rate)
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
@@ -230,19 +254,28 @@ class Simulator:
         launch their kernels as fast as they run. The result takes dry [batch, src, sample] on the generator's device
         and returns mixtures that its next call overwrites; the first calls are plain, the fourth captures. Draws are
         the generator's, which is to live as long.
-        Raises ValueError for exact rooms, which wait for the device, and, like a call of this, for a bank that is not
-        filled.
+        Raises ValueError for exact rooms drawn anew, which wait for the device, for a batch or num_samples below 1, for
+        a bank that is not filled; and in a call for another dry speech, and once the bank was filled anew, as the graph
+        reads the one before.
         """
-        if self.rir.method is Method.ISM or self.rir.ism_share > 0:
+        if self.scene.bank is None and (self.rir.method is Method.ISM or self.rir.ism_share > 0):
             raise ValueError(f"Simulator.captured needs rooms that do not wait for the device, got rir.method="
                              f"{self.rir.method.value} and rir.ism_share={self.rir.ism_share}")
-        shape = (batch, self.scene.num_src, num_samples)
-        speech = torch.zeros(shape, device=generator.device)
+        if batch < 1 or num_samples < 1:
+            raise ValueError(f"Simulator.captured needs batch >= 1 and num_samples >= 1, got {batch} and {num_samples}")
+        if self.scene.bank is not None and self.bank is None:
+            raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before it is captured")
+        speech = torch.zeros(batch, self.scene.num_src, num_samples, device=generator.device)
         graphed = runtime.Graphed(lambda: self(speech, generator=generator), generator.device, (generator,))
+        bank = self.bank
 
         def call(dry: Tensor) -> MixtureBatch:
-            if dry.shape != shape:
-                raise ValueError(f"dry speech must be {list(shape)} for what was captured, got {list(dry.shape)}")
+            if (dry.shape, dry.dtype, dry.device) != (speech.shape, speech.dtype, speech.device):
+                raise ValueError(f"dry speech must be float32 {list(speech.shape)} on {speech.device} for what was "
+                                 f"captured, got {str(dry.dtype).removeprefix('torch.')} {list(dry.shape)} on "
+                                 f"{dry.device}")
+            if self.bank is not bank:
+                raise ValueError("Simulator.captured must be called again after Simulator.fill_bank")
             speech.copy_(dry)
             return graphed()
 

@@ -155,7 +155,10 @@ class CapturedStep:
         self.noise.fill_(noise_at(self.run, step))
         if self.run.averaged is not None:
             self.average.fill_(self.run.averaged.next_weight())
-        return self.graphed()
+        try:
+            return self.graphed()
+        except runtime.CaptureError as error:
+            raise runtime.CaptureError(f"{error}; train.graph=false does without") from error
 
     def mixtures(self) -> MixtureBatch:
         """Those of a step, by the generators as they are."""
@@ -265,6 +268,9 @@ def train(run: Run, log: Log) -> int:
     evaluated = math.floor(share * cfg.evaluations)
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
     captured = CapturedStep(run, network, invalid) if run.graph else None
+    # The first step that tells how long they take: kernels are compiled in the first, and some are plain before one is
+    # captured, which takes its time, too.
+    usual = runtime.Graphed.WARM_UP + 2 if run.graph else 2
     run.localizer.train()
     while share < 1:
         step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
@@ -286,12 +292,12 @@ def train(run: Run, log: Log) -> int:
         timer.step()
         tuner.step()
         last_s = time.perf_counter() - step_began
-        if not (cfg.compile and step == begun + 1):                    # no other step compiles
+        if step > begun + usual - 1 or not (cfg.compile or run.graph):
             run.step_s = max(last_s, 0.9 * run.step_s)
         run.share = share = progress(run, step, began)
         if step == begun + 1:
             ready_s = elapsed_s(run)                                   # with the compilation, where there is one
-        if step == begun + 2 or (step == begun + 1 and share >= 1):    # the second tells how long a step takes
+        if step == begun + usual or (step < begun + usual and share >= 1):
             if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
                 log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
@@ -424,10 +430,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FloatingPointError, CheckpointError, OSError) as error:
         problem, status = f"error: {error}", 1
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|allocate memory", str(error)):
+        if re.search("out of memory|allocate memory", str(error)):
+            problem, status = (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; "
+                               f"lower it, or simulator.chunk"), 1
+        elif isinstance(error, runtime.CaptureError):
+            problem, status = f"error: {error}", 1
+        else:
             raise                                                      # a bug of ours, with its traceback
-        problem, status = (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; "
-                           f"lower it, or simulator.chunk"), 1
     finally:
         log.close()                                                    # the bar is drawn once more, then the line
     if status:

@@ -17,6 +17,7 @@ from ssl_gpu.mixture import MixtureConfig  # noqa: E402
 from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel  # noqa: E402
 from ssl_gpu.optim import TrainConfig, build_optimizer, learning_rate, restore_optimizer  # noqa: E402
 from ssl_gpu.rir import RirConfig  # noqa: E402
+from ssl_gpu.scene import SceneConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
 from ssl_gpu.train import CapturedStep, draw_batch, gradients, update  # noqa: E402
 
@@ -25,6 +26,9 @@ GPU = torch.device("cuda", 0)
 NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
 RIRS = {"fra": RirConfig(), "hybrid": RirConfig(method="hybrid"), "mixed": RirConfig(hybrid_share=0.5),
         "exact": RirConfig(method="ism")}
+# Those that our own kernels find the images of, and convolve.
+OURS = {"fra alone": RirConfig(early=False), "mixed alone": RirConfig(early=False, hybrid_share=0.5),
+        "full": RirConfig(early=False, image_range="full", perturbation_exponent=0.5)}
 
 
 def seeded(seed, device="cpu"):
@@ -36,14 +40,22 @@ def relative(actual, expected):
     return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
 
 
-@pytest.mark.parametrize("name", RIRS)
-def test_rooms_drawn_on_the_cpu_sound_the_same(name):
-    """Slots are found in float64, so no arrival moves; what is left are roundings and the order of additions."""
-    simulator = Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
-    dry = torch.randn(6, 2, 16000, generator=seeded(0))
+def check_alike(found, expected, most):
+    """Mixtures, and their early parts where there are some."""
+    assert relative(found.audio, expected.audio) < most and (found.early is None) == (expected.early is None)
+    assert found.early is None or relative(found.early, expected.early) < most
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scene", [SceneConfig(), SceneConfig(num_mics=3, num_src=1)], ids=["2x2", "3x1"])
+@pytest.mark.parametrize("name", [*RIRS, *OURS])
+def test_rooms_drawn_on_the_cpu_sound_the_same(name, scene, fused):
+    """Slots are found in float64, so no arrival moves; what is left are roundings and the order of additions. In two
+    chunks."""
+    simulator = Simulator(scene, {**RIRS, **OURS}[name], NOISY, SimulatorConfig(4, fused=fused), IsmConfig("eyring"))
+    dry = torch.randn(6, scene.num_src, 16000, generator=seeded(0))
     draw = simulator.draw(6, 16000, generator=seeded(1))
-    expected, found = simulator.render(dry, draw), simulator.render(dry.to(GPU), draw.to(GPU))
-    assert relative(found.audio, expected.audio) < 1e-5 and relative(found.early, expected.early) < 1e-5
+    check_alike(simulator.render(dry.to(GPU), draw.to(GPU)), simulator.render(dry, draw), 1e-5)
 
 
 def test_draws_follow_the_generator_of_the_gpu():
@@ -54,27 +66,15 @@ def test_draws_follow_the_generator_of_the_gpu():
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
-@pytest.mark.parametrize("name", ["fra", "mixed"])
-def test_compiled_simulator_gives_the_same_mixtures(name):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["fra", "mixed", "mixed alone"])
+def test_compiled_simulator_gives_the_same_mixtures(name, fused):
+    """In two chunks, whose mixtures go to their places within the graph."""
     torch.compiler.reset()
-    plain, compiled = (Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"),
-                                 config=SimulatorConfig(4, compile)) for compile in (False, True))
+    plain, compiled = (Simulator(rir={**RIRS, **OURS}[name], mixture=NOISY, ism=IsmConfig("eyring"), config=config)
+                       for config in (SimulatorConfig(4, fused=False), SimulatorConfig(4, compile=True, fused=fused)))
     dry, draw = torch.randn(8, 2, 16000, device=GPU), plain.draw(8, 16000, generator=seeded(1, GPU))
-    expected, found = plain.render(dry, draw), compiled.render(dry, draw)
-    assert relative(found.audio, expected.audio) < 1e-4 and relative(found.early, expected.early) < 1e-4
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["fra", "mixed"])
-def test_fused_simulator_gives_the_same_mixtures(name, compile):
-    torch.compiler.reset()
-    plain, fused = (Simulator(rir=RIRS[name], mixture=NOISY, ism=IsmConfig("eyring"), config=config)
-                    for config in (SimulatorConfig(4), SimulatorConfig(4, compile, fused=True)))
-    dry, draw = torch.randn(8, 2, 16000, device=GPU), plain.draw(8, 16000, generator=seeded(1, GPU))
-    expected, found = plain.render(dry, draw), fused.render(dry, draw)
-    most = 1e-4 if compile else 1e-5
-    assert relative(found.audio, expected.audio) < most and relative(found.early, expected.early) < most
+    check_alike(compiled.render(dry, draw), plain.render(dry, draw), 1e-4)
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -134,7 +134,7 @@ def test_captured_steps_are_those_of_the_loop(network, overrides):
     start, there, here = (torch.cat([weight.detach().flatten() for weight in one.parameters()])
                           for one in (begin, plain.localizer, run.localizer))
     # As a whole, by how far they have gone: where a gradient is zero, Adam makes a step of its rounding error.
-    assert (here - there).norm() < (0.5 if network == "original" else 0.1) * (there - start).norm()
+    assert (here - there).norm() < (0.2 if network == "original" else 0.1) * (there - start).norm()
     if run.averaged is not None:
         there, here = (torch.cat([weight.flatten() for weight in one.averaged.model.parameters()])
                        for one in (plain, run))
@@ -280,16 +280,17 @@ def test_update_is_that_of_the_cpu(kind):
     assert_close(layers[1].cpu().state_dict(), layers[0].state_dict(), rtol=1e-5, atol=1e-5)  # of updates of 1e-2
 
 
-def test_captured_simulator_gives_the_same_mixtures():
+@pytest.mark.parametrize("rir", [RIRS["mixed"], OURS["mixed alone"]], ids=["early", "alone"])
+def test_captured_simulator_gives_the_same_mixtures(rir):
     """Of a generator that was seeded before the call: of plain calls, of the capture and of replays."""
-    simulator = Simulator(rir=RIRS["mixed"], mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
+    simulator = Simulator(rir=rir, mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
     generator, dry = torch.Generator(GPU), torch.randn(7, 6, 2, 16000, generator=seeded(0)).to(GPU)
     captured = simulator.captured(6, 16000, generator=generator)
     for step in (0, 1, 2, 3, 4, 5, 4):
         generator.manual_seed(step)
         found = captured(dry[step])
         expected = simulator(dry[step], generator=seeded(step, GPU))
-        assert relative(found.audio, expected.audio) < 1e-5 and relative(found.early, expected.early) < 1e-5
+        check_alike(found, expected, 1e-5)
         assert torch.equal(found.scenes.src_pos, expected.scenes.src_pos)
 
 

@@ -22,7 +22,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 def as_on_a_gpu(monkeypatch):
     """Sets whether the CPU counts as a device with matrix units."""
     def switch(on):
-        monkeypatch.setattr(runtime, "has_matrix_units", lambda device: on)
+        monkeypatch.setattr(runtime, "prefers_products", lambda device: on)
     return switch
 
 
@@ -150,7 +150,7 @@ def trained(network, audio, backend=None):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("build, most", [(original, 1e-10), (small, 1e-4)])
 def test_network_by_products_is_the_plain_one(build, most, backend, as_on_a_gpu):
     """Logits, gradients and running statistics; compiled, as one graph."""

@@ -1,4 +1,5 @@
 """Adding up the kernels of arrivals: against a loop, and the Triton kernel against the plain path, without a GPU."""
+import importlib
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.rir import RirConfig, can_add_images, draw_images, find_arrivals, image_tables
 from ssl_gpu.scatter import add_kernels
 from ssl_gpu.scene import SceneConfig, sample_scenes
-from ssl_gpu.simulator import Simulator, SimulatorConfig
+from ssl_gpu.simulator import Simulator, SimulatorConfig, triton_problem
 from ssl_gpu.synthesis import MAIN_TAPS, _kernel_on
 
 LENGTH = 200  # samples
@@ -155,19 +156,43 @@ def test_triton_kernel_filters(interpreted):
     assert_close(first, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("with_early, offsets", [(False, "i32"), (True, "i32"), (True, "i64")])
-def test_triton_kernel_compiles_for_a_hopper_gpu(with_early, offsets, tmp_path):
+PHASES = {"phase_bits": 6, "taps": 16, "main_taps": MAIN_TAPS}
+SUMS = {"total": "*fp32", "table": "*fp32"}
+PROGRAMS = {  # name -> module, kinds of arguments, constants, shared memory in bytes
+    "add_kernels_program": ("fused", {
+        **SUMS, "slot": "*i64", "amplitude": "*fp32", "early": "*i64", "arrivals": "i32", "blocks": "i32",
+        "row_length": "i32", "parts_apart": "i64"}, {**PHASES, "has_early": False, "block": 64}, 0),
+    "add_images_program": ("fused", {
+        **SUMS, "places": "*fp64", "rooms": "*fp64", "direction": "*fp32", "ratio": "*fp32", "perturbation": "*fp32",
+        "active": "*u8", "images": "i32", "blocks": "i32", "mics": "i32", "srcs": "i32", "axis_stride": "i32",
+        "row_length": "i32", "parts_apart": "i32", "perturbation_exponent": "fp32"},
+        {**PHASES, "full_range": True, "block": 128}, 1024),
+    "filter_program": ("fused", {
+        **dict.fromkeys(("first", "second", "first_response", "second_response"), "*fp32"), "freqs": "i32",
+        "count": "i32"}, {"block": 512}, None),
+    "split_program": ("fused_convolve", {
+        **dict.fromkeys(("out", "signal", "gain", "twiddles"), "*fp32"), **dict.fromkeys(
+            ("lanes", "pairs", "rows", "length", "batch_stride", "lane_stride", "row_stride", "sample_stride", "base",
+             "blocks"), "i32")}, {"has_gain": True, "radix": 4, "present": 3, "block": 512}, None),
+    "multiply_program": ("fused_convolve", {
+        **dict.fromkeys(("out", "sources", "responses"), "*fp32"), "pairs": "i32", "base": "i32", "blocks": "i32",
+        "scale": "fp32"}, {"srcs": 2, "radix": 4, "block": 512}, None),
+    "merge_program": ("fused_convolve", {
+        "out": "*fp32", "parts": "*fp32", "twiddles": "*fp32", "keep": "*u8", **dict.fromkeys(
+            ("mics", "pairs", "length", "base", "blocks"), "i32")},
+        {"has_keep": True, "radix": 4, "present": 3, "block": 512}, None)}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "add_images_program"))
+                                  for name in PROGRAMS])
+def test_triton_kernel_compiles_for_a_hopper_gpu(name, tmp_path):
     """To machine code, by Triton's own assembler: additions without an answer (RED), nothing spilled."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from ssl_gpu import fused
-    constants = {"has_early": with_early, "phase_bits": 6, "taps": 16, "main_taps": MAIN_TAPS, "block": fused.BLOCK}
-    kinds = {"total": "*fp32", "table": "*fp32", "slot": "*i64", "amplitude": "*fp32",
-             "early": "*u8" if with_early else "*i64", "arrivals": "i32", "blocks": "i32", "row_length": "i32",
-             "parts_apart": offsets}
-    source = ASTSource(fused.add_kernels_program, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
+    module, kinds, constants, shared = PROGRAMS[name]
+    program = getattr(importlib.import_module(f"ssl_gpu.{module}"), name)
+    source = ASTSource(program, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     except (RuntimeError, OSError) as error:  # an installation without the assembler
@@ -176,8 +201,9 @@ def test_triton_kernel_compiles_for_a_hopper_gpu(with_early, offsets, tmp_path):
     binary.write_bytes(kernel.asm["cubin"])
     code, use = (subprocess.run([tools / tool, *options, binary], capture_output=True, text=True, check=True).stdout
                  for tool, *options in (("nvdisasm",), ("cuobjdump", "-res-usage")))
-    assert len(re.findall(r"\bREDG\.E\.ADD\.F32", code)) == fused.BLOCK * 16 // 128 and "ATOM" not in code  # a thread's
-    assert "STACK:0 SHARED:0 LOCAL:0" in use
+    assert "STACK:0" in use and "LOCAL:0" in use and (shared is None or f"SHARED:{shared} " in use)
+    if shared is not None:                                              # those that add, each thread its part
+        assert len(re.findall(r"\bREDG\.E\.ADD\.F32", code)) == constants["block"] * 16 // 128 and "ATOM" not in code
 
 
 @pytest.mark.parametrize("with_early", [False, True])
@@ -220,17 +246,46 @@ def test_fused_scatter_is_one_kernel_of_a_compiled_graph(with_early):
     assert not [call for call in calls if "view.dtype" in call or "scatter" in call]
 
 
-def test_no_triton_is_one_line_and_on_a_gpu_alone(monkeypatch):
+@pytest.fixture
+def asked_anew():
+    """triton_problem, which remembers its answer."""
+    triton_problem.cache_clear()
+    yield
+    triton_problem.cache_clear()
+
+
+def test_no_triton_is_one_line_and_on_a_gpu_alone(monkeypatch, asked_anew):
     """Weights whose training was fused are read and rendered with on a CPU without it."""
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "ssl_gpu.fused", None)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     with pytest.raises(ValueError, match="^simulator.fused must be false or null where Triton is not installed, got t"):
         SimulatorConfig(fused=True).check_device(gpu)
     SimulatorConfig(fused=True).check_device(cpu)
     SimulatorConfig(fused=False).check_device(gpu)
+    assert not SimulatorConfig().fused_on(gpu) and not SimulatorConfig(fused=True).fused_on(cpu)
     simulator = Simulator(config=SimulatorConfig(fused=True))
     mixture = simulator(torch.randn(2, 2, 400), generator=torch.Generator().manual_seed(0))
     assert mixture.audio.isfinite().all()
     monkeypatch.setattr(SimulatorConfig, "check_device", lambda self, device: 1 / 0)
     with pytest.raises(ZeroDivisionError):                              # it is asked
         simulator(torch.randn(2, 2, 400), generator=torch.Generator().manual_seed(0))
+
+
+def test_triton_that_does_not_work_is_a_warning(monkeypatch, asked_anew):
+    """As where there is no C compiler: found out by the smallest kernel, once."""
+    pytest.importorskip("triton")
+    from ssl_gpu import fused
+    tried, gpu = [], torch.device("cuda", 0)
+
+    def broken(*arguments):
+        tried.append(arguments)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(fused, "filter_spectra", broken)
+    with FakeTensorMode():
+        with pytest.warns(UserWarning, match=r"^rooms are simulated without our own kernels, as Triton does not work "
+                                             r"\(Failed to find C compiler.\)$"):
+            assert not SimulatorConfig().fused_on(gpu)
+    with pytest.raises(ValueError, match=r"^simulator.fused must be false or null where Triton does not work \(Failed"):
+        SimulatorConfig(fused=True).check_device(gpu)
+    assert len(tried) == 1

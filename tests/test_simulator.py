@@ -336,7 +336,23 @@ def test_captured_calls_are_those_of_the_simulator_on_a_cpu():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
         assert torch.equal(call(dry).audio, simulator(dry, generator=generator).audio)
-    with pytest.raises(ValueError, match=r"^dry speech must be \[3, 2, 800\] for what was captured, got \[2, 2, 8"):
-        call(dry[:2])
+    for wrong, got in ((dry[:2], r"float32 \[2, 2, 800\]"), (dry.double(), r"float64 \[3, 2, 800\]")):
+        with pytest.raises(ValueError, match=rf"^dry speech must be float32 \[3, 2, 800\] on cpu for what was captured"
+                                             rf", got {got} on cpu$"):
+            call(wrong)
     with pytest.raises(ValueError, match="^Simulator.captured needs rooms that do not wait for the device, got rir.m"):
         Simulator(rir=RirConfig(method="ism"), ism=IsmConfig("eyring")).captured(1, 8, generator=generator)
+    with pytest.raises(ValueError, match="^Simulator.captured needs batch >= 1 and num_samples >= 1, got 0 and 8$"):
+        simulator.captured(0, 8, generator=generator)
+
+
+def test_captured_bank_is_the_one_that_was_captured():
+    simulator, generator = Simulator(SceneConfig(bank=2), RirConfig(early=False)), torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="^scene.bank=2 needs Simulator.fill_bank before it is captured$"):
+        simulator.captured(3, 800, generator=generator)
+    simulator.fill_bank(generator=generator)
+    call, dry = simulator.captured(3, 800, generator=generator), torch.randn(3, 2, 800)
+    assert call(dry).audio.isfinite().all()
+    simulator.fill_bank(generator=generator)
+    with pytest.raises(ValueError, match="^Simulator.captured must be called again after Simulator.fill_bank$"):
+        call(dry)
