@@ -4,7 +4,8 @@
     python -m benchmarks.report --write README.md docs/accuracy.md    put each between its markers in the files
     python -m benchmarks.report --check README.md docs/accuracy.md    exit status 1 if others are there
 
-Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks, and the names in benchmarks.accuracy_tables.
+Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks (those of CPUs), benchmarks-gpu, gpu-short, and the
+names in benchmarks.accuracy_tables.
 """
 from __future__ import annotations
 
@@ -39,9 +40,14 @@ def titled_table(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
     conditions = (f"{machine['device']}, {machine['cores']} cores, {threads}, torch {versions['torch']}, Python "
-                  f"{versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`")
-    conditions += "" if results.get("complete", True) else ", stopped before its last row"
+                  f"{versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`"
+                  + unfinished(results))
     return "\n".join([f"### {TITLES[kind]}", "", *lines, "", conditions])
+
+
+def unfinished(results: dict[str, Any]) -> str:
+    """What is to be said of a file that is not complete."""
+    return "" if results.get("complete", True) else ", stopped before it was done"
 
 
 def notes(results: dict[str, Any]) -> list[str]:
@@ -176,12 +182,12 @@ def gpu_short(folder: Path) -> str:
                 rates.setdefault((row["name"], row["batch"]), {})[row["graph"]] = row
         names = list(dict.fromkeys(name for name, _ in rates))
         rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in (False, True)),
-                 mebibytes(max(row["peak_bytes"] for row in ways.values()))]
+                 mebibytes(ways[False]["peak_bytes"] if False in ways else None)]
                 for (name, batch), ways in sorted(rates.items(), key=lambda it: (names.index(it[0][0]), it[0][1]))]
-        machine, head = results["machine"], ["mixtures/s", "batch", "a launch per kernel", "one CUDA graph", "peak MiB"]
+        machine, head = results["machine"], ["mixtures/s", "batch", "by launches", "one CUDA graph", "MiB, by launches"]
         lines += [*table(head, rows), "",
                   f"{machine['device']}, torch {results['versions']['torch']}, commit {results['commit']}, "
-                  f"{results['date']}: `{results['command']}`"]
+                  f"{results['date']}: `{results['command']}`{unfinished(results)}"]
     return "\n".join(lines)
 
 

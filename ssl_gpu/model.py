@@ -319,7 +319,7 @@ class ConformerLocalizer(nn.Module):
 
     def _convolved(self, x: Tensor) -> Tensor:
         """self.conv of maps [batch, 2 * band, frame, delay]; in training on a GPU by products."""
-        # For the gradients of the weights alone: cuDNN's two slowest took 5.9 ms of 128 clips on an H200, half a step.
+        # For the gradients of the weights alone: cuDNN's two slowest took 5.9 ms of 128 clips on an H200.
         if not (torch.is_grad_enabled() and runtime.prefers_products(x.device)):
             return self.conv(x)
         for conv, norm, gelu in _triples(self.conv):

@@ -1,7 +1,7 @@
 """Convolutions as products of matrices, for the matrix units of a GPU; the same numbers but for roundings.
 
 For few channels, or few tokens, cuDNN has no kernel that fills them: of 226 ms of a training step of the original
-(1024 clips of 3 s, H200, bfloat16) its convolutions of 2 to 8 channels took 70 and its depthwise ones 45. Here the
+(1024 clips of 3 s, H200, bfloat16) its convolutions of 2 to 8 channels took 75 and its depthwise ones 45. Here the
 windows are copied side by side, which a compiler does while it computes them, and the rest is a product.
 """
 from __future__ import annotations

@@ -329,7 +329,7 @@ def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_
     assert len({line.count("|") for line in out.splitlines() if line.startswith("|")}) == 1
     assert "| failed: RuntimeError: CUDA error: an illegal / access |" in out
     partial = report.markdown({**results, "rows": results["rows"][:1], "complete": False})
-    assert "`, stopped before its last row" in partial and "stopped" not in out
+    assert "`, stopped before it was done" in partial and "stopped" not in out
 
 
 def path_of(path):
@@ -539,6 +539,7 @@ def test_mixtures_of_a_gpu_side_by_side(tmp_path):
     (tmp_path / "2026-01-20-gpu-simulate.json").write_text(json.dumps(results))
     assert report.gpu_short(tmp_path).splitlines()[2:5] == [
         "| rooms | 256 | 1,000 | 2,000 | 3 |", "| rooms | 512 | 1,500 | - | 5 |", "| noise | 256 | 900 | - | 3 |"]
+    assert report.gpu_short(tmp_path).endswith("`python -m it`")
 
 
 def result_of(cone, azimuth, rooms=0, talkers=0):
