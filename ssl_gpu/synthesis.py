@@ -192,7 +192,7 @@ def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor, fused: bo
     inside = torch.arange(taps, device=train.device) < length[:, None, None, None]
 
     def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, sample]
-        spectrum, other = torch.fft.rfft(train[0]), torch.fft.rfft(train[1])
+        spectrum, other = (torch.fft.rfft(part).contiguous() for part in (train[0], train[1]))
         if fused and is_gpu(train.device):
             from ssl_gpu.fused import filter_spectra  # Triton is not everywhere where torch is
             filter_spectra(*map(torch.view_as_real, (spectrum, other, main, rest)))
