@@ -198,6 +198,7 @@ def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
 def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
     device = runtime.pick_device(cfg.train.device)
+    uses_graph(cfg, device, None)                                      # before anything that takes long
     initial = initial_weights(cfg) if resumed is None else None
     if initial is None:
         localizer = build_localizer(cfg)
@@ -282,15 +283,16 @@ def uses_bfloat16(train: TrainConfig, device: torch.device, resumed: Checkpoint 
     return runtime.has_bfloat16(device) if before is None else before
 
 
-def uses_graph(cfg: RunConfig, device: torch.device, speech: SpeechBank) -> bool:
-    """What train.graph comes to. Raises ValueError where it is true and a step cannot be captured."""
+def uses_graph(cfg: RunConfig, device: torch.device, speech: SpeechBank | None) -> bool:
+    """What train.graph comes to; speech None: by all else. Raises ValueError where it is true and a step cannot be
+    captured."""
     why_not = None
     if not runtime.is_gpu(device):
         why_not = f"on a {device.type}"
     elif cfg.scene.bank is None and (cfg.rir.method is Method.ISM or cfg.rir.ism_share > 0):
         why_not = (f"where rooms are exact, which wait for the device (rir.method={cfg.rir.method.value}, "
                    f"rir.ism_share={cfg.rir.ism_share})")
-    elif speech.samples.device != device:
+    elif speech is not None and speech.samples.device != device:
         why_not = f"where the speech, {speech.samples.nbytes / 1e9:.1f} GB, did not fit on the device"
     if cfg.train.graph and why_not is not None:
         raise ValueError(f"train.graph must be false or null {why_not}, got true")

@@ -88,6 +88,12 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
+def check_tensor(dry: Tensor) -> None:
+    """Raises ValueError for dry speech that is no tensor: an array has a shape, and in numpy 2 a device called cpu."""
+    if not isinstance(dry, Tensor):
+        raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")
+
+
 @dataclass(frozen=True, eq=False)
 class Draw:
     """Everything random about a batch of mixtures: of its RIRs, what their methods need; or, that being None, the rows
@@ -144,6 +150,7 @@ class Simulator:
         mixture.noise_probability, for a training that begins without noise, see mixture.draw_mixture.
         Raises ValueError when dry is not a tensor [batch, src, sample], as many as there are scenes and sources.
         """
+        check_tensor(dry)
         num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
         if dry.ndim != 3 or dry.shape[1] != num_src or 0 in dry.shape:
             raise ValueError(f"dry speech must be [batch, src={num_src}, sample], got {list(dry.shape)}")
@@ -217,8 +224,7 @@ class Simulator:
         Raises ValueError when dry is no tensor or does not belong to the draw, and for simulator.fused on a GPU without
         Triton.
         """
-        if not isinstance(dry, Tensor):  # an array has a shape, and in numpy 2 a device called cpu
-            raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")
+        check_tensor(dry)
         if dry.device != draw.scenes.rt60.device:
             raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
         if dry.shape[:1] != draw.scenes.rt60.shape:
@@ -232,7 +238,8 @@ class Simulator:
         chunk, parts = self.config.chunk_on(dry.device, pairs), []
         whole = None                                                    # where the parts go, if there are several
         if len(dry) > chunk:
-            whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1])
+            dtype = torch.promote_types(dry.dtype, torch.float32)       # as of a gain times the speech
+            whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1], dtype=dtype)
         for start in range(0, dry.shape[0], chunk):
             part = slice(start, start + chunk)
             scenes = draw.scenes[part]
@@ -270,6 +277,7 @@ class Simulator:
         bank = self.bank
 
         def call(dry: Tensor) -> MixtureBatch:
+            check_tensor(dry)
             if (dry.shape, dry.dtype, dry.device) != (speech.shape, speech.dtype, speech.device):
                 raise ValueError(f"dry speech must be float32 {list(speech.shape)} on {speech.device} for what was "
                                  f"captured, got {str(dry.dtype).removeprefix('torch.')} {list(dry.shape)} on "

@@ -1,4 +1,5 @@
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -356,3 +357,22 @@ def test_captured_bank_is_the_one_that_was_captured():
     simulator.fill_bank(generator=generator)
     with pytest.raises(ValueError, match="^Simulator.captured must be called again after Simulator.fill_bank$"):
         call(dry)
+
+
+@pytest.mark.parametrize("dtype, found", [(torch.int16, torch.float32), (torch.float16, torch.float32),
+                                          (torch.float64, torch.float64)])
+def test_dtype_of_mixtures_does_not_depend_on_the_chunk(dtype, found):
+    dry = (300 * torch.randn(3, 2, 800, generator=torch.Generator().manual_seed(0))).to(dtype)
+    whole, parts = (Simulator(rir=RirConfig(early=False), config=SimulatorConfig(chunk))(
+        dry, generator=torch.Generator().manual_seed(1)).audio for chunk in (3, 2))
+    assert whole.dtype == parts.dtype == found
+    assert_close(parts, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_speech_that_is_no_tensor_is_named():
+    simulator = Simulator(rir=RirConfig(early=False))
+    generator = torch.Generator().manual_seed(0)
+    for call in (simulator.captured(1, 8, generator=generator), partial(simulator, generator=generator)):
+        for wrong, name in (([[0.0]], "builtins.list"), (torch.zeros(1, 2, 8).numpy(), "numpy.ndarray")):
+            with pytest.raises(ValueError, match=f"^dry speech must be a torch tensor, got {name}$"):
+                call(wrong)
