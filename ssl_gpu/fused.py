@@ -81,7 +81,7 @@ def add_images_program(total, table, places, rooms, direction, ratio, perturbati
                        axis_stride, row_length, parts_apart, perturbation_exponent, full_range: tl.constexpr,
                        phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr, block: tl.constexpr):
     """`block` images of one source at one microphone, the direct path the first of them: rir.find_arrivals and
-    rir.image_amplitude, in the same precisions, and add_kernels_program at once.
+    rir.image_amplitude, and add_kernels_program at once.
 
     places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables; direction [3, batch, src,
     image], its axes axis_stride apart, ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""

@@ -51,17 +51,15 @@ class SimulatorConfig:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
 
-    def check_device(self, device: torch.device) -> None:
-        """Raises ValueError for fused on a GPU where Triton does not work."""
-        if self.fused and runtime.is_gpu(device) and (problem := triton_problem(device)) is not None:
-            raise ValueError(f"simulator.fused must be false or null where {problem}, got true")
-
     def fused_on(self, device: torch.device) -> bool:
-        """What fused comes to on this device; a warning where it is null and Triton is there and does not work."""
+        """What fused comes to on this device. Raises ValueError where it is true and Triton does not work there; warns
+        where it is null and Triton is there and does not."""
         if not runtime.is_gpu(device) or self.fused is False:
             return False
         problem = triton_problem(device)
-        if problem is not None and self.fused is None and problem != NO_TRITON:
+        if problem is not None and self.fused:
+            raise ValueError(f"simulator.fused must be false or null where {problem}, got true")
+        if problem not in (None, NO_TRITON):
             warnings.warn(f"rooms are simulated without our own kernels, as {problem}", stacklevel=2)
         return problem is None
 
@@ -162,7 +160,8 @@ class Simulator:
         """Draw and render the scene.bank rooms that every later call picks from. They stay on the generator's device.
 
         With scene.pool=original nothing is drawn from the generator: those rooms and their images are always the same.
-        Raises ValueError when scene.bank is None, and when a room has no place for its sources.
+        Raises ValueError when scene.bank is None, when a room has no place for its sources, and as a call does for
+        simulator.fused.
         """
         if self.scene.bank is None:
             raise ValueError("Simulator.fill_bank needs scene.bank to be a number of rooms, got None")
@@ -230,7 +229,6 @@ class Simulator:
         if dry.shape[:1] != draw.scenes.rt60.shape:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
                              f"got {list(dry.shape)}")
-        self.config.check_device(dry.device)
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI

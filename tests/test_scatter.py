@@ -259,14 +259,13 @@ def test_no_triton_is_one_line_and_on_a_gpu_alone(monkeypatch, asked_anew):
     monkeypatch.setitem(sys.modules, "ssl_gpu.fused", None)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     with pytest.raises(ValueError, match="^simulator.fused must be false or null where Triton is not installed, got t"):
-        SimulatorConfig(fused=True).check_device(gpu)
-    SimulatorConfig(fused=True).check_device(cpu)
-    SimulatorConfig(fused=False).check_device(gpu)
-    assert not SimulatorConfig().fused_on(gpu) and not SimulatorConfig(fused=True).fused_on(cpu)
+        SimulatorConfig(fused=True).fused_on(gpu)
+    assert not any(SimulatorConfig(fused=fused).fused_on(device)
+                   for fused, device in ((None, gpu), (False, gpu), (True, cpu), (None, cpu)))
     simulator = Simulator(config=SimulatorConfig(fused=True))
     mixture = simulator(torch.randn(2, 2, 400), generator=torch.Generator().manual_seed(0))
     assert mixture.audio.isfinite().all()
-    monkeypatch.setattr(SimulatorConfig, "check_device", lambda self, device: 1 / 0)
+    monkeypatch.setattr(SimulatorConfig, "fused_on", lambda self, device: 1 / 0)
     with pytest.raises(ZeroDivisionError):                              # it is asked
         simulator(torch.randn(2, 2, 400), generator=torch.Generator().manual_seed(0))
 
@@ -287,5 +286,5 @@ def test_triton_that_does_not_work_is_a_warning(monkeypatch, asked_anew):
                                              r"\(Failed to find C compiler.\)$"):
             assert not SimulatorConfig().fused_on(gpu)
     with pytest.raises(ValueError, match=r"^simulator.fused must be false or null where Triton does not work \(Failed"):
-        SimulatorConfig(fused=True).check_device(gpu)
+        SimulatorConfig(fused=True).fused_on(gpu)
     assert len(tried) == 1
