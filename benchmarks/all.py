@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest sizes; its numbers mean nothing")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[p.name for p in parts_of(True, False)],
                         help="some parts: tests, rir, convolve, simulate, train, peers")
-    parser.add_argument("--limit", type=float, metavar="MIN",
+    parser.add_argument("--limit", type=common.duration, metavar="MIN",
                         help=f"minutes for each part (default {LIMIT_MIN:g} on a GPU, none on a CPU)")
     args = parser.parse_args(arguments)
     device = common.start(args)
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"error: --out must be a folder, cannot make {args.out}: {error.strerror}")
+        common.refuse(f"--out must be a folder, cannot make {args.out}: {error.strerror}")
     name = name_of(device)
     stem = f"{date.today().isoformat()}-{common.slug(name)}"
     outcomes = {part.name: run(part, out, stem, args.device, args.threads, limit_min)

@@ -17,7 +17,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.rir import ImageBatch
 from ssl_gpu.scene import SceneBatch
+from ssl_gpu.simulator import SimulatorConfig
 
 ROOT = Path(__file__).parents[1]
 CLIP_S = 3.0
@@ -161,7 +162,7 @@ def parser(name: str, description: str, seconds: float | None = 3.0) -> argparse
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     result.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: torch's choice)")
     if seconds is not None:
-        result.add_argument("--seconds", type=float, default=seconds,
+        result.add_argument("--seconds", type=duration, default=seconds,
                             help=f"measure a row so long (default {seconds:g})")
     result.add_argument("--json", metavar="FILE", help="write the results there as well")
     return result
@@ -172,20 +173,28 @@ def add_batch(arguments: argparse.ArgumentParser, default: str) -> None:
     arguments.add_argument("--batch", type=positive, nargs="+", metavar="N", help=f"scenes per call ({default})")
     arguments.add_argument("--compile", choices=CHOICES, default="no", help="render through torch.compile (default no)")
     arguments.add_argument("--fused", choices=CHOICES,
-                           help="by Triton kernels, which a CPU has not (default yes on a GPU)")
-    arguments.add_argument("--check", type=int, default=2, metavar="N",
+                           help="by Triton kernels, which a CPU has not (default: yes where they work)")
+    arguments.add_argument("--check", type=whole, default=2, metavar="N",
                            help="compare so many scenes with the float64 oracle (default 2)")
 
 
 def ways(args: argparse.Namespace, device: torch.device) -> list[dict[str, bool]]:
     """What --compile, --fused and --graph ask for, as keys of a row: eager first, as compilation takes longest, fails
-    most. Ends the program where a CPU is to capture."""
+    most. Ends the program where a CPU is to capture, or to run Triton's kernels."""
     on_gpu, graph = runtime.is_gpu(device), getattr(args, "graph", "no")
-    if graph != "no" and not on_gpu:
-        sys.exit(f"error: --graph must be no on a {device.type}, got {graph}")
+    for option, value in (("--graph", graph), ("--fused", args.fused or "no")):
+        if value != "no" and not on_gpu:
+            refuse(f"{option} must be no on a {device.type}, got {value}")
     graphs = [{"graph": captured} for captured in CHOICES[graph]] if hasattr(args, "graph") else [{}]
-    return [{"compiled": compiled, "fused": fused, **captured} for compiled, fused, captured in
-            product(CHOICES[args.compile], CHOICES[args.fused or ("yes" if on_gpu else "no")], graphs)]
+    fused = CHOICES[args.fused] if args.fused else (SimulatorConfig().fused_on(device),)
+    return [{"compiled": compiled, "fused": fuse, **captured} for compiled, fuse, captured in
+            product(CHOICES[args.compile], fused, graphs)]
+
+
+def refuse(problem: str) -> NoReturn:
+    """Ends the program, with the status that argparse has for a command line that asks for what cannot be."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def positive(text: str) -> int:
@@ -196,6 +205,22 @@ def positive(text: str) -> int:
     return number
 
 
+def whole(text: str) -> int:
+    """A whole number >= 0 from the command line."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {number}")
+    return number
+
+
+def duration(text: str) -> float:
+    """Seconds >= 0 from the command line."""
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be >= 0 s, got {text}")
+    return seconds
+
+
 def start(args: argparse.Namespace) -> torch.device:
     """The device and the threads that the command line asks for. Ends the program where there is no such device."""
     if args.threads is not None:
@@ -203,7 +228,7 @@ def start(args: argparse.Namespace) -> torch.device:
     try:
         return runtime.pick_device(args.device)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        refuse(str(error))
 
 
 class Results:

@@ -371,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk", type=common.positive, metavar="N",
                         help="scenes that ours renders at a time (default: the Simulator's choice)")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
-    parser.add_argument("--patience", type=float, default=60.0, metavar="S",
+    parser.add_argument("--patience", type=common.duration, default=60.0, metavar="S",
                         help="a tool that took longer in all takes no further scene (default 60)")
     args = parser.parse_args(arguments)
     device = common.start(args)

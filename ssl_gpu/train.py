@@ -411,7 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"{run.out}: {run.cfg.model.kind.value} model, "
           f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
-          f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} talkers, "
+          f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} "
+          f"{'synthetic ' if run.cfg.speech.train is None else ''}talkers, "
           f"{run.speech.duration_s / 3600:.2f} h of speech"
           + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else ""))
     signal.signal(signal.SIGTERM, interrupt)

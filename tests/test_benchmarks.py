@@ -223,11 +223,12 @@ def test_compiled_rows_are_marked(tmp_path, monkeypatch):
 def test_fused_rows_are_marked_and_asked_for(benchmark, rows, tmp_path, monkeypatch, capsys):
     """Arrays are measured either way, too. On a CPU the numbers are those of the plain path, and so is the error."""
     pytest.importorskip("triton")
-    asked, real = [], synthesis.add_kernels
+    asked, real, ways = [], synthesis.add_kernels, common.ways
     if benchmark is bench_rir:
         monkeypatch.setattr(synthesis, "add_kernels", lambda *args: asked.append(args[-1]) or real(*args))
     else:
         monkeypatch.setattr(SimulatorConfig, "fused_on", lambda self, device: asked.append(self.fused))
+    monkeypatch.setattr(common, "ways", lambda args, device: ways(args, torch.device("cuda")))
     arrays = ("--arrays", "1x1") if benchmark is bench_simulate else ()
     results = run(benchmark, tmp_path, "--batch", "1", "--seconds", "0", "--check", "1", "--fused", "both", *arrays)
     fused = [row for row in results["rows"] if row.get("fused")]
@@ -356,11 +357,11 @@ def test_file_that_cannot_be_written_ends_the_benchmark_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_part_is_a_command_that_its_benchmark_understands(on_gpu, quick):
+def test_every_part_is_a_command_that_its_benchmark_understands(on_gpu, quick, capsys):
     for part in benchmark_all.parts_of(on_gpu, quick)[1:]:
         module = importlib.import_module(part.arguments[1])
-        with pytest.raises(SystemExit, match="error: device must be auto"):  # past the reading of arguments
-            module.main([*part.arguments[2:], "--device", "gpu"])
+        said = refused(module, capsys, *part.arguments[2:], "--device", "gpu")
+        assert said.startswith("device must be auto")                    # past the reading of arguments
 
 
 def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd):
@@ -379,8 +380,10 @@ def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd)
     assert "| broken | FAILED |" in text and "| silent | FAILED |" in text and "| rir | well |" in text
     assert benchmark_all.main(["--device", "cpu", "--only", "tests", "--out", str(tmp_path / "new")]) == 0
     assert results.exists() and "| rir |" not in summary.read_text()
-    with pytest.raises(SystemExit, match="^error: --out must be a folder, cannot make .*: File exists$"):
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="^2$"):
         benchmark_all.main(["--device", "cpu", "--out", str(results)])
+    assert capfd.readouterr().err == f"error: --out must be a folder, cannot make {results}: File exists\n"
 
 
 def test_part_that_takes_too_long_is_ended_and_keeps_its_rows(tmp_path, monkeypatch, capfd):
@@ -578,8 +581,7 @@ def test_leak_is_a_table_in_order_or_a_line(tmp_path):
 
 
 def test_unknown_device_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="error: device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
-        bench_rir.main(["--device", "gpu"])
+    assert refused(bench_rir, capsys, "--device", "gpu") == "device must be auto, cpu, cuda or cuda:N, got 'gpu'"
 
 
 def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, capsys):
@@ -659,5 +661,28 @@ def test_lanes_measure_a_compiled_network_too(monkeypatch, capsys):
 
 
 def test_no_cpu_captures_a_batch(capsys):
-    with pytest.raises(SystemExit, match="^error: --graph must be no on a cpu, got both$"):
-        bench_simulate.main(["--device", "cpu", "--batch", "1", "--graph", "both"])
+    said = refused(bench_simulate, capsys, "--device", "cpu", "--graph", "both")
+    assert said == "--graph must be no on a cpu, got both"
+
+
+@pytest.mark.parametrize("benchmark", [bench_rir, bench_simulate])
+def test_no_cpu_runs_triton_kernels(benchmark, capsys):
+    """Its rows would be called fused, and their times would be those of the plain path."""
+    assert refused(benchmark, capsys, "--device", "cpu", "--fused", "yes") == "--fused must be no on a cpu, got yes"
+
+
+@pytest.mark.parametrize("option, value, rule", [
+    ("--check", "-1", ">= 0, got -1"), ("--seconds", "nan", ">= 0 s, got nan"), ("--batch", "0", ">= 1, got 0")])
+def test_what_cannot_be_measured_is_refused(option, value, rule, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        bench_rir.main([option, value])
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: must be {rule}\n")
+
+
+def refused(benchmark, capsys, *arguments):
+    """What a benchmark that ends with status 2 says after `error: `."""
+    with pytest.raises(SystemExit, match="^2$"):
+        benchmark.main(arguments)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said[7:-1]

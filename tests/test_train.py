@@ -230,12 +230,12 @@ def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, c
     tried = []
     monkeypatch.setattr(train_cli.runtime, "has_bfloat16", lambda device: tried.append(device) or True)
     assert start("train.out=run", "train.steps=1") == 0
-    assert " in bfloat16; 6 talkers" in capsys.readouterr().out
+    assert " in bfloat16; 6 synthetic talkers" in capsys.readouterr().out
     monkeypatch.setattr(train_cli.runtime, "has_bfloat16", lambda device: tried.append(device) or False)
     assert start("train.out=run", "train.steps=2", "--resume") == 0 and len(tried) == 1
     assert json.loads((tiny / "run" / "result.json").read_text())["precision"] == "bfloat16"
     assert start("train.out=run", "train.steps=3", "train.precision=float32", "--resume") == 0 and len(tried) == 1
-    assert " in float32; 6 talkers" in capsys.readouterr().out
+    assert " in float32; 6 synthetic talkers" in capsys.readouterr().out
     cfg = from_mapping(RunConfig, {"train": {"steps": 1}}).train
     saved = load_checkpoint(tiny / "run" / "checkpoint.pt")
     assert not run_setup.uses_bfloat16(cfg, torch.device("cuda", 0), saved) and len(tried) == 2
