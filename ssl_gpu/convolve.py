@@ -97,7 +97,7 @@ def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536) -> Tensor:
     samples = signal.shape[-1]
     n_fft = transform_length(min(block, samples) + taps - 1, signal.device)
     response = torch.fft.rfft(rir, n_fft)
-    out = signal.new_zeros(batch, mics, samples + taps - 1)
+    out = rir.new_zeros(batch, mics, samples + taps - 1)               # speech may be int16
     for start in range(0, samples, block):
         piece = signal[..., start:start + block]
         length = piece.shape[-1] + taps - 1

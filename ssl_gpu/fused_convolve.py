@@ -215,13 +215,16 @@ def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples
     def spectra(signal: Tensor, gain: Tensor | None) -> Tensor:
         """[batch, lane, row, sample] -> [batch, pair, row, radix, base, 2]."""
         lanes, rows = signal.shape[1:3]
-        out = torch.empty((batch, (lanes + 1) // 2, rows, radix, base, 2), device=device)
+        out = torch.empty((batch, (lanes + 1) // 2, rows, radix, base, 2), dtype=torch.float32,
+                          device=device)
         split(out, signal, gain, twiddles)
         return torch.view_as_real(torch.fft.fft(torch.view_as_complex(out)))
 
-    product = torch.empty((batch, pairs, radix, base, 2), device=device)
+    product = torch.empty((batch, pairs, radix, base, 2), dtype=torch.float32, device=device)
     multiply(product, spectra(signal[:, :, None], gain), spectra(rir, None), 1 / (radix * base))
     parts = torch.view_as_real(torch.fft.ifft(torch.view_as_complex(product), norm="forward"))
-    heard = torch.empty((batch, mics, num_samples), device=device) if out is None else out
+    heard = out
+    if heard is None:
+        heard = torch.empty((batch, mics, num_samples), dtype=torch.float32, device=device)
     merge(heard, parts, twiddles, keep)
     return heard

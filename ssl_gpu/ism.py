@@ -211,7 +211,7 @@ def _trace_all(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, parts: in
     device = scenes.rt60.device
     box, last = Shoebox.of(cfg, scenes, rir_cfg.look_vector), slots_in_rir(rir_cfg.sample_rate, scenes.rt60) - 1
     pair = torch.arange(shape[1] * shape[2], device=device).view(*shape[1:], 1)
-    train = torch.zeros(shape[0] * pair.numel() * parts * width, device=device)
+    train = torch.zeros(shape[0] * pair.numel() * parts * width, dtype=torch.float32, device=device)
     direct, _ = trace_images(rir_cfg, box, torch.zeros(3, 1, 1, 1, 1, dtype=torch.int64, device=device))
     for scene, cell in _lattice(cfg, scenes):
         slot, amplitude = trace_images(rir_cfg, box.rows(scene), cell[:, None, None])

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
+
 # At 16 kHz ripples from 2 kHz (the last term, which is at its full phase at 500 Hz) to 16 kHz, a fractional delay.
 PHASE_TERMS = 8
 PHASE_GRID = 256  # frequencies between 0 and half the sample rate that the largest phase of a curve is looked for at
@@ -37,7 +39,8 @@ class Microphones:
     def response(self, n_fft: int) -> Tensor:
         """What each does to the spectrum of n_fft real samples: [batch, mic, n_fft // 2 + 1] complex."""
         omega = torch.arange(n_fft // 2 + 1, dtype=self.phase.dtype, device=self.phase.device) * (2 * math.pi / n_fft)
-        phase = self.phase @ _sines(omega)
+        with runtime.autocast(omega.device, False):                     # bfloat16 would be off by up to half a degree
+            phase = self.phase @ _sines(omega)
         return torch.polar(self.gain[..., None].expand_as(phase), phase)
 
 
@@ -55,10 +58,13 @@ def draw_microphones(gain_db: float, phase_deg: float, batch: int, num_mics: int
     further apart than phase_deg, and typically by a fifth of it: for 5, 1.0 degree (RMS) from 500 Hz up, 0.5 at 200 Hz.
     """
     device = generator.device
-    level = gain_db * (2 * torch.rand((batch, num_mics), generator=generator, device=device) - 1)
-    curve = 2 * torch.rand((batch, num_mics, PHASE_TERMS), generator=generator, device=device) - 1
-    largest = torch.rand((batch, num_mics, 1), generator=generator, device=device) * math.radians(phase_deg / 2)
+    level = gain_db * (2 * torch.rand((batch, num_mics), generator=generator, dtype=torch.float32, device=device) - 1)
+    curve = 2 * torch.rand((batch, num_mics, PHASE_TERMS), generator=generator, dtype=torch.float32, device=device) - 1
+    largest = torch.rand((batch, num_mics, 1), generator=generator, dtype=torch.float32, device=device)
+    largest = largest * math.radians(phase_deg / 2)
     omega = torch.arange(PHASE_GRID + 1, dtype=curve.dtype, device=device) * (math.pi / PHASE_GRID)
     # Between the points of the grid a sum of sines up to k is at most 1 / cos(k step / 2) times higher: 0.12 %.
-    peak = (curve @ _sines(omega)).abs().amax(-1, keepdim=True) / math.cos(PHASE_TERMS * math.pi / PHASE_GRID / 2)
+    with runtime.autocast(device, False):
+        curves = curve @ _sines(omega)
+    peak = curves.abs().amax(-1, keepdim=True) / math.cos(PHASE_TERMS * math.pi / PHASE_GRID / 2)
     return Microphones(10 ** (level / 20), curve * (largest / peak.clamp(min=1e-6)))

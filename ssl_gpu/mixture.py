@@ -106,7 +106,7 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
                          f"{cfg.noise_probability}")
 
     def uniform(shape, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=generator, device=device)
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
 
     gain_db = uniform((batch, num_src), *cfg.level_difference_db)
     gain_db[:, 0] = 0
@@ -114,12 +114,13 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
     for snr_db in (cfg.sensor_snr_db, cfg.diffuse_snr_db):
         if snr_db is None:
             noises.append(None)
-            snrs.append(torch.full((batch,), torch.inf, device=device))
+            snrs.append(torch.full((batch,), torch.inf, dtype=torch.float32, device=device))
             continue
         snr = uniform((batch,), *snr_db)
-        noisy = torch.rand((batch,), generator=generator, device=device) < probability
+        noisy = torch.rand((batch,), generator=generator, dtype=torch.float32, device=device) < probability
         snrs.append(torch.where(noisy, snr, torch.inf))
-        noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, device=device))
+        noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, dtype=torch.float32,
+                                  device=device))
     microphones = None
     if cfg.mic_gain_db or cfg.mic_phase_deg:  # without them nothing is drawn, and what is drawn next is what it was
         microphones = draw_microphones(cfg.mic_gain_db, cfg.mic_phase_deg, batch, num_mics, generator=generator)
@@ -137,7 +138,8 @@ def diffuse_noise(white: Tensor, mic_pos: Tensor, sample_rate: int,
     the noise itself does.
     """
     num_samples, num_mics = white.shape[-1], white.shape[1]
-    wave_number = torch.fft.rfftfreq(num_samples, 1 / sample_rate, device=white.device) * (2 * math.pi / SPEED_OF_SOUND)
+    wave_number = torch.fft.rfftfreq(num_samples, 1 / sample_rate, dtype=torch.float32, device=white.device)
+    wave_number = wave_number * (2 * math.pi / SPEED_OF_SOUND)
     spectrum = torch.fft.rfft(white)
     factor: list[list[Tensor | float]] = []
     for row in range(num_mics):

@@ -260,7 +260,8 @@ def draw_band_ratio(cfg: RirConfig, batch: int, *, generator: torch.Generator) -
     """RT60 of every octave band over the scene's, [batch, band] float32, on the generator's device, if they differ."""
     if cfg.band_rt60_ratio is None:
         return None
-    draw = torch.rand(batch, len(cfg.band_rt60_ratio), generator=generator, device=generator.device)
+    draw = torch.rand(batch, len(cfg.band_rt60_ratio), generator=generator, dtype=torch.float32,
+                      device=generator.device)
     return torch.stack([low + (high - low) * draw[:, band]
                         for band, (low, high) in enumerate(cfg.band_rt60_ratio)], -1)
 

@@ -51,7 +51,7 @@ def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, genera
     if rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0:
         tail = draw_tail(cfg, rir_cfg, scenes, generator=generator)
     if rir_cfg.is_mixed:
-        draw = torch.rand(len(scenes), generator=generator, device=scenes.rt60.device)
+        draw = torch.rand(len(scenes), generator=generator, dtype=torch.float32, device=scenes.rt60.device)
         method = torch.full_like(draw, METHODS.index(Method.FRA), dtype=torch.int64)
         method = torch.where(draw < rir_cfg.hybrid_share, METHODS.index(Method.HYBRID), method)
         method = torch.where(draw >= 1 - rir_cfg.ism_share, METHODS.index(Method.ISM), method)

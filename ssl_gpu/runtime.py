@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -106,13 +107,25 @@ def channels_last(maps: torch.Tensor, enabled: bool | None = None) -> torch.Tens
 
 def compiled(function: Compilable, enabled: bool = True) -> Compilable:
     """`function` compiled on its first call, for fixed shapes: a module in place, so its state_dict keeps its names; a
-    function as one graph, or its first call raises."""
+    function as one graph, or its first call raises. torch keeps eight compilations of a function in a process: calls of
+    shapes beyond these run as they are, with a warning."""
     if not enabled:
         return function
     if isinstance(function, nn.Module):
         function.compile(dynamic=False)
         return function
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    quick = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        try:
+            return quick(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            warnings.warn(f"{function.__name__} is not compiled for more shapes than the first eight, the others run "
+                          f"plainly; torch.compiler.reset() forgets them", stacklevel=2)
+            return function(*arguments)
+
+    return call
 
 
 def constant(function: Compilable) -> Compilable:

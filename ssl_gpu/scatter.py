@@ -19,7 +19,7 @@ def add_kernels(table: Tensor, slot: Tensor, amplitude: Tensor, early: Tensor | 
     each tap. The same to a few roundings: on a GPU either adds in any order. On a CPU it changes nothing.
     """
     phases, parts = table.shape[1], 1 if early is None else 2
-    total = torch.zeros(2, *slot.shape[:3], parts * length, device=slot.device)
+    total = torch.zeros(2, *slot.shape[:3], parts * length, dtype=torch.float32, device=slot.device)
     if fused and runtime.is_gpu(slot.device):
         from ssl_gpu.fused import add_kernels_fused  # Triton is not everywhere where torch is
         add_kernels_fused(total, table.T.contiguous(), slot, amplitude, early, main_taps)

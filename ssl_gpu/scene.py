@@ -338,7 +338,7 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     wall = cfg.wall_dist_m
     candidate = _uniform(shape, wall, room[:, None, None] - wall, generator)
     if cfg.planar_share > 0:
-        planar = torch.rand((batch, 1, 1), generator=generator, device=device) < cfg.planar_share
+        planar = torch.rand((batch, 1, 1), generator=generator, dtype=torch.float32, device=device) < cfg.planar_share
         height = torch.where(planar, centre[:, None, None, 2], candidate[..., 2])
         candidate = torch.cat((candidate[..., :2], height[..., None]), -1)
     dist = torch.linalg.vector_norm(candidate - centre[:, None, None], dim=-1)
@@ -366,7 +366,7 @@ def check_places(cfg: SceneConfig, samples: int = 1000) -> None:
 
 def _as_tensor(name: str, value) -> Tensor:
     try:
-        tensor = torch.as_tensor(value, dtype=torch.float64)
+        tensor = torch.as_tensor(value, dtype=torch.float64).clone()    # or it would be the caller's, who may change it
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array, or nested lists of numbers: {error}") from error
     if not torch.isfinite(tensor).all():

@@ -6,10 +6,12 @@
 """
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ class SimulatorConfig:
     (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time); elsewhere 1,024
     of 2 microphones x 2 sources, and as many times fewer as there are more pairs.
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
-        for every size of chunk that occurs: let the chunk divide the batch, and batches be alike. For a GPU; a CPU is
-        twice as slow with it (docs/performance.md).
+        for every size of chunk that occurs, eight at most, and what is left runs plainly: let the chunk divide the
+        batch, and batches be alike. For a GPU; a CPU is twice as slow with it (docs/performance.md).
     fused: on a GPU by Triton kernels (ssl_gpu.fused, ssl_gpu.fused_convolve), to a few roundings the same; with compile
         or without; null: where Triton works. What they do: the scatter and filter of any RIRs but exact ones; finding
         FRA-RIR's images, without early RIRs (rir.early=false), octave bands, patterns and decay=measured; convolving,
@@ -92,24 +94,36 @@ def check_tensor(dry: Tensor) -> None:
         raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")
 
 
+def name_of_bank(scenes: SceneBatch, rir: RirConfig, ism: IsmConfig) -> str:
+    """Of a bank by its rooms, the same for the same ones, in any process; waits for the device."""
+    content = hashlib.sha256(repr((replace(rir, early=False), ism)).encode())
+    for tensor in (scenes.room_dim, scenes.rt60, scenes.mic_pos, scenes.src_pos):
+        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 @dataclass(frozen=True, eq=False)
 class Draw:
     """Everything random about a batch of mixtures: of its RIRs, what their methods need; or, that being None, the rows
-    `bank_row` [batch] of the bank that they are."""
+    `bank_row` [batch] of the bank that they are, and which bank that is (Simulator.bank_name)."""
 
     scenes: SceneBatch
     rooms: RoomDraw | None
     bank_row: Tensor | None
     mixture: MixtureDraw
+    bank_name: str | None = None
+
+    def _map(self, function: Callable[[Any], Any]) -> "Draw":
+        parts = (self.scenes, self.rooms, self.bank_row, self.mixture)
+        return Draw(*(None if part is None else function(part) for part in parts), self.bank_name)
 
     def __getitem__(self, index: slice) -> "Draw":
         """The same draw of some of the mixtures."""
-        return Draw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
+        return self._map(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw on another device."""
-        parts = (self.scenes, self.rooms, self.bank_row, self.mixture)
-        return Draw(*(None if part is None else part.to(device) for part in parts))
+        return self._map(lambda part: part.to(device))
 
 
 class Simulator:
@@ -135,9 +149,21 @@ class Simulator:
             raise ValueError(f"simulator.compile must be false where rooms are exact, which wait for the device, got "
                              f"true with rir.method={rir.method.value} and rir.ism_share={rir.ism_share}")
         self.scene, self.rir, self.mixture, self.config, self.ism = scene, rir, mixture, config, ism
-        self._render_rooms = runtime.compiled(render_rooms, config.compile)
-        self._mix = runtime.compiled(mix, config.compile)
         self.bank: tuple[SceneBatch, RirBatch] | None = None
+        self.bank_name: str | None = None                               # another one for every other bank
+        self._compile()
+
+    def _compile(self) -> None:
+        self._render_rooms = runtime.compiled(render_rooms, self.config.compile)
+        self._mix = runtime.compiled(mix, self.config.compile)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled cannot be pickled, so that no worker process could have a simulator of simulator.compile.
+        return {name: value for name, value in vars(self).items() if name not in ("_render_rooms", "_mix")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compile()
 
     @torch.no_grad()
     def __call__(self, dry: Tensor, *, generator: torch.Generator, scenes: SceneBatch | None = None,
@@ -187,6 +213,7 @@ class Simulator:
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
         self.bank = scenes.to(device), RirBatch(full, early, length, self.rir.sample_rate)
+        self.bank_name = name_of_bank(scenes, self.rir, self.ism)
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
@@ -194,10 +221,12 @@ class Simulator:
         """Everything random about `batch` mixtures of `num_samples` samples, on the generator's device; in scenes of
         your own, on that device, if there are some. noise_share changes which examples are noisy, and nothing else.
 
-        Raises ValueError when scene.bank is set and fill_bank was not called, and for scenes of another batch or with
-        an RT60 that their walls cannot have, where walls are asked for.
+        Raises ValueError when scene.bank is set and fill_bank was not called, for a batch or num_samples below 1, and
+        for scenes of another batch or with an RT60 that their walls cannot have, where walls are asked for.
         """
         num_src, num_mics = self.scene.num_src, self.scene.mic_count
+        if batch < 1 or num_samples < 1:
+            raise ValueError(f"Simulator.draw needs batch >= 1 and num_samples >= 1, got {batch} and {num_samples}")
         if scenes is not None:
             if len(scenes) != batch:
                 raise ValueError(f"scenes must be as many as the batch={batch}, got {len(scenes)}")
@@ -213,22 +242,27 @@ class Simulator:
         if self.bank is None:
             raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before the first draw")
         row = torch.randint(self.scene.bank, (batch,), generator=generator, device=generator.device)
-        return Draw(self.bank[0][row], None, row, noise)
+        return Draw(self.bank[0][row], None, row, noise, self.bank_name)
 
     @torch.no_grad()
     def render(self, dry: Tensor, draw: Draw) -> MixtureBatch:
         """dry [batch, src, sample] float32, on the draw's device -> MixtureBatch; scenes that are not valid are silent.
         Deterministic, but for the last bits on a GPU, where arrivals that share a tap are added in any order.
 
-        Raises ValueError when dry is no tensor or does not belong to the draw, and for simulator.fused on a GPU without
-        Triton.
+        Raises ValueError when dry is no tensor or does not belong to the draw, for a draw from a bank that is not the
+        one held, and for simulator.fused on a GPU without Triton.
         """
         check_tensor(dry)
         if dry.device != draw.scenes.rt60.device:
             raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
-        if dry.shape[:1] != draw.scenes.rt60.shape:
-            raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample] for this draw, "
-                             f"got {list(dry.shape)}")
+        samples = [noise.shape[-1] for noise in (draw.mixture.sensor, draw.mixture.diffuse) if noise is not None]
+        if dry.ndim != 3 or dry.shape[:1] != draw.scenes.rt60.shape or 0 in dry.shape \
+                or any(count != dry.shape[-1] for count in samples):
+            raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample"
+                             f"{f'={samples[0]}' if samples else ''}] for this draw, got {list(dry.shape)}")
+        if draw.rooms is None and draw.bank_name != self.bank_name:
+            raise ValueError(f"this draw is of the rooms of another bank, {draw.bank_name}, than this simulator holds, "
+                             f"{self.bank_name}: Simulator.fill_bank came in between, or another simulator drew")
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
@@ -270,10 +304,12 @@ class Simulator:
             raise ValueError(f"Simulator.captured needs batch >= 1 and num_samples >= 1, got {batch} and {num_samples}")
         if self.scene.bank is not None and self.bank is None:
             raise ValueError(f"scene.bank={self.scene.bank} needs Simulator.fill_bank before it is captured")
-        speech = torch.zeros(batch, self.scene.num_src, num_samples, device=generator.device)
+        with torch.inference_mode(False):                               # or no call outside of it could fill it
+            speech = torch.zeros(batch, self.scene.num_src, num_samples, dtype=torch.float32, device=generator.device)
         graphed = runtime.Graphed(lambda: self(speech, generator=generator), generator.device, (generator,))
         bank = self.bank
 
+        @torch.no_grad()                                                # or `speech` would remember every dry speech
         def call(dry: Tensor) -> MixtureBatch:
             check_tensor(dry)
             if (dry.shape, dry.dtype, dry.device) != (speech.shape, speech.dtype, speech.device):

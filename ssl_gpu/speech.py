@@ -200,7 +200,8 @@ def draw_crops(
     if generator.device.type != device.type:
         raise ValueError(f"generator must be on the speech bank's {device}, got {generator.device}")
     # a race of exponential clocks, each as fast as its speaker has utterances; the same law as Gumbel top-k
-    clock = -torch.log1p(-torch.rand((batch, bank.num_speakers), device=device, generator=generator))
+    share = torch.rand((batch, bank.num_speakers), dtype=torch.float32, device=device, generator=generator)
+    clock = -torch.log1p(-share)
     speaker = (clock / bank.speaker_count).topk(num_src, largest=False).indices
     # float64: a float32 uniform has 2^24 values, coarser than the samples of a 20 minute file
     uniform = torch.rand((2, batch, num_src), dtype=torch.float64, device=device, generator=generator)

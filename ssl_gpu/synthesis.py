@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
 from ssl_gpu.convolve import transform_length
 from ssl_gpu.runtime import constant, is_gpu
 from ssl_gpu.scatter import add_kernels
@@ -160,7 +161,7 @@ def synthesize_added(sample_rate: int, shape: tuple[int, int, int], add: Callabl
     """What synthesize does, without an early part, of arrivals that add(total, table) adds up, as ssl_gpu.fused does:
     total [2, *shape, sample] for shape batch, mic, src, table [phase, tap]."""
     taps, device = taps_for(sample_rate, max_rt60), slots.device
-    train = torch.zeros(2, *shape, _fft_length(sample_rate, taps, device), device=device)
+    train = torch.zeros(2, *shape, _fft_length(sample_rate, taps, device), dtype=torch.float32, device=device)
     add(train, _kernel_on(sample_rate, device).T.contiguous())
     return _filter(sample_rate, train[..., None, :], taps, slots, fused=True)
 
@@ -171,7 +172,8 @@ def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch
     train [batch, mic, src, part, 64 tap] float32; two parts, late and early, or one where no early RIR is asked for.
     """
     shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
-    products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(sample_rate, train.device).T
+    with runtime.autocast(train.device, False):                         # of a training loop around: 3e-3 of every RIR
+        products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(sample_rate, train.device).T
     spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps, train.device))  # main, remainder
     for tap in range(MAIN_TAPS + 2):
         spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
