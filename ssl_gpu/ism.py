@@ -112,9 +112,11 @@ def check_law(cfg: IsmConfig, law: SceneConfig) -> None:
 
 def _refuse(cfg: IsmConfig, what: str, rt60: float, room: list[float]) -> None:
     ranges = {kind: float(shortest_rt60(IsmConfig(kind), torch.tensor(room).double())) for kind in Absorption}
+    eyring = "ism.absorption=eyring, " if rt60 >= ranges[Absorption.EYRING] else ""  # named where it would help
     raise ValueError(f"{what} = {rt60:.4g} s is infeasible in a room of {room} m: by ism.absorption="
                      f"{cfg.absorption.value} it must be >= {ranges[cfg.absorption]:.4g} s (eyring: >= "
-                     f"{ranges[Absorption.EYRING]:.4g} s); ism.clamp_infeasible=true takes walls of absorption 0.99")
+                     f"{ranges[Absorption.EYRING]:.4g} s); take {eyring}ism.clamp_infeasible=true (walls of absorption "
+                     f"{MAX_ABSORPTION}) or a longer {what.split()[-1]}")
 
 
 # ---- images ----

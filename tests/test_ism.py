@@ -276,7 +276,8 @@ def test_shortest_rt60_has_walls_of_absorption_99_percent():
 def test_an_infeasible_rt60_is_an_error_that_names_the_range():
     scenes = make_scenes([[4, 3, 2.5], [10, 6, 4]], [0.2, 0.12], [[[1, 1, 1]]] * 2, [[[2, 2, 1.5]]] * 2)
     message = ("scene 1: rt60 = 0.12 s is infeasible in a room of [10.0, 6.0, 4.0] m: by ism.absorption=sabine it must "
-               "be >= 0.1589 s (eyring: >= 0.03416 s); ism.clamp_infeasible=true takes walls of absorption 0.99")
+               "be >= 0.1589 s (eyring: >= 0.03416 s); take ism.absorption=eyring, ism.clamp_infeasible=true (walls of "
+               "absorption 0.99) or a longer rt60")
     with pytest.raises(ValueError) as error:
         render_ism(IsmConfig(), RirConfig(), scenes)
     assert str(error.value) == message
@@ -286,12 +287,19 @@ def test_an_infeasible_rt60_is_an_error_that_names_the_range():
 
 def test_a_law_with_infeasible_rooms_is_refused_before_any_is_drawn():
     message = ("scene.rt60_s = 0.1 s is infeasible in a room of [10.0, 6.0, 4.0] m: by ism.absorption=sabine it must "
-               "be >= 0.1589 s (eyring: >= 0.03416 s); ism.clamp_infeasible=true takes walls of absorption 0.99")
+               "be >= 0.1589 s (eyring: >= 0.03416 s); take ism.absorption=eyring, ism.clamp_infeasible=true (walls of "
+               "absorption 0.99) or a longer scene.rt60_s")
     with pytest.raises(ValueError) as error:
         check_law(IsmConfig(), SceneConfig())
     assert str(error.value) == message
     check_law(CLAMPED, SceneConfig())
     check_law(EYRING, SceneConfig())
+    short = SceneConfig(rt60_s=(0.03, 0.04))  # where another formula is no way out
+    for cfg, least in ((IsmConfig(), "sabine it must be >= 0.1589"), (EYRING, "eyring it must be >= 0.03416")):
+        with pytest.raises(ValueError, match=rf"absorption={least} s \(eyring: >= 0.03416 s\); take "
+                                             r"ism.clamp_infeasible=true \(walls of absorption 0.99\) or a longer "
+                                             r"scene.rt60_s$"):
+            check_law(cfg, short)
     fits = SceneConfig(rt60_s=(0.159, 0.7))
     check_law(IsmConfig(), fits)
     assert (draw(fits, 500).rt60 >= shortest_rt60(IsmConfig(), draw(fits, 500).room_dim)).all()
