@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ssl_gpu.checkpoint import write_text
+from ssl_gpu.checks import check_fields, is_enum, item_kinds, member_of, shown, values_of, without_none
 from ssl_gpu.evalset import EvalConfig
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.ism import IsmConfig
@@ -66,6 +67,7 @@ class RunConfig:
     eval: EvalConfig
 
     def __post_init__(self):
+        check_fields(self, "")
         check_pool(self.scene, self.rir)
         rate = self.rir.sample_rate
         original = self.model.kind is ModelKind.ORIGINAL
@@ -190,15 +192,15 @@ def _convert(kind: Any, value: Any, key: str, expected: Any = None) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(kind):
             return None
-        return _convert(_without_none(kind), value, key, kind)
+        return _convert(without_none(kind), value, key, kind)
     if dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, key)
     if typing.get_origin(kind) is tuple:
         return _convert_tuple(kind, value, key, expected)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        for member in kind:
-            if type(member.value) is type(value) and member.value == value:
-                return member
+    if is_enum(kind):
+        member = member_of(kind, value)
+        if member is not None:
+            return member
     elif kind is float:
         number = _as_float(value)
         if number is not None:
@@ -211,13 +213,10 @@ def _convert(kind: Any, value: Any, key: str, expected: Any = None) -> Any:
 
 
 def _convert_tuple(kind: Any, value: Any, key: str, expected: Any) -> tuple:
-    items = typing.get_args(kind)
-    if isinstance(value, (list, tuple)):
-        if len(items) == 2 and items[1] is Ellipsis:
-            items = items[:1] * len(value)
-        if len(value) == len(items):
-            return tuple(_convert(item, element, f"{key}[{index}]")
-                         for index, (item, element) in enumerate(zip(items, value)))
+    items = item_kinds(kind, value)
+    if items is not None:
+        return tuple(_convert(item, element, f"{key}[{index}]")
+                     for index, (item, element) in enumerate(zip(items, value)))
     raise ConfigError(f"{key} must be {_rule(expected)}, got {_show(value)}")
 
 
@@ -252,11 +251,11 @@ def _plain(value: Any, key: str) -> Any:
 def _rule(kind: Any) -> str:
     """What a value of the type `kind` must be, in words."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return f"{_rule(_without_none(kind))}, or null"
+        return f"{_rule(without_none(kind))}, or null"
     if kind in SCALARS:
         return SCALARS[kind]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "one of " + ", ".join(str(member.value) for member in kind)
+    if is_enum(kind):
+        return f"one of {values_of(kind)}"
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if items[-1] is Ellipsis:
@@ -270,7 +269,7 @@ def _rule(kind: Any) -> str:
 def _hint(kind: Any, value: Any) -> str:
     if isinstance(value, bool) and kind is not int and kind is not float:
         return " (YAML reads an unquoted on, off, yes or no as true or false)"
-    if isinstance(value, str) and isinstance(kind, type) and issubclass(kind, Enum):
+    if isinstance(value, str) and is_enum(kind):
         close = difflib.get_close_matches(value, [str(member.value) for member in kind], n=1)
         return f"; did you mean {close[0]}?" if close else ""
     return ""
@@ -293,21 +292,11 @@ def _dotted_names(cls: type) -> Iterator[str]:
     """The dotted names of all keys of `cls`, those of its sections too."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = _without_none(kinds[field.name])
+        kind = without_none(kinds[field.name])
         if dataclasses.is_dataclass(kind):
             yield from (f"{field.name}.{below}" for below in _dotted_names(kind))
         else:
             yield field.name
-
-
-def _without_none(kind: Any) -> Any:
-    """X of X | None, and any other type as it is. Raises TypeError for a choice between several types."""
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
-        return kind
-    options = [option for option in typing.get_args(kind) if option is not type(None)]
-    if len(options) != 1:
-        raise TypeError(f"a configuration field may be X or X | None, not {kind}")
-    return options[0]
 
 
 def _join(path: str, name: str) -> str:
@@ -315,8 +304,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return "null" if value is None else shown(value)
 
 
 # ---- YAML ----

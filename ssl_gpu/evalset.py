@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_gpu import rng
 from ssl_gpu.baselines import gcc_phat
+from ssl_gpu.checks import check_fields
 from ssl_gpu.ism import IsmConfig
 from ssl_gpu.localizer import Localizer, SceneLaw
 from ssl_gpu.metrics import localisation_metrics
@@ -33,6 +34,7 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self, "eval")
         if self.num_clips < 1:
             raise ValueError(f"eval.num_clips must be >= 1, got {self.num_clips}")
         if self.seed < 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.checks import check_fields
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class FeatureConfig:
     gate_bands: int = 0
 
     def __post_init__(self):
+        check_fields(self, "features")
         for name, least in (("window", 2), ("hop", 1), ("num_bands", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")

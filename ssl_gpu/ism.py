@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.rir import RirConfig, is_early
 from ssl_gpu.scene import SceneBatch, SceneConfig
@@ -66,7 +66,7 @@ class IsmConfig:
     tail_fade: tuple[float, float] = (1.0, 3.0)
 
     def __post_init__(self):
-        read_enums(self, "ism")
+        check_fields(self, "ism")
         if self.max_order is not None and self.max_order < 0:
             raise ValueError(f"ism.max_order must be >= 0, or null for all images, got {self.max_order}")
         if self.hybrid_order < 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_gpu import rng
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets, localisation_loss, soft_targets,
                          sorted_angles)
 from ssl_gpu.features import FeatureConfig
@@ -62,13 +62,13 @@ class TargetConfig:
     offsets: int = 1
 
     def __post_init__(self):
-        read_enums(self, "target")
+        check_fields(self, "target")
         intervals = 180 / self.grid_deg if self.grid_deg > 0 else 0
         if not 0 < self.grid_deg <= 30 or abs(intervals - round(intervals)) > 1e-6:
             raise ValueError(f"target.grid_deg must divide 180 and be <= 30, got {self.grid_deg}")
-        if self.sigma_deg <= 0:
+        if not self.sigma_deg > 0:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
-        if self.emd_weight < 0:
+        if not self.emd_weight >= 0:
             raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
         if not 1 <= self.offsets <= MOST_OFFSETS:
             raise ValueError(f"target.offsets must be from 1 to {MOST_OFFSETS}, got {self.offsets}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.checks import check_fields
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.microphones import Microphones, draw_microphones
 from ssl_gpu.scene import SceneBatch
@@ -48,6 +49,7 @@ class MixtureConfig:
     mic_phase_deg: float = 0.0
 
     def __post_init__(self):
+        check_fields(self, "mixture")
         for name in ("level_difference_db", "sensor_snr_db", "diffuse_snr_db"):
             value = getattr(self, name)
             if value is not None and not -math.inf < value[0] <= value[1] < math.inf:

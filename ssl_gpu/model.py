@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssl_gpu import products, runtime
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
 
@@ -243,7 +243,7 @@ class ModelConfig:
     conv_kernel: int = 15
 
     def __post_init__(self):
-        read_enums(self, "model")
+        check_fields(self, "model")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must satisfy 0 <= p < 1, got {self.dropout}")
         if self.freeze_stft and self.kind is not ModelKind.ORIGINAL:

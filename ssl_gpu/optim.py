@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.muon import SMALLEST, Muon, hidden_matrices
 
 
@@ -97,7 +97,7 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self):
-        read_enums(self, "train")
+        check_fields(self, "train")
         if self.steps is None and self.max_minutes is None:
             raise ValueError("train.steps or train.max_minutes must be given, got null for both")
         for name in ("batch_size", "lr_every", "evaluations", "log_every"):
@@ -106,10 +106,10 @@ class TrainConfig:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"train.steps must be >= 1, got {self.steps}")
         for name in ("lr", "max_minutes", "clip_norm", "checkpoint_minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be > 0, got {getattr(self, name)}")
         for name in ("weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must satisfy 0 <= decay < 1, got {self.ema}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_gpu import rng, runtime
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance, reflection_coefficient
 from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
@@ -90,11 +90,7 @@ class RirConfig:
     air: tuple[float, float] | None = None
 
     def __post_init__(self):
-        read_enums(self, "rir")
-        for name, numbers in (("sample_rate", (self.sample_rate,)), ("num_images", self.num_images),
-                              ("early_window_ms", self.early_window_ms), ("images_per_s", self.images_per_s or ())):
-            if not all(hasattr(number, "__index__") for number in numbers):
-                raise ValueError(f"rir.{name} must be whole, got {getattr(self, name)}")
+        check_fields(self, "rir", air="(temperature, humidity)")
         self._check_shares()
         if self.sample_rate < 1000:
             raise ValueError(f"rir.sample_rate must be >= 1000 Hz, got {self.sample_rate}")

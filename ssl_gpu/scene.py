@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_gpu import geometry, runtime
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
-from ssl_gpu.checks import check_range, check_whole, read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
 
 # Rejection sampling without a sync: draw this many candidates, take the first valid one. The distribution is exactly
@@ -86,12 +86,9 @@ class SceneConfig:
     pool: Pool = Pool.LAW
 
     def __post_init__(self):
-        read_enums(self, "scene")
-        check_range(self, "scene", "rt60_s", "src_dist_m")
-        check_whole(self, "scene", "num_src", "num_mics")
-        for name in ("room_min_m", "room_max_m"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"scene.{name} must be (length, width, height), got {getattr(self, name)}")
+        room, look = "(length, width, height)", "(azimuth, polar angle)"
+        check_fields(self, "scene", room_min_m=room, room_max_m=room, mic_array_m="[x, y, z] of finite numbers",
+                     src_orientation_deg=look, mic_orientation_deg=look)
         for low, high, axis in zip(self.room_min_m, self.room_max_m, ("length", "width", "height")):
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"scene.room_min_m, scene.room_max_m must satisfy 0 < min <= max < inf, "
@@ -125,9 +122,9 @@ class SceneConfig:
             if len(self.mic_array_m) == 0:
                 raise ValueError("scene.mic_array_m must hold at least one [x, y, z], got an empty list")
             for position in self.mic_array_m:
-                if len(position) != 3 or not all(map(math.isfinite, position)):
+                if not all(map(math.isfinite, position)):
                     raise ValueError(f"scene.mic_array_m must hold [x, y, z] of finite numbers, got {position}")
-            if len(set(map(tuple, self.mic_array_m))) < len(self.mic_array_m):
+            if len(set(self.mic_array_m)) < len(self.mic_array_m):
                 raise ValueError(f"scene.mic_array_m must not hold a position twice, got {self.mic_array_m}")
         if not self.mic_spacing_m > 0:
             raise ValueError(f"scene.mic_spacing_m must be > 0, got {self.mic_spacing_m}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu import runtime
+from ssl_gpu.checks import check_class, check_fields
 from ssl_gpu.directivity import Pattern
 from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
@@ -50,6 +51,7 @@ class SimulatorConfig:
     fused: bool | None = None
 
     def __post_init__(self):
+        check_fields(self, "simulator")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"simulator.chunk must be >= 1 scene, got {self.chunk}")
 
@@ -141,6 +143,9 @@ class Simulator:
     def __init__(self, scene: SceneConfig = SceneConfig(), rir: RirConfig = RirConfig(),
                  mixture: MixtureConfig = MixtureConfig(), config: SimulatorConfig = SimulatorConfig(),
                  ism: IsmConfig = IsmConfig()):
+        for name, value, kind in (("scene", scene, SceneConfig), ("rir", rir, RirConfig), ("ism", ism, IsmConfig),
+                                  ("mixture", mixture, MixtureConfig), ("config", config, SimulatorConfig)):
+            check_class(name, value, kind)
         check_pool(scene, rir)
         if rir.uses_walls:
             check_law(ism, scene)

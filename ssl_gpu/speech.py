@@ -15,7 +15,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ssl_gpu.checks import read_enums
+from ssl_gpu.checks import check_fields
 from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
 
@@ -50,17 +50,15 @@ class SpeechConfig:
     voices_duration_s: float = 4.0
 
     def __post_init__(self) -> None:
-        read_enums(self, "speech")
+        folder, number = "a folder name", "an integer >= 1"
+        check_fields(self, "speech", train=folder, eval=folder, cache_dir=folder, voices_speakers=number,
+                     voices_utterances=number)
         for name in ("train", "eval", "cache_dir"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                raise ValueError(f"speech.{name} must be a folder name or null, got {value!r}")
-        if not isinstance(self.crop, Crop):
-            raise ValueError(f"speech.crop must be one of {', '.join(c.value for c in Crop)}, got {self.crop!r}")
+            if getattr(self, name) == "":
+                raise ValueError(f"speech.{name} must be {folder} or null, got ''")
         for name in ("voices_speakers", "voices_utterances"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"speech.{name} must be an integer >= 1, got {value!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"speech.{name} must be {number}, got {getattr(self, name)}")
         if not 0 <= self.min_duration_s < math.inf:
             raise ValueError(f"speech.min_duration_s must be >= 0, got {self.min_duration_s!r}")
         for name in ("clip_s", "voices_duration_s"):
