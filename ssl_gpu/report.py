@@ -35,13 +35,11 @@ ROWS = (
 
 
 def metrics_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Metrics of several localisers side by side, a text table. Lists read low / high, over the sorted sources."""
-    width = max(16, *(len(name) + 2 for name in columns))
-    lines = [f"{'':28}" + "".join(f"{name:>{width}}" for name in columns)]
-    for label, key, unit in ROWS:
-        cells = (_cell(metrics[key], unit) for metrics in columns.values())
-        lines.append(f"{label:28}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+    """Metrics of several localisers side by side, a text table. Lists read low / .. / high, over the sorted sources."""
+    rows = [("", list(columns))]
+    rows += [(label, [_cell(metrics[key], unit) for metrics in columns.values()]) for label, key, unit in ROWS]
+    width = max(16, *(len(cell) + 2 for _, cells in rows for cell in cells))  # a talker more makes every cell longer
+    return "\n".join(f"{label:28}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows)
 
 
 def _cell(value: float | list[float], unit: str) -> str:
@@ -56,12 +54,15 @@ def is_leaked(result: dict[str, Any]) -> bool:
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """The model of a result.json beside GCC-PHAT and chance, and what they were tested on."""
+    """The model of a result.json beside GCC-PHAT and chance, and what they were tested on, whatever the number of
+    talkers."""
     model = "model, LEAKED" if is_leaked(result) else "model"
+    talkers = len(result["cone_mae_deg"])
+    ends = {1: "", 2: " of the smaller / the larger angle"}.get(talkers, f" of the {talkers} angles, ascending,")
     table = metrics_table({model: result, "GCC-PHAT": result["baseline"], "chance": result["chance"]})
     return (f"{result['num_clips']} clips, each in a room of its own that training never draws; evaluation set "
             f"{result['eval_digest']}\n"
-            f"errors of the smaller / the larger angle in degrees; azimuth from the cone angle where only that is "
+            f"errors{ends} in degrees; azimuth from the cone angle where only that is "
             f"estimated\n{table}")
 
 
