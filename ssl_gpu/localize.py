@@ -13,7 +13,6 @@ microphones. The labels of the training are Gaussians (target.sigma_deg), which 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -35,9 +34,11 @@ from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
 from ssl_gpu.localizer import Localizer, Target
 from ssl_gpu.model import ModelKind, SSLModel
-from ssl_gpu.pretrained import load_pretrained, tell_spacing
+from ssl_gpu.pretrained import load_pretrained, spacing_text, tell_spacing
 
 REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
+SPACING_M = (0.001, 10.0)    # from a MEMS pair to two ends of a hall; beyond it a unit was mistaken
+SPEEDS = (100.0, 2000.0)     # m/s; sulphur hexafluoride has 134, sea water 1,500
 SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
@@ -162,23 +163,25 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
     """Tells the localiser how far apart the microphones are (m), and how fast sound is there (m/s); in place.
 
     All that matters to the front end is the travel time, so its grid of delays is built anew, for the spacing that at
-    the simulator's speed of sound takes as long. Returns warnings. The original model has no such grid, it has learned
-    the spacing of its training: it is left as it is.
-    Raises ValueError for numbers that are not finite and > 0.
+    the simulator's speed of sound takes as long. Returns warnings, in terms of that time and that spacing. The original
+    model has no such grid, it has learned the spacing of its training: it is left as it is.
+    Raises ValueError for a spacing that is not from 1 mm to 10 m and a speed that is not from 100 to 2,000 m/s.
     """
-    for name, value in (("--spacing", spacing_m), ("--speed-of-sound", speed_of_sound)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number > 0, got {value:g}")
+    for name, value, (low, high), unit in (("--spacing", spacing_m, SPACING_M, "m"),
+                                           ("--speed-of-sound", speed_of_sound, SPEEDS, "m/s")):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be from {low:g} to {high:g} {unit}, got {value:g}")
     heard, trained = spacing_m * SPEED_OF_SOUND / speed_of_sound, cfg.scene.aperture
     tell_spacing(localizer, cfg, heard)
+    told = (f"--spacing {spacing_m:g} at --speed-of-sound {speed_of_sound:g} is {1e3 * spacing_m / speed_of_sound:.3g} "
+            f"ms from microphone to microphone, as {heard:.3g} m are at the {SPEED_OF_SOUND:g} m/s of the training")
     if cfg.model.kind is ModelKind.ORIGINAL and abs(heard / trained - 1) > 0.02:
-        return [f"model.kind=original was trained for {trained:g} m between the microphones and cannot be told of "
-                f"{spacing_m:g} m: its angles are wrong"]
+        return [f"{told}: model.kind=original has learned {trained:.3g} m and cannot be told of another spacing, its "
+                f"angles are wrong"]
     if abs(heard / trained - 1) > SPACING_TOLERANCE:
-        return [f"--spacing {spacing_m:g} is far from the {trained:g} m of the training; for better angles: "
-                f"python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR speech.eval=DIR "
-                f"scene.mic_spacing_m={spacing_m:g} train.init=packaged train.lr=1e-3 train.noise_warmup=0 "
-                f"train.max_minutes=10"]
+        return [f"{told}, far from its {trained:.3g} m; for better angles: python -m ssl_gpu.train "
+                f"configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m={heard:.3g} "
+                f"train.init=packaged train.lr=1e-3 train.noise_warmup=0 train.max_minutes=10"]
     return []
 
 
@@ -186,15 +189,15 @@ def windows(num_samples: int, clip: int, length: int | None, hop: int | None) ->
     """The first sample of each window, and how many samples a window has.
 
     clip: samples in a clip of the training. length, hop: those asked for; without either, all is one window if it is
-    at most two clips long, else windows of a clip; hop is half a window. What the last full window leaves over gets
-    one more that ends with the recording.
+    at most two clips long, else windows of a clip; hop, at most a window, is half of it. What the last full window
+    leaves over gets one more that ends with the recording: every sample is heard.
     """
     if length is None:
         length = num_samples if hop is None and num_samples <= 2 * clip else clip
     length = min(length, num_samples)
     hop = max(1, length // 2) if hop is None else hop
     starts = list(range(0, num_samples - length + 1, hop))
-    if starts[-1] + length < num_samples and hop <= length:
+    if starts[-1] + length < num_samples:
         starts.append(num_samples - length)
     return starts, length
 
@@ -244,6 +247,10 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     warnings = tune(localizer, cfg, spacing, args.speed_of_sound)
     window, hop = (_in_samples(name, seconds, low, MAX_CLIPS * cfg.speech.clip_s, rate)
                    for name, seconds, low in (("--window", args.window, 0.1), ("--hop", args.hop, 0.01)))
+    longest = clip if window is None else window
+    if hop is not None and hop > longest:
+        raise ValueError(f"--hop must be at most the window of {longest / rate:g} s, or what is between two windows is "
+                         f"not heard, got {args.hop:g}")
     recording = read_recording(args.recording, args.channels, rate)
     warnings += recording.warnings
     starts, length = windows(recording.audio.shape[-1], clip, window, hop)
@@ -287,7 +294,7 @@ def report(result: dict[str, Any]) -> str:
     first, second = result["channels"]
     tracks = range(1, result["talkers"] + 1)
     lines = [f"{result['recording']}: {result['duration_s']:.2f} s at {result['file_rate_hz']} Hz, microphones: "
-             f"channels {first} and {second}, {100 * result['spacing_m']:.3g} cm apart, c = "
+             f"channels {first} and {second}, {spacing_text(result['spacing_m'])} apart, c = "
              f"{result['speed_of_sound_m_s']:g} m/s",
              result["model"],
              f"{result['talkers']} talkers are assumed, the spread is half of the central {100 * SPREAD_SHARE:.0f} %",
@@ -312,18 +319,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="a run, its checkpoint.pt, or a folder of ssl_gpu.pretrained (default: the weights in the "
                              "package)")
     parser.add_argument("--spacing", type=float, metavar="M",
-                        help="distance of the two microphones in m (default: that of the training)")
+                        help=f"distance of the two microphones in m, {SPACING_M[0]:g} to {SPACING_M[1]:g} (default: "
+                             "that of the training)")
     parser.add_argument("--channels", type=int, nargs=2, metavar=("I", "J"),
                         help="the channels, counted from 1, of the first and the second microphone (default: 1 2, of a "
                              "file with two channels)")
     parser.add_argument("--speed-of-sound", type=float, metavar="C", default=REAL_SPEED_OF_SOUND,
-                        help="in m/s (default: %(default)g, of air at 20 degrees C; the rooms of ssl_gpu.simulate have "
-                             f"{SPEED_OF_SOUND:g})")
+                        help=f"in m/s, {SPEEDS[0]:g} to {SPEEDS[1]:g} (default: %(default)g, of air at 20 degrees C; "
+                             f"the rooms of ssl_gpu.simulate have {SPEED_OF_SOUND:g})")
     parser.add_argument("--window", type=float, metavar="S",
                         help=f"length of a window in s, 0.1 to {MAX_CLIPS} training clips (default: all of the "
                              "recording if it is at most two training clips long, else one clip)")
     parser.add_argument("--hop", type=float, metavar="S",
-                        help="from the start of a window to that of the next in s, at least 0.01 (default: half of it)")
+                        help="from the start of a window to that of the next in s, at least 0.01 and at most a window "
+                             "(default: half of it)")
     parser.add_argument("--json", metavar="FILE", help="write the result there as well")
     args = parser.parse_intermixed_args(arguments)
     try:

@@ -111,8 +111,13 @@ def load_pretrained(path: str | Path | None = None) -> tuple[Localizer, RunConfi
     millions = sum(p.numel() for p in localizer.parameters()) / 1e6
     line = (f"{'the packaged weights' if path is None else path}: {cfg.model.kind.value} model, {millions:.2f} M "
             f"parameters, {weights.step} steps, for {cfg.scene.num_src} talkers and microphones "
-            f"{100 * cfg.scene.aperture:.3g} cm apart")
+            f"{spacing_text(cfg.scene.aperture)} apart")
     return localizer.eval(), cfg, line
+
+
+def spacing_text(spacing_m: float) -> str:
+    """A spacing in m for people: in cm below 1 m."""
+    return f"{100 * spacing_m:.3g} cm" if spacing_m < 1 else f"{spacing_m:.3g} m"
 
 
 def packaged() -> Path:

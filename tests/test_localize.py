@@ -165,7 +165,9 @@ def test_other_rates_are_resampled(folder, file_rate):
     (12000, 6000, None, [0, 3000, 6000], 6000),
     (12000, 20000, None, [0], 12000),                  # a window longer than the recording
     (12000, None, 2000, [0, 2000, 4000], 8000),        # a hop alone: windows of a clip
-    (10000, 2000, 5000, [0, 5000], 2000),              # gaps were asked for, and nothing is added
+    (10000, 2000, 2000, [0, 2000, 4000, 6000, 8000], 2000),    # one after the other
+    (10001, 2000, 2000, [0, 2000, 4000, 6000, 8000, 8001], 2000),
+    (7000, 8000, 8000, [0], 7000),                     # no hop is longer than the window that was asked for
     (1, None, None, [0], 1),
     (1, 1600, 160, [0], 1),
 ])
@@ -289,6 +291,16 @@ def test_text_says_the_same_and_what_is_assumed(folder, capsys):
     assert lines[9].split() == ["median", "of", "3", *(f"{angle:.1f}" for angle in result["median_deg"])]
 
 
+@pytest.mark.parametrize("spacing, said", [(0.003, "0.3 cm"), (0.094, "9.4 cm"), (1, "1 m"), (10, "10 m")])
+def test_spacings_are_in_cm_up_to_a_metre(folder, spacing, said, capsys):
+    """And those of the weights as well."""
+    save_run(folder / "run", scene={"mic_spacing_m": min(spacing, 1.5)})
+    assert start("talk.wav", "run", "--spacing", spacing, "--speed-of-sound", 340) == 0
+    heading, weights = capsys.readouterr().out.splitlines()[:2]
+    assert f"channels 1 and 2, {said} apart, c = 340 m/s" in heading
+    assert weights.endswith(f"microphones {'1.5 m' if spacing == 10 else said} apart")
+
+
 def test_default_is_the_spacing_of_the_training_in_air_of_20_degrees(folder):
     assert found("talk.wav", "run") == found("talk.wav", "run", "--spacing", 0.1, "--speed-of-sound", 343)
     assert found("talk.wav", "run")["windows"] != found("talk.wav", "run", "--speed-of-sound", 330)["windows"]
@@ -343,9 +355,16 @@ WARNINGS = {
     "short windows": (noise(RATE, 2), RATE, ["--window", "0.3"], "the window of 0.3 s is shorter than the 0.5 s"),
     "narrow": (noise(8000, 2), 8000, [], "the recording ends at 4000 Hz, the model was trained up to 8000"),
     "wider": (noise(RATE, 2), RATE, ["--spacing", "0.15"],
-              "--spacing 0.15 is far from the 0.1 m of the training; for better angles: python -m ssl_gpu.train "
-              "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.15"),
-    "closer": (noise(RATE, 2), RATE, ["--spacing", "0.085"], "--spacing 0.085 is far from"),
+              "--spacing 0.15 at --speed-of-sound 343 is 0.437 ms from microphone to microphone, as 0.149 m are at the "
+              "340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
+              "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.149 "),
+    "closer": (noise(RATE, 2), RATE, ["--spacing", "0.085"], "--spacing 0.085 at --speed-of-sound 343 is 0.248 ms"),
+    "slower": (noise(RATE, 2), RATE, ["--speed-of-sound", "300"],
+               "--spacing 0.1 at --speed-of-sound 300 is 0.333 ms from microphone to microphone, as 0.113 m are at "
+               "the 340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
+               "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.113 "),
+    "in water": (noise(RATE, 2), RATE, ["--speed-of-sound", "1500", "--spacing", "10"],
+                 "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are"),
 }
 
 
@@ -376,7 +395,11 @@ def test_original_model_cannot_be_told_of_another_spacing(folder):
     cfg = from_mapping(RunConfig, {"model": {"kind": "original"}, "train": {"steps": 1}})
     assert tune(None, cfg, 0.1, 343.0) == []
     (warning,) = tune(None, cfg, 0.09, 343.0)
-    assert warning.startswith("model.kind=original was trained for 0.1 m") and "\n" not in warning
+    assert warning == ("--spacing 0.09 at --speed-of-sound 343 is 0.262 ms from microphone to microphone, as 0.0892 m "
+                       "are at the 340 m/s of the training: model.kind=original has learned 0.1 m and cannot be told "
+                       "of another spacing, its angles are wrong")
+    (warning,) = tune(None, cfg, 0.1, 300.0)
+    assert "as 0.113 m are" in warning
 
 
 # ---- mistakes ----
@@ -406,15 +429,21 @@ MISTAKES = {
     "nan": (put_audio("a.wav", BAD), ["a.wav", "run"], "samples that are not finite, in channel 2"),
     "silence": (put_audio("a.wav", np.zeros((RATE, 2))), ["a.wav", "run"], "holds nothing but silence"),
     "odd rate": (put_audio("a.wav", noise(RATE, 2), 44101), ["a.wav", "run"], "44101 Hz has too small a common"),
-    "spacing 0": (None, ["talk.wav", "run", "--spacing", 0], "--spacing must be a finite number > 0"),
-    "spacing < 0": (None, ["talk.wav", "run", "--spacing=-0.1"], "--spacing must be a finite number > 0"),
-    "spacing nan": (None, ["talk.wav", "run", "--spacing", "nan"], "--spacing must be a finite number > 0"),
-    "speed 0": (None, ["talk.wav", "run", "--speed-of-sound", 0], "--speed-of-sound must be a finite number"),
-    "speed inf": (None, ["talk.wav", "run", "--speed-of-sound", "inf"], "--speed-of-sound must be a finite number"),
+    "spacing 0": (None, ["talk.wav", "run", "--spacing", 0], "--spacing must be from 0.001 to 10 m, got"),
+    "spacing < 0": (None, ["talk.wav", "run", "--spacing=-0.1"], "--spacing must be from 0.001 to 10 m, got"),
+    "spacing nan": (None, ["talk.wav", "run", "--spacing", "nan"], "--spacing must be from 0.001 to 10 m, got"),
+    "speed 0": (None, ["talk.wav", "run", "--speed-of-sound", 0], "--speed-of-sound must be from 100 to 2000 m/s"),
+    "speed inf": (None, ["talk.wav", "run", "--speed-of-sound", "inf"], "--speed-of-sound must be from 100 to 2000"),
+    "spacing mm": (None, ["talk.wav", "run", "--spacing", 94], "--spacing must be from 0.001 to 10 m, got 94"),
+    "speed of light": (None, ["talk.wav", "run", "--speed-of-sound", 3e8], "must be from 100 to 2000 m/s, got 3e+08"),
     "window 0": (None, ["talk.wav", "run", "--window", 0], "--window must be from 0.1 to 5 s"),
     "window long": (None, ["talk.wav", "run", "--window", 6], "--window must be from 0.1 to 5 s"),
     "hop 0": (None, ["talk.wav", "run", "--hop", 0], "--hop must be from 0.01 to 5 s"),
     "hop nan": (None, ["talk.wav", "run", "--hop", "nan"], "--hop must be from 0.01 to 5 s"),
+    "hop beyond window": (None, ["talk.wav", "run", "--window", 0.2, "--hop", 0.3],
+                          "--hop must be at most the window of 0.2 s, or what is between two windows is not heard, "
+                          "got 0.3"),
+    "hop beyond a clip": (None, ["talk.wav", "run", "--hop", 2], "--hop must be at most the window of 0.5 s, or"),
     "no checkpoint": (None, ["talk.wav", "nope"], "cannot read checkpoint nope"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"], "talk.wav is cut short, or no checkpoint"),
     "json nowhere": (None, ["talk.wav", "run", "--json", "no/out.json"], "cannot write no/out.json: No such file"),
