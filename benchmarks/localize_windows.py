@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.doa import sorted_angles
 from ssl_gpu.evalset import build_eval_set
 from ssl_gpu.evaluate import eval_speech
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=float, nargs="+", default=WINDOWS_S, metavar="SECONDS")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_intermixed_args(arguments)
-    if args.weights is not None and "=" in args.weights:  # an override, since there are no weights
+    if args.weights is not None and is_override(args.weights):  # an override, since there are no weights
         args.weights, args.overrides = None, [args.weights, *args.overrides]
     try:
         found = Measurement(args.weights, args.overrides, args.clips)

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import types
@@ -122,6 +123,12 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
                                   f"got {_show(target)}")
         target[key] = _parse(value, f"override {_show(text)}")
     return result
+
+
+def is_override(text: str) -> bool:
+    """Whether a word of a command line is a "section.key=value", not a path: what is there is a path, whatever its
+    name, and r=1, a folder that is not there, is none either."""
+    return re.match(r"\w+(\.\w+)+=", text) is not None and not os.path.exists(text)
 
 
 def from_mapping(cls: type[Config], mapping: Mapping[str, Any], path: str = "") -> Config:

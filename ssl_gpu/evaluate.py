@@ -24,7 +24,7 @@ import torch
 from ssl_gpu import rng, runtime
 from ssl_gpu.assess import Assessment, assess, check_model, check_set
 from ssl_gpu.checkpoint import write_json, write_text
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
+from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.plots import require_matplotlib
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", help="with --sets: a page with tables and plots; needs matplotlib")
     parser.add_argument("--manifest", metavar="DIR", help="with --sets: what each clip is made of, DIR/<set>.jsonl")
     args = parser.parse_intermixed_args(arguments)
-    if args.checkpoint is not None and "=" in args.checkpoint:  # an override, since there is no checkpoint
+    if args.checkpoint is not None and is_override(args.checkpoint):  # an override, since there is no checkpoint
         args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
         words = sys.argv[1:] if arguments is None else arguments
@@ -209,7 +209,11 @@ def run(args: argparse.Namespace, command: str) -> str:
         if target is not None and not Path(target).expanduser().resolve().parent.is_dir():
             raise ValueError(f"--{name} must be a file in an existing folder, got {target}")
     if args.manifest is not None:
-        Path(args.manifest).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(args.manifest).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--manifest must be a folder, or a place where one can be made, got {args.manifest}: "
+                             f"{error.strerror}") from error
     if args.sets is None:
         result = evaluate(args.checkpoint, args.overrides)
         table = result_table(result)

@@ -266,6 +266,10 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),
     (["--sets", "e1", "--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
+    (["--sets", "e1", "--manifest", "/dev/null"],
+     "--manifest must be a folder, or a place where one can be made, got /dev/null: File exists"),
+    (["--sets", "e1", "--manifest", "/dev/null/a"],
+     "--manifest must be a folder, or a place where one can be made, got /dev/null/a: Not a directory"),
     (["--clips", "3"], "--clips goes with --sets"),
     (["--baselines"], "--baselines goes with --sets"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
@@ -286,6 +290,20 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(evaluate_cli, "run", interrupted)
     assert run("--sets", "e1") == 130
     assert capsys.readouterr().err == "interrupted before the results\n"
+
+
+@pytest.mark.parametrize("name", ["r=1", "train.device=cpu"])
+def test_a_checkpoint_may_have_an_equals_sign_in_its_name(name, checkpoint, tmp_path, monkeypatch, capsys):
+    """Where there is none of it, only what has a section and a key is an override."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).symlink_to(checkpoint.parent)
+    assert run(name, "--sets", "e1", "--clips", 2, "--json", "a.json") == 0
+    assert json.loads(Path("a.json").read_text())["e1"]["steps"] == 7
+    assert run(f"{name}/checkpoint.pt", "--sets", "e1", "--baselines", "--clips", 2) == 2
+    assert run("r=2", "--sets", "e1", "--clips", 2) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == [
+        f"error: --baselines takes no checkpoint, got {name}/checkpoint.pt",
+        "error: cannot read checkpoint r=2: No such file or directory"]
 
 
 def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, load_yaml, main,
-                            save_yaml, to_mapping, to_yaml, walk_fields)
+from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, is_override, load_config, load_yaml,
+                            main, save_yaml, to_mapping, to_yaml, walk_fields)
 
 
 class Pattern(Enum):
@@ -110,6 +110,14 @@ def test_overrides_leave_the_mapping_as_it_was():
     mapping = {"room": {"noise": {"colour": "pink"}}}
     assert apply_overrides(mapping, ["room.noise.colour=white"]) == {"room": {"noise": {"colour": "white"}}}
     assert mapping == {"room": {"noise": {"colour": "pink"}}}
+
+
+def test_an_override_is_told_from_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.b=1").mkdir()
+    array = f"scene.mic_array_m={[[0.1, 0.0, 0.0]] * 20}"  # longer than a file's name may be
+    words = ("train.lr=1e-3", "a.b.c=", array, "a.b=1", "r=1", "runs/r.s=1", "run")
+    assert [word for word in words if is_override(word)] == ["train.lr=1e-3", "a.b.c=", array]
 
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
