@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ssl_gpu.checkpoint import write_text
 from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
-from ssl_gpu.metrics import chance
+from ssl_gpu.metrics import Chance, chance
 from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, import_pyroomacoustics,
                               num_blocks)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
@@ -42,7 +42,8 @@ def assess(names: Iterable[str], options: SetOptions, localizer_for: Callable[[f
     """The assessment of every set, one by one; sets of the same clips are made and heard once.
 
     localizer_for: spacing of the microphones in m, at 340 m/s -> localiser in eval mode on options.device; None for
-    the baselines alone. manifest: a folder for <set>.jsonl, one line per clip.
+    the baselines alone. manifest: a folder for <set>.jsonl, one line per clip. "chance" of a result is of the constants
+    that best_constants has for its set.
     Raises ValueError for what a set needs and has not got, FloatingPointError when the network gives a NaN.
     """
     law, done = scene_law(LAW, 0), {}
@@ -81,7 +82,7 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     if name in PLANAR:  # one angle, whichever the model learned
         learned = 1 if localizer is None or localizer.target.angle is Target.CONE else 0
         estimates = {key: (pair[learned if key == "model" else 1],) * 2 for key, pair in estimates.items()}
-    constants = chance(truth.azimuth, truth.cone)
+    constants = best_constants(name, truth, law)
     guesses = (constants.azimuth.expand_as(truth.azimuth), constants.cone.expand_as(truth.cone))
     scores = {key: score_angles(*pair, truth) for key, pair in estimates.items()}
     result = scores.pop("model", {}) | {
@@ -102,6 +103,15 @@ def _gcc(audio: Tensor, clips: Clips, spacing: float) -> dict[Pooling, Tensor]:
     actual = float(torch.linalg.vector_norm(clips.mic_pos[0, 1] - clips.mic_pos[0, 0]))
     return srp_phat_by(audio, mic_pos, SAMPLE_RATE, clips.cone.shape[1], poolings=tuple(BASELINES),
                        speed_of_sound=SPEED_OF_SOUND * actual / spacing)
+
+
+def best_constants(name: str, truth: Truth, law: SceneLaw) -> Chance:
+    """The best guess without listening on a set, as in a run's own evaluation: the constants of the law that its scenes
+    are drawn from, of e1p of the planar one. Not of its clips, which these constants would know: of a single clip they
+    would be the truth. e3 alone has no law but its RIRs, and constants of the very clips that they are scored on."""
+    if name == "e3":
+        return chance(truth.azimuth, truth.cone)
+    return scene_law(replace(LAW, planar_share=1.0), 0).constants if name in PLANAR else law.constants
 
 
 def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | None:

@@ -74,6 +74,20 @@ def test_the_truth_scores_as_the_floor_and_nothing_else_does(speech, folder, mon
     assert found["e1"].result["eval_digest"] != found["e1p"].result["eval_digest"]
 
 
+def test_chance_has_not_seen_the_clips_that_it_is_scored_on(speech, folder):  # noqa: F811
+    """It has the medians of the law, of e1p the planar law, so that one clip is off by its distance from these; e3 has
+    no law."""
+    options = SetOptions(speech, torch.device("cpu"), 1, str(folder))
+    found = dict(assess(["e0", "e1", "e1p", "e1n5", "e3"], options, None))
+    for name, assessment in found.items():
+        scored = assessment.result["chance"]
+        truth = torch.rad2deg(torch.stack((assessment.truth.cone[0], assessment.truth.azimuth[0])))
+        medians = torch.tensor([[52.6, 125.6]] * 2 if name == "e1p" else [[60.7, 117.1], [52.6, 125.9]])
+        expected = torch.zeros(2, 2) if name == "e3" else (truth - medians).abs()
+        for error, key in zip(expected.tolist(), ("cone_mae_deg", "azimuth_mae_deg")):
+            assert scored[key] == pytest.approx(error, abs=0.7)  # of 20,000 scenes, a standard error of 0.3
+
+
 def test_measured_rooms_are_read_once(speech, folder, monkeypatch):  # noqa: F811
     read = []
     monkeypatch.setattr(protocol, "read_measured", lambda path: read.append(path) or read_measured(path))
