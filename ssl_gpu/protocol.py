@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -316,39 +317,84 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
 
 def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:
     """[clip, 2] int64: two RIRs of one configuration, whatever their directions."""
+    pairs = _pairs(places)
+    return torch.tensor(pairs)[torch.randint(len(pairs), (NUM_CLIPS_E3,), generator=generator)]
+
+
+def _pairs(places: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """All ordered pairs of RIRs of one configuration. Raises ValueError where there are none."""
     pairs = [(i, j) for i, a in enumerate(places) for j, b in enumerate(places)
              if i != j and a.get("configuration") == b.get("configuration")]
     if not pairs:
         raise ValueError("e3.dir: index.json must hold two RIRs of one configuration")
-    return torch.tensor(pairs)[torch.randint(len(pairs), (NUM_CLIPS_E3,), generator=generator)]
+    return pairs
 
 
 def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
     """Measured RIRs [rir, mic=2, tap] float32, and what index.json says of each.
 
     index.json: {"mic_spacing_m": m, "speed_of_sound": m/s, "rirs": [{"file": name, "cone_deg": angle from the axis from
-    channel 1 to channel 2, ...}, ...]}; optional of an RIR: configuration, distance_m, rt60_s, mic_spacing_m.
-    Raises ValueError, in one line, for a folder that is none of this.
+    channel 1 to channel 2, ...}, ...]}; optional of an RIR: configuration, distance_m, rt60_s, mic_spacing_m; null is
+    as good as nothing. Every RIR is given back with those of these keys that it has, with spacing and speed of sound.
+    Raises ValueError, in one line that names entry and key, for a folder that is none of this.
     """
     if folder is None:
         raise ValueError("e3 needs a folder of measured RIRs: e3.dir=DIR")
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_bytes())
-        common = {"mic_spacing_m": float(index["mic_spacing_m"]), "speed_of_sound": float(index["speed_of_sound"])}
-        places = [common | rir for rir in index["rirs"]]
-        bad = next((place for place in places if not 0 <= float(place["cone_deg"]) <= 180), None)
     except OSError as error:
         raise ValueError(f"e3.dir: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"e3.dir: {path} must hold mic_spacing_m, speed_of_sound and rirs with file and cone_deg, "
-                         f"got {type(error).__name__} {error}") from error
-    if bad is not None or len(places) < 2:
-        raise ValueError(f"e3.dir: {path} must hold at least 2 rirs with 0 <= cone_deg <= 180, got "
-                         f"{len(places) if bad is None else bad['cone_deg']}")
-    if len({place["mic_spacing_m"] for place in places}) > 1:
-        raise ValueError(f"e3.dir: all RIRs of {path} must have one mic_spacing_m")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"e3.dir: {path} must hold JSON: {error}") from error
+    common = _known(index, f"e3.dir: {path}", ("mic_spacing_m", "speed_of_sound"))
+    rirs = index.get("rirs")
+    if not isinstance(rirs, list) or len(rirs) < 2:
+        raise ValueError(f"e3.dir: {path}: rirs must be a list of at least 2 RIRs, got "
+                         f"{len(rirs) if isinstance(rirs, list) else _shown(rirs)}")
+    places = [common | _known(rir, f"e3.dir: {path}: rirs[{number}]", ("file", "cone_deg"),
+                              ("configuration", "distance_m", "rt60_s", *common)) for number, rir in enumerate(rirs)]
+    for key in common:
+        found = sorted({place[key] for place in places})
+        if len(found) > 1:
+            raise ValueError(f"e3.dir: {path}: all RIRs must have one {key}, got {found[0]:g} and {found[1]:g}")
+    _pairs(places)
     return _read_channels(Path(folder), [place["file"] for place in places]), places
+
+
+def _known(entry: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Of a JSON object, the needed keys, and those optional ones that are there and not null, as they are: digests are
+    of them. Raises ValueError that begins with `where`."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object with {' and '.join(needed)}, got {_shown(entry)}")
+    found = {}
+    for key in (*needed, *optional):
+        value, (rule, holds) = entry.get(key), INDEX_RULES[key]
+        if value is not None and holds(value):
+            found[key] = value
+        elif value is not None or key in needed:
+            raise ValueError(f"{where}: {key} must be {rule}, got {_shown(value) if key in entry else 'nothing'}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Of JSON, short."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, which true and 1e999 are not."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+INDEX_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "file": ("the name of a file", lambda value: isinstance(value, str) and value != ""),
+    "cone_deg": ("a number from 0 to 180", lambda value: _is_number(value) and 0 <= value <= 180),
+    "mic_spacing_m": ("a finite number > 0", lambda value: _is_number(value) and value > 0),
+    "speed_of_sound": ("a finite number > 0", lambda value: _is_number(value) and value > 0),
+    "distance_m": ("a finite number or null", _is_number), "rt60_s": ("a finite number or null", _is_number),
+    "configuration": ("anything", lambda value: True)}
 
 
 def _read_channels(folder: Path, names: list[str]) -> Tensor:

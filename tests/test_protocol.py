@@ -241,14 +241,31 @@ def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, spe
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda index: index["rirs"].clear(), "must hold at least 2 rirs with 0 <= cone_deg <= 180, got 0"),
-    (lambda index: index["rirs"][1].update(cone_deg=181),
-     "must hold at least 2 rirs with 0 <= cone_deg <= 180, got 181"),
-    (lambda index: index["rirs"][1].pop("cone_deg"), "must hold mic_spacing_m, speed_of_sound and rirs with file and "
-                                                     "cone_deg, got KeyError 'cone_deg'"),
-    (lambda index: index.pop("mic_spacing_m"), "must hold mic_spacing_m, speed_of_sound and rirs with file and "
-                                               "cone_deg, got KeyError 'mic_spacing_m'"),
-    (lambda index: index["rirs"][2].update(mic_spacing_m=0.2), "must have one mic_spacing_m"),
+    (lambda index: index["rirs"].clear(), "rirs must be a list of at least 2 RIRs, got 0"),
+    (lambda index: index.pop("rirs"), "rirs must be a list of at least 2 RIRs, got null"),
+    (lambda index: index.update(rirs={"a": 1, "b": 2}), "rirs must be a list of at least 2 RIRs, got {"),
+    (lambda index: index["rirs"].append(7), "rirs[4] must be an object with file and cone_deg, got 7"),
+    (lambda index: index["rirs"][1].update(cone_deg=181), "cone_deg must be a number from 0 to 180, got 181"),
+    (lambda index: index["rirs"][1].update(cone_deg="30"), 'cone_deg must be a number from 0 to 180, got "30"'),
+    (lambda index: index["rirs"][1].update(cone_deg=True), "cone_deg must be a number from 0 to 180, got true"),
+    (lambda index: index["rirs"][1].update(cone_deg=math.nan), "cone_deg must be a number from 0 to 180, got NaN"),
+    (lambda index: index["rirs"][1].update(cone_deg=None), "cone_deg must be a number from 0 to 180, got null"),
+    (lambda index: index["rirs"][1].pop("cone_deg"), "rirs[1]: cone_deg must be a number from 0 to 180, got nothing"),
+    (lambda index: index["rirs"][3].pop("file"), "rirs[3]: file must be the name of a file, got nothing"),
+    (lambda index: index["rirs"][3].update(file=3), "rirs[3]: file must be the name of a file, got 3"),
+    (lambda index: index["rirs"][3].update(distance_m="far"),
+     'rirs[3]: distance_m must be a finite number or null, got "far"'),
+    (lambda index: index["rirs"][3].update(rt60_s=[0.5]), "rirs[3]: rt60_s must be a finite number or null, got [0.5]"),
+    (lambda index: index.pop("mic_spacing_m"), "index.json: mic_spacing_m must be a finite number > 0, got nothing"),
+    (lambda index: index.update(mic_spacing_m=0), "index.json: mic_spacing_m must be a finite number > 0, got 0"),
+    (lambda index: index.update(speed_of_sound=0.0), "index.json: speed_of_sound must be a finite number > 0, got 0.0"),
+    (lambda index: index.update(speed_of_sound="fast"), 'speed_of_sound must be a finite number > 0, got "fast"'),
+    (lambda index: index.update(speed_of_sound=10 ** 400), "speed_of_sound must be a finite number > 0, got 1000"),
+    (lambda index: index["rirs"][2].update(mic_spacing_m=-1), "rirs[2]: mic_spacing_m must be a finite number > 0"),
+    (lambda index: index["rirs"][2].update(mic_spacing_m=0.2), "RIRs must have one mic_spacing_m, got 0.09 and 0.2"),
+    (lambda index: index["rirs"][2].update(speed_of_sound=9), "RIRs must have one speed_of_sound, got 9 and 343"),
+    (lambda index: [rir.update(configuration=k) for k, rir in enumerate(index["rirs"])],
+     "index.json must hold two RIRs of one configuration"),
     (lambda index: index["rirs"][0].update(file="none.wav"), "none.wav"),
 ])
 def test_a_folder_that_cannot_be_is_refused_in_one_line(change, message, folder):
@@ -258,6 +275,37 @@ def test_a_folder_that_cannot_be_is_refused_in_one_line(change, message, folder)
     with pytest.raises(ValueError) as error:
         read_measured(str(folder))
     assert str(error.value).startswith("e3.dir: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[1, 2]", " must be an object with mic_spacing_m and speed_of_sound, got [1, 2]"),
+    ("null", " must be an object with mic_spacing_m and speed_of_sound, got null"), ("{", " must hold JSON: Expecting"),
+    ("[" * 100_000, " must hold JSON: "), ("\0", " must hold JSON: ")])
+def test_an_index_that_is_none_is_refused_in_one_line(text, message, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_measured(str(tmp_path))
+    assert str(error.value).startswith(f"e3.dir: {tmp_path / 'index.json'}{message}") and "\n" not in str(error.value)
+
+
+def test_null_in_an_index_is_as_good_as_nothing(folder, speech):
+    """Clips are the same, with positions by angles alone, and with nothing known of distances and reverberation."""
+    found = []
+    for value in ({}, {"distance_m": None, "rt60_s": None, "configuration": None, "mic_spacing_m": None}):
+        index = json.loads((folder / "index.json").read_text())
+        for rir in index["rirs"]:
+            for key in ("distance_m", "rt60_s", "configuration"):
+                del rir[key]
+            rir.update(value)
+        (folder / "null").mkdir(exist_ok=True)
+        for number in range(4):
+            (folder / "null" / f"{number}.wav").write_bytes((folder / f"{number}.wav").read_bytes())
+        (folder / "null" / "index.json").write_text(json.dumps(index))
+        found += all_clips("e3", speech, 12, folder=str(folder / "null"))
+    without, null = found
+    assert torch.equal(without.audio, null.audio) and digest_of([without]) == digest_of([null])
+    assert null.conditions["distance_m"].isnan().all() and null.conditions["t20_s"].isnan().all()
+    assert torch.equal(without.scene, null.scene)
 
 
 def test_what_a_set_has_not_got_is_one_line(tmp_path, speech):
