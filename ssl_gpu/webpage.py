@@ -19,6 +19,7 @@ from ssl_gpu.scoring import LEAST_CLUSTERS
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
+COLOUR_OF = dict(zip(("model", "GCC-PHAT"), COLOURS))  # in all pictures, whether there is a model or not
 EXAMPLES = 8  # clips of each set, its first
 STYLE = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}"
          "img{max-width:100%}td,th{padding:0 1em 0 0;text-align:left}")
@@ -32,7 +33,8 @@ def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> 
                    for title, text in about.items())
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><table>{head}</table>"
              f"<pre>{html.escape(table)}</pre><p>Bars: means with 95 % intervals by a bootstrap over scenes (e3: over "
-             f"loudspeaker positions), where there are at least {LEAST_CLUSTERS} of them.</p>"]
+             f"loudspeaker positions), where there are at least {LEAST_CLUSTERS} of them; n: sources in a bin, two of "
+             f"a clip.</p>"]
     for name, assessment in found.items():
         leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")
@@ -85,41 +87,48 @@ def _bins(assessment: Assessment) -> dict[str, dict[str, list]]:
 
 def _by_condition(rows: dict[str, dict[str, list]]) -> bytes | None:
     """Mean cone error in the bins of every condition that has more than one, as bars with their 95 % intervals: model
-    and GCC-PHAT."""
+    and GCC-PHAT. Under each bin stands of how many sources it is."""
     from matplotlib.figure import Figure
 
     names = [name for name in CONDITIONS if len(rows["GCC-PHAT"].get(name, ())) > 1]
     if not names:
         return None
-    figure = Figure(figsize=(4.2 * len(names), 3.2), dpi=80, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(names), 3.5), dpi=80, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for place, ((who, by), colour) in enumerate(zip(rows.items(), COLOURS)):
+        for place, (who, by) in enumerate(rows.items()):
             bins = by[name]
             at = torch.arange(len(bins)) + 0.4 * (place - 0.5 * (len(rows) - 1))
-            axes.bar(at, [bin["cone_mae_deg"] for bin in bins], 0.38, color=colour, label=who)
+            axes.bar(at, [bin["cone_mae_deg"] for bin in bins], 0.38, color=COLOUR_OF[who], label=who)
             for x, bin in zip(at.tolist(), bins):
                 if bin["interval_95"] is not None:  # of percentiles: the mean need not lie within
                     axes.plot((x, x), bin["interval_95"], color="black", linewidth=1.2)
-        labels = [f"{bin['from']:g}.." + ("" if bin["to"] is None else f"{bin['to']:g}") for bin in bins]
+        labels = [f"{bin['from']:g}.." + ("" if bin["to"] is None else f"{bin['to']:g}") + f"\nn={bin['num_sources']}"
+                  for bin in bins]
         axes.set_xticks(range(len(bins)), labels, fontsize=8)
         axes.set(xlabel=CONDITIONS[name], ylabel="cone MAE (degrees)")
         axes.grid(alpha=0.25, axis="y")
-        axes.legend(frameon=False)
+    # One for all, and outside: which corner of a plot is free of bars depends on the results.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(rows), frameon=False)
     return _png(figure)
 
 
 def _against_truth(assessment: Assessment) -> bytes | None:
-    """Every estimate of the model against its truth, and the share of sources within an error."""
+    """Every estimate of the model against its truth, and the share of sources within an error. The fewer clips, the
+    larger the dots: 2,000 are not to hide each other, and eight are to be seen."""
     from matplotlib.figure import Figure
 
     if assessment.cone is None:
         return None
     truth, heard = torch.rad2deg(assessment.truth.cone), torch.rad2deg(assessment.cone.double())
-    figure = Figure(figsize=(9, 4.2), dpi=80, layout="constrained")
+    figure = Figure(figsize=(9, 4.5), dpi=80, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for source, colour in zip(range(truth.shape[1]), COLOURS):
-        left.plot(truth[:, source], heard[:, source], ".", color=colour, markersize=2, alpha=0.5)
+    size = min(max(90 / math.sqrt(len(truth)), 2.0), 9.0)
+    for source, (which, colour) in enumerate(zip(("smaller", "larger"), COLOURS)):
+        left.plot(truth[:, source], heard[:, source], ".", color=colour, markersize=size, alpha=0.5, markeredgewidth=0,
+                  label=f"talker at the {which} angle")
     left.plot((0, 180), (0, 180), color=GREY, linewidth=0.8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False,
+                  markerscale=9.0 / size)
     left.set(xlabel="true cone angle (degrees)", ylabel="estimate (degrees)", aspect="equal")
     error = (heard - truth).abs().flatten().sort().values
     right.plot(error, (torch.arange(len(error)) + 1) / len(error), color=COLOURS[0])

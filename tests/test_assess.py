@@ -14,8 +14,9 @@ from test_protocol import folder, speech  # noqa: F401  fixtures
 from ssl_gpu import assess as assessing
 from ssl_gpu import evaluate as evaluate_cli
 from ssl_gpu import protocol, webpage
-from ssl_gpu.assess import assess
+from ssl_gpu.assess import Assessment, assess
 from ssl_gpu.checkpoint import save_checkpoint
+from ssl_gpu.clips import Truth
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.pretrained import build_localizer, load_localizer
@@ -244,7 +245,7 @@ def test_page_says_whose_results_they_are_and_how_it_was_made(checkpoint, tmp_pa
 def test_bars_have_their_intervals(monkeypatch):
     """A line from end to end at the place of each bar, for those of enough sources."""
     figure = pytest.importorskip("matplotlib.figure")
-    bins = [{"from": low, "to": low + 1, "cone_mae_deg": 2.0 + low, "interval_95": interval}
+    bins = [{"from": low, "to": low + 1, "num_sources": 9, "cone_mae_deg": 2.0 + low, "interval_95": interval}
             for low, interval in ((0, [1.5, 2.5]), (1, None), (2, [3.0, 4.8]))]
     drawn = []
     monkeypatch.setattr(webpage, "_png", drawn.append)
@@ -254,6 +255,39 @@ def test_bars_have_their_intervals(monkeypatch):
     assert [[y for _, y in line] for line in lines] == 2 * [[1.5, 2.5], [3.0, 4.8]]
     middles = [patch.get_x() + patch.get_width() / 2 for patch in drawn[0].axes[0].patches]
     assert [line[0][0] for line in lines] == pytest.approx([middles[i] for i in (0, 2, 3, 5)])
+
+
+def test_bars_say_of_how_many_sources_they_are(monkeypatch):
+    """And GCC-PHAT has its colour with a model beside it and without; the legend is none of a plot, whose bars it would
+    cover."""
+    pytest.importorskip("matplotlib")
+    bins = [{"from": 0.5, "to": 2, "num_sources": 7, "cone_mae_deg": 2.0, "interval_95": None},
+            {"from": 25.0, "to": None, "num_sources": 1234, "cone_mae_deg": 3.0, "interval_95": None}]
+    drawn = []
+    monkeypatch.setattr(webpage, "_png", drawn.append)
+    for whose in (("model", "GCC-PHAT"), ("GCC-PHAT",)):
+        webpage._by_condition({who: {"snr_db": bins} for who in whose})
+    for figure in drawn:
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.5..2\nn=7", "25..\nn=1234"]
+        assert figure.axes[0].get_legend() is None and len(figure.legends) == 1
+    both, alone = ([patch.get_facecolor() for patch in figure.axes[0].patches] for figure in drawn)
+    assert both[2:] == alone and both[0] != both[2]
+
+
+def test_estimates_are_told_apart_and_seen_however_few(monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(webpage, "_png", drawn.append)
+    for clips in (1, 8, 2000):
+        cone = torch.linspace(0.1, 3.0, 2 * clips, dtype=torch.float64).view(clips, 2)
+        truth = Truth(cone, cone, torch.arange(clips), {})
+        webpage._against_truth(Assessment({}, truth, cone, []))
+    for figure in drawn:
+        names = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert names == ["talker at the smaller angle", "talker at the larger angle"]
+        assert len({line.get_color() for line in figure.axes[0].lines[:2]}) == 2
+    one, eight, many = (figure.axes[0].lines[0].get_markersize() for figure in drawn)
+    assert one == eight == 9 and many < 2.1
 
 
 def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
