@@ -236,10 +236,12 @@ def late_spectra(rir: Tensor, length: Tensor, direct_tap: Tensor, sample_rate: i
 
 def late_coherence(spectra: Tensor) -> Tensor:
     """late_spectra [..., 3, freq] -> real part of the coherence [..., band] in eight equal bands up to half the
-    sample rate. NaN for fewer than 4 frames, whose coherence means nothing."""
+    sample rate. NaN for fewer than 4 frames, whose coherence means nothing, and where a microphone hears nothing."""
     cross, first, last = spectra[..., :-1].unflatten(-1, (NUM_BANDS, -1)).sum(-1).unbind(-2)
     enough = (0.5 * spectra[..., 1:, :].sum((-2, -1)) > MIN_FRAMES - 0.5)[..., None]
-    return torch.where(enough, cross / torch.where(enough, first * last, 1.0).sqrt(), torch.nan)
+    power = first * last
+    defined = enough & (power > 0)  # before the root: its gradient at 0 is infinite
+    return torch.where(defined, cross / torch.where(defined, power, 1.0).sqrt(), torch.nan)
 
 
 @dataclass(frozen=True, eq=False)

@@ -361,6 +361,34 @@ def test_gradient_of_the_undefined_is_zero(name):
     assert (rir.grad == 0).all()
 
 
+@pytest.mark.parametrize("deaf", [0, 1])
+@pytest.mark.parametrize("name", ["t30", "edt", "drr_db", "c50_db", "energy_db", "tilt_db", "direct_delay",
+                                  "direct_height", "itd", "late_coherence"])
+def test_gradient_of_a_pair_of_which_one_hears_nothing_is_finite(name, deaf):
+    """What the pair shares is undefined, with a gradient of 0 to both; the other microphone's own measures have one."""
+    rirs, scenes = rendered(batch=1)
+    full = rirs.full.double()
+    full[:, deaf] = 0
+    full.requires_grad_()
+    value = measured(RirBatch(full, None, rirs.length, RATE), scenes, name)
+    value.nan_to_num(0.0, 0.0, 0.0).sum().backward()
+    assert (full.grad[:, deaf] == 0).all() and torch.isfinite(full.grad).all()
+    if name in ("itd", "late_coherence"):
+        assert value.isnan().all() and (full.grad == 0).all()
+    else:
+        assert full.grad.any()
+
+
+def test_coherence_is_undefined_in_the_bands_that_one_microphone_does_not_hear():
+    spectra = late_pair(noise(20000, seed=1))
+    spectra[2, 16:32] = 0
+    spectra.requires_grad_()
+    found = late_coherence(spectra)
+    assert found.isnan().tolist() == [False, True] + 6 * [False]
+    found.nan_to_num().sum().backward()
+    assert (spectra.grad[:, 16:32] == 0).all() and torch.isfinite(spectra.grad).all() and spectra.grad.any()
+
+
 GOLDEN_NAMES = {"T20": "t20", "T30": "t30", "EDT": "edt", "DRR": "drr_db", "C50": "c50_db", "energy_db": "energy_db",
                 "direct_delay_int": "direct_tap", "direct_delay": "direct_delay", "direct_peak_interp": "direct_height",
                 "ned_halfT60": "echo_density_half", "tilt_db_oct": "tilt_db", "ned20": 0, "ned50": 1, "ned100": 2,
