@@ -52,7 +52,8 @@ def srp_phat(audio: Tensor, mic_pos: Tensor, sample_rate: int, num_src: int, *, 
 
     audio [batch, mic, sample]; mic_pos [batch, mic, 3] m, on a line in any direction. A direction is a local maximum
     of the map (both ends may be one), at least 8 degrees from a stronger one; if there are fewer than `num_src`, the
-    strongest is repeated. A silent clip gives 0. `chunk` clips are worked on at a time (about 5 MB each for 3 s).
+    strongest is repeated. A silent clip gives 0, a batch of no clips [0, src]. `chunk` clips are worked on at a time
+    (about 5 MB each for 3 s).
     Raises ValueError for fewer than two microphones, microphones off a line, or a sample rate below the band.
     """
     return srp_phat_by(audio, mic_pos, sample_rate, num_src, poolings=(pooling,), speed_of_sound=speed_of_sound,
@@ -68,6 +69,8 @@ def srp_phat_by(audio: Tensor, mic_pos: Tensor, sample_rate: int, num_src: int, 
                          f"got {tuple(audio.shape)} and {tuple(mic_pos.shape)}")
     place = positions_on_line(mic_pos)
     grid = angle_grid(GRID_STEP_DEG).to(audio.device)
+    if len(audio) == 0:  # which MKL refuses to transform
+        return {pooling: grid.new_empty(0, num_src) for pooling in poolings}
     angles: dict[Pooling, list[Tensor]] = {pooling: [] for pooling in poolings}
     for part, part_place in zip(audio.split(chunk), place.split(chunk)):
         frames = srp_frames(part, part_place, grid, sample_rate, speed_of_sound=speed_of_sound)

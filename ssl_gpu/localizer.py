@@ -109,7 +109,7 @@ class Localizer(nn.Module):
         if scene.array_radius_m is not None:
             raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
                              f"spacing, got {scene.array_radius_m}")
-        self.target = target
+        self.target, self.num_src = target, scene.num_src
         self.frame = HOP if model.kind is ModelKind.ORIGINAL else FRAME_HOPS * features.hop  # samples
         if target.offsets > self.frame:
             raise ValueError(f"target.offsets must be at most the {self.frame} samples of a frame, "
@@ -164,9 +164,12 @@ class Localizer(nn.Module):
         """audio [batch, mic=2, sample] -> azimuth and cone angle of every talker, each [batch, src] rad ascending,
         float32.
 
-        The module must be in eval mode; `chunk` clips at a time.
+        The module must be in eval mode; `chunk` clips at a time. No clips have no angles: [0, src].
         Raises FloatingPointError when the network gives a NaN or an infinity.
         """
+        if len(audio) == 0:  # which MKL refuses to transform
+            empty = self.grid.new_empty(0, self.num_src)
+            return empty, empty.clone()
         logits = torch.cat([self.hear(part) for part in audio.split(chunk)])
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")

@@ -39,6 +39,20 @@ def _energy(rir: Tensor) -> Tensor:
     return rir.to(torch.float64).square()
 
 
+def _rfft(signal: Tensor, n_fft: int) -> Tensor:
+    """float64 [..., tap] -> complex128 [..., freq], also of a batch of nothing, which MKL refuses to transform."""
+    if signal.numel() == 0:
+        return signal.new_zeros((*signal.shape[:-1], n_fft // 2 + 1), dtype=torch.complex128)
+    return torch.fft.rfft(signal, n_fft)
+
+
+def _irfft(spectrum: Tensor, n_fft: int) -> Tensor:
+    """complex128 [..., freq] -> float64 [..., tap], likewise."""
+    if spectrum.numel() == 0:
+        return spectrum.new_zeros((*spectrum.shape[:-1], n_fft), dtype=torch.float64)
+    return torch.fft.irfft(spectrum, n_fft)
+
+
 def _within(energy: Tensor, first: Tensor | int, last: Tensor) -> Tensor:
     """Energy [..., tap] summed from tap `first` to tap `last` [...], both included."""
     tap = torch.arange(energy.shape[-1], device=energy.device)
@@ -167,7 +181,7 @@ def spectral_tilt_db(rir: Tensor, sample_rate: int) -> Tensor:
     freq = torch.arange(n_fft // 2 + 1, device=rir.device, dtype=torch.float64) * (sample_rate / n_fft)
     position = (freq.clamp(min=1).log2()[:, None] - octave) * 6         # [freq, band], -1..1 inside the band
     member = ((position >= -1) & (position < 1)).to(torch.float64)
-    level = _db(torch.fft.rfft(rir.to(torch.float64), n_fft).abs().square() @ (member / member.sum(0)))
+    level = _db(_rfft(rir.to(torch.float64), n_fft).abs().square() @ (member / member.sum(0)))
     weight = octave - octave.mean()
     return (level @ weight) / weight.square().sum()
 
@@ -198,8 +212,8 @@ def time_difference(rir: Tensor, direct_tap: Tensor, travel_time: Tensor, sample
     inside = (tap >= start[..., None]) & (tap < stop[..., None])        # [batch, src, tap]
     early = torch.where(inside[:, None], _outer_mics(rir).to(torch.float64), 0.0)
     n_fft = fast_length(2 * rir.shape[-1])
-    first, last = torch.fft.rfft(early, n_fft).unbind(1)
-    correlation = torch.fft.irfft(last * first.conj(), n_fft).roll(n_fft // 2, -1)
+    first, last = _rfft(early, n_fft).unbind(1)
+    correlation = _irfft(last * first.conj(), n_fft).roll(n_fft // 2, -1)
     lag = torch.arange(n_fft, device=rir.device) - n_fft // 2
     possible = lag.abs() <= travel_time[:, None, None] * sample_rate + 1
     peak = torch.where(possible, correlation, -torch.inf).argmax(-1)
@@ -226,7 +240,7 @@ def late_spectra(rir: Tensor, length: Tensor, direct_tap: Tensor, sample_rate: i
     window = 0.5 - 0.5 * torch.cos(within * (2 * math.pi / FRAME))
     index = (start[:, None, :, None, None] + frame[:, None] + within).expand(-1, 2, -1, -1, -1)
     frames = _samples_at(rir.to(torch.float64), index.flatten(-2)).unflatten(-1, index.shape[-2:])
-    first, last = torch.fft.rfft(frames * window).unbind(1)             # [batch, src, frame, freq]
+    first, last = _rfft(frames * window, FRAME).unbind(1)                # [batch, src, frame, freq]
     spectra = torch.stack(((first * last.conj()).real, first.abs().square(), last.abs().square()), 2)
     total = 0.5 * spectra[:, :, 1:].sum((2, 4))                         # [batch, src, frame]
     counts = whole & (total > 0)
@@ -281,7 +295,8 @@ class RirMeasures:
 
 
 def measure_rirs(rirs: RirBatch, scenes: SceneBatch) -> RirMeasures:
-    """Every measure of every RIR; the scenes say where the direct paths lie, and what rt60 was asked for."""
+    """Every measure of every RIR; the scenes say where the direct paths lie, and what rt60 was asked for. Of a batch of
+    nothing they are empty."""
     rir, rate, length = rirs.full, rirs.sample_rate, rirs.length
     expected = distance(scenes.src_pos[:, None] - scenes.mic_pos[:, :, None]) / SPEED_OF_SOUND
     tap, delay, height = direct_path(rir, expected, rate)

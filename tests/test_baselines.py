@@ -175,6 +175,19 @@ def test_level_does_not_matter_and_silence_is_harmless():
     assert torch.isfinite(gcc_phat(one_dead, pair(1), SAMPLE_RATE, 2)).all()
 
 
+@pytest.mark.parametrize("mics", [2, 4])
+def test_no_clips_have_no_angles(mics):
+    audio, mic_pos = torch.zeros(0, mics, 4000), linear_array(mics, 0.1).expand(0, mics, 3)
+    some = srp_phat_by(audio.new_zeros(1, mics, 4000), linear_array(mics, 0.1)[None], SAMPLE_RATE, 3)
+    for pooling, cone in srp_phat_by(audio, mic_pos, SAMPLE_RATE, 3).items():
+        assert cone.shape == (0, 3) and cone.dtype == some[pooling].dtype
+        assert srp_phat(audio, mic_pos, SAMPLE_RATE, 3, pooling=pooling).shape == (0, 3)
+    if mics == 2:
+        assert gcc_phat(audio, mic_pos, SAMPLE_RATE, 1).shape == (0, 1)
+    with pytest.raises(ValueError, match=r"got \(0, \d, 4000\) and \(1, \d, 3\)"):
+        srp_phat(audio, linear_array(mics, 0.1)[None], SAMPLE_RATE, 1)
+
+
 def test_rounding_noise_in_silence_is_no_source():
     """The same 1e-7 in both channels is perfectly coherent from broadside, and must not win the maximum."""
     audio = anechoic([0.5], 3)[None] + 0.2 * torch.randn(1, 2, 16_000, generator=torch.Generator().manual_seed(1))

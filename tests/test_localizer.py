@@ -117,6 +117,15 @@ def test_a_clip_is_heard_in_several_framings():
         assert_close(localizer(offsets=3, mirror=True).hear(audio), sum(expected + flipped) / 6)
 
 
+@pytest.mark.parametrize("num_src", [2, 3])
+def test_no_clips_have_no_angles(num_src):
+    scene = SceneConfig(num_src=num_src)
+    network = Localizer(SMALL, BANDS, TargetConfig(), scene, 16000).eval()
+    for clips in (0, 1):
+        for angle in network.estimate(torch.zeros(clips, 2, 16000), scene_law(scene, 0)):
+            assert angle.shape == (clips, num_src) and angle.dtype == torch.float32
+
+
 def test_a_frame_of_the_original_is_that_of_its_transform():
     assert Localizer(ModelConfig(kind="original"), FeatureConfig(), TargetConfig(), SceneConfig(), 16000).frame == 160
 

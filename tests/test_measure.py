@@ -315,6 +315,17 @@ def test_one_microphone_has_nothing_to_compare():
     assert RirMeasures.concatenate([m, m]).t30.shape == (10, 1, 2)
 
 
+def test_a_batch_of_nothing_has_no_measures():
+    rirs, scenes = rendered()
+    nothing, some = measure_rirs(rirs[:0], scenes[:0]), measure_rirs(rirs, scenes)
+    for field in fields(RirMeasures):
+        value, other = getattr(nothing, field.name), getattr(some, field.name)
+        assert value.shape == (0, *other.shape[1:]) and value.dtype == other.dtype
+    for column in ("t20", "late_coherence"):
+        assert torch.equal(getattr(RirMeasures.concatenate([nothing, some]), column).isnan(),
+                           getattr(some, column).isnan())
+
+
 def test_early_energy_is_relative_to_the_whole():
     rirs, scenes = rendered()
     ratio = measured(RirBatch(rirs.full, 0.5 * rirs.full, rirs.length, RATE), scenes, "early_ratio_db")
