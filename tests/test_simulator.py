@@ -376,3 +376,32 @@ def test_speech_that_is_no_tensor_is_named():
         for wrong, name in (([[0.0]], "builtins.list"), (torch.zeros(1, 2, 8).numpy(), "numpy.ndarray")):
             with pytest.raises(ValueError, match=f"^dry speech must be a torch tensor, got {name}$"):
                 call(wrong)
+
+
+def test_one_draw_gives_several_targets():
+    """As README says: rendered once more, by images of order 0 the direct path alone, after distance / 340 s and 1/64
+    of 1 / distance high, which the early part begins with; with a window wider than any RIR all but the noise."""
+    law, eyring = SceneConfig(num_mics=1, num_src=2, src_dist_m=(1.0, 5.0)), IsmConfig("eyring")
+    mixing = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 20.0))
+    rir, wide = RirConfig(method="hybrid"), (-1000, 1000)
+    simulate = Simulator(law, rir, mixing, ism=eyring)
+    draw = simulate.draw(20, 12000, generator=seeded(0))
+    click = torch.zeros(20, 2, 12000)
+    click[..., 0] = 1
+    heard = simulate.render(click, draw)
+    whole = Simulator(law, replace(rir, early_window_ms=wide), ism=eyring).render(click, draw).early
+    clean = simulate.render(click, replace(draw, mixture=replace(draw.mixture, sensor=None))).audio
+    assert_close(whole.sum(2), clean, rtol=0, atol=1e-6 * float(clean.abs().max()))
+    assert not torch.allclose(heard.early.sum(2), clean, atol=0.1 * float(clean.abs().max()))
+
+    exact = Simulator(law, RirConfig(method="ism", early_window_ms=wide), ism=replace(eyring, max_order=0))
+    direct = exact.render(click, draw).early
+    dist = heard.scenes.distance[:, None]
+    peak, place = direct.abs().max(-1)
+    assert ((place - dist * 16000 / 340).abs() <= 0.51).all()
+    height = peak * 64 * dist / draw.mixture.gain[:, None]
+    assert 0.58 < height.min() and height.max() < 1.1                    # 0.63: between two taps
+    before = torch.arange(12000) <= place[..., None] + 7                 # the spread of an arrival
+    gap = ((heard.early - direct).abs() * before).amax(-1) < 1e-5 * peak
+    assert gap.float().mean() > 0.4                                      # elsewhere the first reflection is as near
+    assert ((heard.early - direct).square().sum(-1) > 0.01 * direct.square().sum(-1)).all()

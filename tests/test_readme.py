@@ -1,0 +1,29 @@
+"""The README's Python, each block copied alone."""
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def run(block):
+    """The names that a block leaves."""
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block_runs_alone(block):
+    assert len(BLOCKS) >= 3 and run(block)
+
+
+def test_input_and_target_of_an_enhancement_belong_together():
+    """Of one shape but for the talkers' axis, and at the level of speech: 64 times the RIRs' scale."""
+    [block] = [block for block in BLOCKS if "noisy, target" in block]
+    names = run(block)
+    assert names["noisy"].shape == (16, 1, 48000) and names["target"].shape == (16, 1, 1, 48000)
+    level = (names["target"].std((1, 2, 3)) * names["mixture"].scenes.distance[:, 0]).median()
+    assert 1 < level / names["dry"].std() < 8  # the direct sound alone: 1
