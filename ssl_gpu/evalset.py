@@ -16,7 +16,7 @@ from ssl_gpu.localizer import Localizer, SceneLaw
 from ssl_gpu.metrics import localisation_metrics
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig
 from ssl_gpu.rir import RirConfig
-from ssl_gpu.scene import Pool, SceneConfig
+from ssl_gpu.scene import Pool, SceneBatch, SceneConfig
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 from ssl_gpu.speech import Crop, SpeechBank, draw_crops, gather_crops
 
@@ -65,7 +65,7 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: Ism
     dry = gather_crops(bank, crops, num_samples)
     digest = hashlib.blake2b(digest_size=8)
     _digest(digest, dry)
-    audio, scenes = [], []
+    mixtures = []
     for index, start in enumerate(range(0, cfg.num_clips, 64)):        # the images of 64 scenes fit anywhere
         part = dry[start:start + 64]
         generator = rng.generator(cfg.seed, rng.Split.TEST, rng.Stream.SCENE, index)
@@ -76,10 +76,11 @@ def build_eval_set(cfg: EvalConfig, scene: SceneConfig, rir: RirConfig, ism: Ism
         random += () if method is None else (method,)
         for tensor in (draw.scenes.room_dim, draw.scenes.rt60, draw.scenes.mic_pos, draw.scenes.src_pos, *random):
             _digest(digest, tensor)
-        mixture = simulator.render(part.to(device), draw.to(device))
-        audio.append(mixture.audio)
-        scenes.append(mixture.scenes)
-    mixture = MixtureBatch(torch.cat(audio), None, type(scenes[0]).concatenate(scenes), rir.sample_rate)
+        mixtures.append(simulator.render(part.to(device), draw.to(device)))
+    audio, *snrs = (torch.cat([getattr(mixture, name) for mixture in mixtures])
+                    for name in ("audio", "sensor_snr_db", "diffuse_snr_db"))
+    scenes = SceneBatch.concatenate([mixture.scenes for mixture in mixtures])
+    mixture = MixtureBatch(audio, None, scenes, rir.sample_rate, *snrs)
     return EvalSet(mixture, law, digest.hexdigest())
 
 

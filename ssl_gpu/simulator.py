@@ -285,9 +285,10 @@ class Simulator:
             out = None if whole is None else whole[part]
             parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], fused_mix, out))
         if whole is None:
-            return MixtureBatch(parts[0].audio, parts[0].early, draw.scenes, self.rir.sample_rate)
+            return replace(parts[0], scenes=draw.scenes)
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
-        return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate)
+        snrs = (torch.cat([getattr(part, name) for part in parts]) for name in ("sensor_snr_db", "diffuse_snr_db"))
+        return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate, *snrs)
 
     @torch.no_grad()
     def captured(self, batch: int, num_samples: int, *,

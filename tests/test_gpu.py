@@ -292,6 +292,8 @@ def test_captured_simulator_gives_the_same_mixtures(rir):
         expected = simulator(dry[step], generator=seeded(step, GPU))
         check_alike(found, expected, 1e-5)
         assert torch.equal(found.scenes.src_pos, expected.scenes.src_pos)
+        for snr in ("sensor_snr_db", "diffuse_snr_db"):
+            assert torch.equal(getattr(found, snr), getattr(expected, snr))
 
 
 def test_convolution_by_triton_is_that_of_the_cpu():

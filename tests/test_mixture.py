@@ -151,6 +151,24 @@ def test_infinite_snr_leaves_the_example_clean():
     assert equal.tolist() == [True, False, False]
 
 
+def test_a_mixture_says_which_snrs_were_drawn():
+    """Measured on the audio; infinite for an example that is free of the noise, by chance, by configuration or because
+    its noise was taken from the draw."""
+    dry, rirs, scenes = setup()
+    drawn = draw(replace(NOISY, noise_probability=0.5), seed=1)
+    assert 0 < torch.isfinite(drawn.sensor_snr).sum() < BATCH  # or nothing is tested
+    for name, other in (("sensor", "diffuse"), ("diffuse", "sensor")):
+        heard = mix(dry, rirs, scenes, replace(drawn, **{other: None}))
+        clean = mix(dry, rirs, scenes, replace(drawn, sensor=None, diffuse=None))
+        noise = (heard.audio - clean.audio).double()
+        found = db(clean.audio.double().square().mean((1, 2)) / noise.square().mean((1, 2)))
+        assert_close(getattr(heard, f"{name}_snr_db").double(), found, rtol=0, atol=1e-3)
+        assert torch.isinf(getattr(heard, f"{other}_snr_db")).all()
+        assert torch.isinf(getattr(clean, f"{name}_snr_db")).all()
+    batch = mixed(MixtureConfig())
+    assert batch.sensor_snr_db.tolist() == batch.diffuse_snr_db.tolist() == [math.inf] * BATCH
+
+
 def test_silence_stays_silent_and_finite():
     dry, rirs, scenes = setup()
     batch = mix(torch.zeros_like(dry), rirs, scenes, draw(NOISY))

@@ -174,6 +174,7 @@ def test_evaluation_set_is_in_the_rooms_of_the_method():
                    for _ in range(2)] for name, cfg in METHODS.items()}
     for first, again in sets.values():
         assert first.digest == again.digest and torch.equal(first.mixture.audio, again.mixture.audio)
+        assert first.mixture.sensor_snr_db.tolist() == first.mixture.diffuse_snr_db.tolist() == [float("inf")] * 4
     assert len({first.digest for first, _ in sets.values()}) == len(METHODS)
     assert torch.equal(sets["ism"][0].mixture.scenes.src_pos, sets["fra"][0].mixture.scenes.src_pos)
     assert not torch.allclose(sets["ism"][0].mixture.audio, sets["fra"][0].mixture.audio)

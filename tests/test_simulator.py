@@ -74,6 +74,23 @@ def test_draw_on_the_cpu_then_render_equals_the_call():
 
 
 @pytest.mark.parametrize("bank", [None, 3])
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_snrs_that_were_drawn_come_back(bank, chunk):
+    """Of every example, however many are rendered at a time; in captured calls too."""
+    simulate = simulator(replace(SCENE, bank=bank), mixing=replace(MIX, noise_probability=0.5), chunk=chunk)
+    if bank:
+        simulate.fill_bank(generator=seeded(0))
+    drawn = simulate.draw(5, 2000, generator=seeded(1))
+    captured = simulate.captured(5, 2000, generator=seeded(1))
+    for heard in (simulate.render(speech(), drawn), captured(speech())):
+        assert torch.equal(heard.sensor_snr_db, drawn.mixture.sensor_snr)
+        assert torch.equal(heard.diffuse_snr_db, drawn.mixture.diffuse_snr)
+    assert 0 < torch.isfinite(drawn.mixture.sensor_snr).sum() < 5
+    clean = simulator(mixing=MixtureConfig(), chunk=chunk)(speech(), generator=seeded(1))
+    assert clean.sensor_snr_db.tolist() == clean.diffuse_snr_db.tolist() == [float("inf")] * 5
+
+
+@pytest.mark.parametrize("bank", [None, 3])
 def test_chunk_does_not_change_the_result(bank):
     """To 1e-6 of the loudest sample; batched FFTs may round otherwise in another batch size."""
     def run(chunk):
