@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_gpu.doa import sorted_angles
 
 # Of an entry, what follows from the rest; its last digit depends on the machine.
-DERIVED = {"measured", "azimuth_deg", "cone_angle_deg", "array_pos"}
+DERIVED = {"measured", "azimuth_deg", "cone_angle_deg", "array_pos", "direction"}
 
 
 @dataclass(frozen=True, eq=False)

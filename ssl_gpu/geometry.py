@@ -3,6 +3,7 @@
 Azimuth runs from +x, counter-clockwise, in the horizontal plane; elevation from the horizontal plane, up positive.
 The cone angle of a source is the angle between its direction and the axis of the array (first to last microphone):
 0 beyond the last microphone, pi beyond the first. cos(cone) = cos(azimuth) cos(elevation) for an array along +x.
+An array that is no line has no such axis: the one above then depends on the order of its microphones.
 All angles are in radians.
 """
 from __future__ import annotations

@@ -242,9 +242,22 @@ class SceneBatch:
         return torch.linalg.vector_norm(self._src_offset, dim=-1)
 
     @property
+    def direction(self) -> Tensor:
+        """Unit vectors [batch, src, 3] in the room's axes from the centre of the array to each source; about 0 of a
+        source at the very centre.
+
+        What azimuth and cone_angle do not say: where a source is whatever the order of the microphones, in arrays that
+        have no axis of their own, a single microphone too. geometry.azimuth(direction) is the azimuth from +x.
+        """
+        return torch.nn.functional.normalize(self._src_offset, dim=-1)
+
+    @property
     def azimuth(self) -> Tensor:
         """Of each source, from the horizontal projection of the array's axis, [batch, src] rad in [-pi, pi).
 
+        The axis is the line from the first to the last microphone, whatever lies between: in an array that is no line
+        it is as arbitrary as their order. Seen from a square whose last microphone is beside the first, a source along
+        +x has -90 degrees, or -45 if it is opposite. Not from the axes of the room: for that see direction.
         Raises ValueError for a single microphone.
         """
         axis = geometry.azimuth(geometry.array_axis(self.mic_pos))
@@ -259,7 +272,8 @@ class SceneBatch:
     def cone_angle(self) -> Tensor:
         """Between each source's direction and the array's axis, [batch, src] rad in [0, pi].
 
-        All that two microphones can observe. Raises ValueError for a single microphone.
+        All that two microphones can observe. The axis is that of azimuth, arbitrary in an array that is no line: for
+        those see direction. Raises ValueError for a single microphone.
         """
         return geometry.angle_between(self._src_offset, geometry.array_axis(self.mic_pos)[:, None])
 

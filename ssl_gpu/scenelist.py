@@ -25,7 +25,8 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
 
     mic_pos, src_pos, array_pos (its centre): lists of [x, y, z] m; room_dim [x, y, z] m; rt60 s; mic_orientation,
     src_orientation: lists of (azimuth, polar angle) rad; num_images, None where it is left to RirConfig;
-    azimuth_deg, cone_angle_deg: of each source, seen from the array, None for a single microphone, which has no axis.
+    direction: of each source, unit vector [x, y, z] in the room's axes from array_pos; azimuth_deg, cone_angle_deg: of
+    each source, from the line from the first to the last microphone, None for a single one.
     """
     angles = {"azimuth_deg": None, "cone_angle_deg": None}
     if scenes.mic_pos.shape[1] > 1:
@@ -33,6 +34,7 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
     columns = {"mic_pos": scenes.mic_pos, "src_pos": scenes.src_pos, "array_pos": scenes.array_centre[:, None],
                "room_dim": scenes.room_dim, "rt60": scenes.rt60, "mic_orientation": scenes.mic_orientation,
                "src_orientation": scenes.src_orientation, "num_images": scenes.num_images,
+               "direction": scenes.direction,
                **{name: None if angle is None else torch.rad2deg(angle) for name, angle in angles.items()}}
     rows = {name: [None] * len(scenes) if column is None else column.tolist() for name, column in columns.items()}
     rows["num_images"] = [count or None for count in rows["num_images"]]

@@ -2,10 +2,12 @@
 
 rir_<i>.npy   float32 [mic, src, tap], cut at the scene's own length, at rir.sample_rate, in the scale of FRA-RIR: a
               direct path over d m peaks at about 0.0155 / d
-scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s), angles of the sources, measured t20 (s),
-              drr_db and c50_db [mic][src], seed, sample_rate; method (fra, ism or hybrid), num_images of fra, of the
-              others the absorption of the walls and whether it was clamped, at what comes closest to an infeasible
-              rt60; --scenes reads it, and with the same configuration and seed renders the same RIRs
+scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s); of each source azimuth_deg and
+              cone_angle_deg from the line from the first to the last microphone (arbitrary in an array that is no
+              line), and its direction, a unit vector in the room's axes; measured t20 (s), drr_db and c50_db
+              [mic][src], seed, sample_rate; method (fra, ism or hybrid), num_images of fra, of the others the
+              absorption of the walls and whether it was clamped, at what comes closest to an infeasible rt60;
+              --scenes reads it, and with the same configuration and seed renders the same RIRs
 config.yaml   the whole configuration
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech

@@ -91,7 +91,7 @@ def test_fewer_clips_are_the_first_ones_and_the_digest_knows_them(name, speech):
     assert digest_of(some) == digest_of(again) != digest_of(more)
     changed = replace(some[0], draws=(some[0].draws[0] + 1e-6, *some[0].draws[1:]))
     assert digest_of([changed]) != digest_of(some)
-    other = [{**entry, "measured": None} for entry in some[0].entries]
+    other = [{**entry, "measured": None, "direction": None} for entry in some[0].entries]
     assert digest_of([replace(some[0], entries=other)]) == digest_of(some)
     assert json.loads(json.dumps(some[0].entries)) == some[0].entries
 

@@ -181,9 +181,30 @@ def test_labels_of_sources_in_known_places():
     assert_close(scenes.distance, torch.tensor([[2, 2, 2, 3, 2 ** 0.5]], dtype=torch.float64))
 
 
+def test_direction_is_a_unit_vector_in_the_axes_of_the_room():
+    """From the centre of the array, whatever the order of its microphones, on which azimuth depends; about 0 at the
+    centre, which has no direction."""
+    corners = [[-0.05, -0.05, 0], [0.05, -0.05, 0], [0.05, 0.05, 0], [-0.05, 0.05, 0]]  # round the square
+    square = [[2 + x, 2 + y, 1 + z] for x, y, z in corners]
+    crossed = [square[0], square[1], square[3], square[2]]                              # the last opposite the first
+    src = [[4, 2, 1], [2, 3, 1], [3, 2, 2], [2, 2, 1]]
+    scenes = make_scenes([[6, 5, 3]] * 2, [0.3] * 2, [square, crossed], [src] * 2)
+    half = 0.5 ** 0.5
+    expected = torch.tensor([[1, 0, 0], [0, 1, 0], [half, 0, half], [0, 0, 0]], dtype=torch.float64)
+    assert_close(scenes.direction, expected.expand(2, 4, 3), rtol=0, atol=1e-3)
+    assert_close(scenes.direction[:, :3], expected[:3].expand(2, 3, 3), rtol=0, atol=1e-12)
+    assert_close(torch.rad2deg(scenes.azimuth[:, 0]), torch.tensor([-90.0, -45.0], dtype=torch.float64))
+    drawn = draw(SceneConfig(rotate=True))
+    assert drawn.direction.dtype == torch.float64
+    assert_close(drawn.array_centre[:, None] + drawn.distance[..., None] * drawn.direction, drawn.src_pos)
+    axis = geometry.azimuth(geometry.array_axis(drawn.mic_pos))[:, None]
+    assert_close(geometry.wrap_angle(geometry.azimuth(drawn.direction) - axis), drawn.azimuth)
+
+
 def test_a_single_microphone_has_distance_and_elevation_but_no_angle_to_an_axis():
     scenes = draw(SceneConfig(num_mics=1))
-    assert torch.isfinite(scenes.distance).all() and torch.isfinite(scenes.elevation).all()
+    for label in ("distance", "elevation", "direction"):
+        assert torch.isfinite(getattr(scenes, label)).all()
     for label in ("azimuth", "cone_angle"):
         with pytest.raises(ValueError, match="at least 2 microphones to define an array axis, got 1$"):
             getattr(scenes, label)

@@ -102,6 +102,8 @@ def test_list_describes_scenes_and_rirs(made):
         cone = np.degrees(np.arccos(offset[:, 0] / np.linalg.norm(offset, axis=1)))
         np.testing.assert_allclose(entry["azimuth_deg"], azimuth, rtol=0, atol=1e-9)
         np.testing.assert_allclose(entry["cone_angle_deg"], cone, rtol=0, atol=1e-6)
+        direction = offset / np.linalg.norm(offset, axis=1, keepdims=True)
+        np.testing.assert_allclose(entry["direction"], direction, rtol=0, atol=1e-12)
         assert all(3 <= side <= 10 for side in entry["room_dim"][:2]) and 0.1 <= entry["rt60"] <= 0.7
         rir = torch.from_numpy(np.load(made / entry["fname"]))[None]
         scene = make_scenes([entry["room_dim"]], [entry["rt60"]], mics[None], sources[None])
@@ -313,6 +315,7 @@ def test_a_single_microphone_has_no_angles(folder):
     assert start("--num-scenes", 1, "--out", "set", "scene.num_mics=1") == 0
     [entry] = entries_of("set")
     assert entry["azimuth_deg"] is None and entry["cone_angle_deg"] is None and len(entry["drr_db"]) == 1
+    assert math.hypot(*entry["direction"][0]) == pytest.approx(1)
 
 
 def test_measures_that_do_not_exist_are_null(made):
