@@ -22,11 +22,13 @@ KINDS = {"fra, nominal": (REFERENCE, IsmConfig()), "fra, measured": (MEASURED, I
     f"{cfg.method.value}, {formula.value}": (cfg, IsmConfig(formula))
     for cfg in (ISM, HYBRID) for formula in Absorption}}
 SHARE = torch.arange(181) / 200  # of the time from the direct sound to the end of an RIR
+EARLY_MS = (1, 2, 5, 50)         # after the direct sound
 
 
 def method(axes: Sequence, rooms: int, seed: int) -> list[str]:
     """Mean decay, T20, balance, texture and late coherence of random rooms, two microphones 0.1 m apart along x."""
     scenes, lines, ratios, exact = random_rooms(rooms, seed, 0.2, 0.6, mics=2), [], [], {}
+    direct = list(rendered(ISM, scenes, seed, IsmConfig(Absorption.EYRING, max_order=0)))
     for (name, (cfg, ism)), colour in zip(KINDS.items(), (BEFORE, AFTER, *COLOURS[2:])):
         rirs_of = list(rendered(cfg, scenes, seed, ism))
         found = RirMeasures.concatenate([measure_rirs(rirs, part) for part, rirs in rirs_of])
@@ -35,7 +37,9 @@ def method(axes: Sequence, rooms: int, seed: int) -> list[str]:
                      f"{float(t30.nanmean()):.2f}, DRR {float(found.drr_db.mean()):.1f} dB, C50 "
                      f"{float(found.c50_db.mean()):.1f} dB, echo density at rt60/2 "
                      f"{float(found.echo_density_half.nanmean()):.2f}, late coherence off sin(kd)/(kd) by "
-                     f"{off_diffuse(late_coherence(rirs_of)):.3f} rms")
+                     f"{off_diffuse(late_coherence(rirs_of)):.3f} rms, energy up to "
+                     f"{', '.join(map(str, EARLY_MS))} ms after the direct sound over its own "
+                     f"{', '.join(f'{level:+.1f}' for level in early_energy(rirs_of, direct))} dB")
         ratios.append(t20[t20.isfinite()])
         axes[0].plot(SHARE, _mean_decay(rirs_of), "--" if cfg is HYBRID else "-", color=colour, label=name)
         if cfg is ISM:
@@ -59,6 +63,20 @@ def _mean_decay(rirs_of: Sequence[tuple[SceneBatch, RirBatch]]) -> Tensor:
         at = tap[:, None] + ((rirs.length - tap)[:, None] * SHARE).long()
         decays.append(energy_decay(rirs.full[:, 0, 0], tap).gather(-1, at))
     return torch.cat(decays).mean(0)
+
+
+def early_energy(rirs_of: Sequence[tuple[SceneBatch, RirBatch]],
+                 direct: Sequence[tuple[SceneBatch, RirBatch]]) -> list[float]:
+    """Energy up to each of EARLY_MS after the direct sound, over that of the direct sound alone, whose RIRs are
+    `direct`, up to there: median over the rooms, dB, to a tenth. 0 where nothing has followed yet."""
+    levels = []
+    for (scenes, rirs), (_, alone) in zip(rirs_of, direct):
+        tap = direct_tap(scenes, rirs.sample_rate)[:, 0, 0]
+        last = tap[:, None] + torch.tensor([ms * rirs.sample_rate // 1000 for ms in EARLY_MS])
+        found, own = (x.full[:, 0, 0].double().square().cumsum(-1).gather(-1, last.clamp(max=x.full.shape[-1] - 1))
+                      for x in (rirs, alone))
+        levels.append(decibels(found / own))
+    return [round(level, 1) + 0.0 for level in torch.cat(levels).median(0).values.tolist()]  # + 0.0: no minus zero
 
 
 def _level_of_hybrid(exact: dict[Absorption, list[Tensor]], scenes: SceneBatch, seed: int) -> list[str]:

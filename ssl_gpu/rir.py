@@ -60,7 +60,8 @@ class RirConfig:
     image_range: how far images reach, short of the end of the RIR or up to it.
     images_per_s: range of the uniform integer law of the number of images per second of RT60; the batch has room for
         those of max_rt60. None: num_images, however long the RIR.
-    decay: what RT60 means; measured makes it T20.
+    decay: what RT60 means; measured makes it T20. Its reflections begin right behind the direct sound, without the gap
+        of some ms that rooms have: where the direct sound matters, method=hybrid or a hybrid_share has that gap.
     band_rt60_ratio: for every octave band from 125 Hz to half the sample rate the range of the uniform law of its RT60
         over the scene's, in 0..1: the scene's is that of the slowest band. None: all bands alike.
     air: temperature in C and relative humidity in percent of air that absorbs sound (ISO 9613-1). None: it does not.

@@ -1,12 +1,17 @@
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssl_gpu.fidelity import FIGURES, main
 from ssl_gpu.ism import IsmConfig
+from ssl_gpu.methods import EARLY_MS, HYBRID, ISM, early_energy
 from ssl_gpu.rir import RirConfig
+from ssl_gpu.scene import make_scenes
+from ssl_gpu.synthesis import RirBatch
+from ssl_gpu.trials import MEASURED, REFERENCE, random_rooms, rendered
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -26,6 +31,29 @@ def test_command_draws_every_figure_and_prints_its_numbers(tmp_path, capsys):
         pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("first", "second")]
         assert pictures[0] == pictures[1] and pictures[0].startswith(b"\x89PNG")
     assert sorted(path.stem for path in (tmp_path / "first").iterdir()) == sorted(FIGURES)
+
+
+def test_early_energy_counts_what_has_arrived():
+    """3.4 m are tap 160: as much again after 1.5 ms, twice that after 40."""
+    scenes = make_scenes([[6, 5, 3]], [0.3], [[[1, 2, 1]]], [[[4.4, 2, 1]]])
+    full = torch.zeros(1, 1, 1, 4800)
+    full[..., 160] = 0.1
+    alone = RirBatch(full.clone(), None, torch.tensor([4800]), 16000)
+    full[..., 160 + 24] = 0.1
+    full[..., 160 + 640] = -0.1 * 2 ** 0.5
+    assert EARLY_MS == (1, 2, 5, 50)
+    assert early_energy([(scenes, replace(alone, full=full))], [(scenes, alone)]) == [0, 3.0, 3.0, 6.0]
+
+
+def test_only_rooms_of_measured_decay_have_no_gap():
+    """As docs/fidelity.md says, and recommends hybrid rooms for."""
+    eyring, found = IsmConfig("eyring"), {}
+    scenes = random_rooms(40, 0, 0.2, 0.6)
+    direct = list(rendered(ISM, scenes, 0, replace(eyring, max_order=0)))
+    for name, cfg in (("nominal", REFERENCE), ("measured", MEASURED), ("hybrid", HYBRID)):
+        found[name] = early_energy(list(rendered(cfg, scenes, 0, eyring)), direct)
+    assert abs(found["nominal"][1]) <= 0.1 >= abs(found["hybrid"][1]) and found["measured"][1] > 0.8
+    assert found["measured"][0] > 0.4 and found["hybrid"][2] > 1.5 and found["nominal"][2] < 0.3
 
 
 @pytest.mark.parametrize("arguments, message", [
