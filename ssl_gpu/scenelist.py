@@ -49,8 +49,8 @@ def write_scenes(path: str | Path, scenes: SceneBatch) -> None:
 def read_scenes(path: str | Path) -> SceneBatch:
     """The scenes of a JSON file: a list of mappings with room_dim, rt60, mic_pos and src_pos, in m and s.
 
-    mic_orientation and src_orientation may be there, (0, 0) where they are not, and num_images, drawn where it is not
-    or null; anything else is ignored. All scenes have the same numbers of microphones and sources. Raises
+    mic_orientation and src_orientation may be there, (0, 0) in scenes where they are not or null, and num_images, drawn
+    likewise; anything else is ignored. All scenes have the same numbers of microphones and sources. Raises
     SceneListError for all that make_scenes refuses, and for a file that cannot be read, is no such list, or lacks a
     number.
     """
@@ -59,12 +59,12 @@ def read_scenes(path: str | Path) -> SceneBatch:
     present = [*REQUIRED, *(name for name in OPTIONAL if any(entry.get(name) is not None for entry in entries))]
     for index, entry in enumerate(entries):
         for name in present:
-            if name == "num_images" and entry.get(name) is None:        # to be drawn
-                columns.setdefault(name, []).append(0)
+            shape = (REQUIRED | OPTIONAL)[name]
+            if name in OPTIONAL and entry.get(name) is None:            # 0 images: to be drawn
+                columns.setdefault(name, []).append([[0.0] * shape[1]] * sizes[shape[0]] if shape else 0)
                 continue
             if name not in entry:
                 raise SceneListError(f"{path}: scene {index} has no {name}, it has {', '.join(entry) or 'nothing'}")
-            shape = (REQUIRED | OPTIONAL)[name]
             if not _fits(entry[name], shape, sizes):
                 words = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else str(axis) for axis in shape)
                 rule = f"[{words}] finite numbers" if shape else "a finite number"

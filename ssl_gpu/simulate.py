@@ -13,6 +13,13 @@ mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voi
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
 scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
 
+The least that --scenes FILE may hold, in m and s, all scenes with the same numbers of microphones and sources:
+
+[{"room_dim": [6, 5, 3], "rt60": 0.4, "mic_pos": [[2, 2, 1.2], [2.1, 2, 1.2]], "src_pos": [[4, 3, 1.6]]}]
+
+A scene may also have mic_orientation and src_orientation, for each microphone or source [azimuth, polar angle from +z]
+in rad that its polar pattern looks along, [0, 0] without; and num_images, how many fra renders it with.
+
 Everything is drawn and rendered on the CPU, one scene at a time: scene i depends on configuration, seed and i only.
 """
 from __future__ import annotations
@@ -46,13 +53,16 @@ from ssl_gpu.mixture import draw_mixture, mix
 from ssl_gpu.rir import Method
 from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, sample_scenes
-from ssl_gpu.scenelist import read_entries, read_scenes, scene_entries
+from ssl_gpu.scenelist import OPTIONAL, REQUIRED, read_entries, read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
 from ssl_gpu.train import interrupt
 
 WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR
 MAX_PLOTS = 16
+# What scenes.json says of a scene beside what is read again.
+WRITTEN = {"array_pos", "direction", "azimuth_deg", "cone_angle_deg", "fname", "sample_rate", "method", "absorption",
+           "clamped", "t20", "drr_db", "c50_db", "seed"}
 OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|scene_\d+\.png")
 
 
@@ -155,8 +165,10 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
 
 
 def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
-    """The first `count` scenes of a list, or all. Raises ValueError for fewer, or where rir.method refuses one."""
+    """The first `count` scenes of a list, or all; a line where a key of it means nothing here. Raises ValueError for
+    fewer, or where rir.method refuses one."""
     scenes = read_scenes(path)
+    warn_of_keys(path)
     if count is not None and count > len(scenes):
         raise ValueError(f"--num-scenes must be <= {len(scenes)}, the scenes in {path}, got {count}")
     scenes = scenes[:count]
@@ -166,6 +178,15 @@ def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return scenes
+
+
+def warn_of_keys(path: str) -> None:
+    """A line where scenes of a list have keys that are neither read nor written here, as misspelt ones are."""
+    read = [*REQUIRED, *OPTIONAL]
+    unknown = dict.fromkeys(key for entry in read_entries(path) for key in entry if key not in {*read, *WRITTEN})
+    if unknown:
+        print(f"warning: {path}: {', '.join(map(repr, unknown))} {'are' if len(unknown) > 1 else 'is'} ignored; of a "
+              f"scene are read {', '.join(read)}", file=sys.stderr)
 
 
 def warn_of_methods(path: str, entries: list[dict[str, Any]]) -> None:
@@ -225,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-scenes", type=int, metavar="N",
                         help="how many scenes to draw; with --scenes, how many of them to render (default: all)")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder, filled when all is done")
-    parser.add_argument("--scenes", metavar="FILE", help="render the scenes of this JSON list instead of drawing them")
+    parser.add_argument("--scenes", metavar="FILE",
+                        help="render the scenes of this JSON list, what it holds stands above, instead of drawing them")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--wav", action="store_true", help="write mixtures of speech as well")
     parser.add_argument("--plot", action="store_true", help=f"draw the first {MAX_PLOTS} scenes; needs matplotlib")
