@@ -3,6 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+from oracle import mixture
+from torch.testing import assert_close
+from torch import from_numpy
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -27,3 +30,16 @@ def test_input_and_target_of_an_enhancement_belong_together():
     assert names["noisy"].shape == (16, 1, 48000) and names["target"].shape == (16, 1, 1, 48000)
     level = (names["target"].std((1, 2, 3)) * names["mixture"].scenes.distance[:, 0]).median()
     assert 1 < level / names["dry"].std() < 8  # the direct sound alone: 1
+
+
+def test_measured_rirs_are_heard_as_they_are():
+    """The recipe's audio, less noise at the SNR that was drawn: dry speech through the given RIRs, at their level."""
+    [block] = [block for block in BLOCKS if "RirBatch(" in block]
+    names = run(block.replace("mix(torch.randn(16, 1, 48000), ", "mix(dry := torch.randn(16, 1, 48000), "))
+    heard = names["mixture"]
+    for row in (0, 15):
+        clean = from_numpy(mixture(names["dry"][row].double().numpy(), names["full"][row].double().numpy(), [1.0]))
+        noise = heard.audio[row].double() - clean
+        snr = 10 * (clean.square().mean() / noise.square().mean()).log10()
+        assert_close(snr, heard.sensor_snr_db[row].double(), rtol=0, atol=1e-3)
+    assert heard.scenes.cone_angle.shape == (16, 1)

@@ -397,7 +397,7 @@ def test_speech_that_is_no_tensor_is_named():
 
 def test_one_draw_gives_several_targets():
     """As README says: rendered once more, by images of order 0 the direct path alone, after distance / 340 s and 1/64
-    of 1 / distance high, which the early part begins with; with a window wider than any RIR all but the noise."""
+    of 1 / distance high, which the early part begins with; with a window wider than the RIRs all but the noise."""
     law, eyring = SceneConfig(num_mics=1, num_src=2, src_dist_m=(1.0, 5.0)), IsmConfig("eyring")
     mixing = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 20.0))
     rir, wide = RirConfig(method="hybrid"), (-1000, 1000)
@@ -422,3 +422,22 @@ def test_one_draw_gives_several_targets():
     gap = ((heard.early - direct).abs() * before).amax(-1) < 1e-5 * peak
     assert gap.float().mean() > 0.4                                      # elsewhere the first reflection is as near
     assert ((heard.early - direct).square().sum(-1) > 0.01 * direct.square().sum(-1)).all()
+
+
+def test_noise_may_be_a_further_source():
+    """As README says: its level is set before the room; the first source's early part does not know it; sensor noise
+    is relative to both; and with a wide window it can be added at any SNR."""
+    law, mixing = SceneConfig(num_mics=2, num_src=2), MixtureConfig((-6.0, -6.0), sensor_snr_db=(10.0, 10.0))
+    simulate = Simulator(law, RirConfig(), mixing)
+    loud = torch.randn(4, 2, 8000, generator=seeded(3))
+    quiet = loud * torch.tensor([1.0, 0.1])[:, None]
+    draw = simulate.draw(4, 8000, generator=seeded(0))
+    first, second = (simulate.render(dry, draw) for dry in (loud, quiet))
+    assert_close(first.early[:, :, 0], second.early[:, :, 0], rtol=0, atol=0)
+    assert_close(first.early[:, :, 1], 10 * second.early[:, :, 1], rtol=1e-4, atol=1e-6)
+    images = Simulator(law, RirConfig(early_window_ms=(-1000, 1000)), mixing).render(loud, draw).early
+    assert_close(draw.mixture.gain[:, 1], torch.full((4,), 10 ** (-6 / 20)))
+    both = images.sum(2)
+    noise = first.audio - both
+    snr = 10 * (both.square().mean((1, 2)) / noise.square().mean((1, 2))).log10()
+    assert_close(snr, torch.full((4,), 10.0), rtol=0, atol=0.01)
