@@ -10,7 +10,10 @@ scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s); of 
               --scenes reads it, and with the same configuration and seed renders the same RIRs
 config.yaml   the whole configuration
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
-              64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech
+              64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech;
+              scenes.json then has the utterances, the sample each begins at, its gain_db, and the SNRs of the noises
+early_<i>_<src>.wav  with --wav --targets: talker src alone, without noise, through rir.early_window_ms of its RIR, at
+              the microphones and as loud as in the mixture
 scene_<i>.png with --plot, of the first 16 scenes: plan of the room, RIR, energy decay
 
 The least that --scenes FILE may hold, in m and s, all scenes with the same numbers of microphones and sources:
@@ -49,7 +52,7 @@ from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
 from ssl_gpu.measure import RirMeasures, measure_rirs
-from ssl_gpu.mixture import draw_mixture, mix
+from ssl_gpu.mixture import MixtureBatch, draw_mixture, mix
 from ssl_gpu.rir import Method
 from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, sample_scenes
@@ -62,8 +65,9 @@ WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 6
 MAX_PLOTS = 16
 # What scenes.json says of a scene beside what is read again.
 WRITTEN = {"array_pos", "direction", "azimuth_deg", "cone_angle_deg", "fname", "sample_rate", "method", "absorption",
-           "clamped", "t20", "drr_db", "c50_db", "seed"}
-OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|scene_\d+\.png")
+           "clamped", "t20", "drr_db", "c50_db", "seed", "utterances", "offsets", "gain_db", "sensor_snr_db",
+           "diffuse_snr_db"}
+OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|early_\d+_\d+\.wav|scene_\d+\.png")
 
 
 def generator(seed: int, stream: rng.Stream, index: int) -> torch.Generator:
@@ -80,25 +84,37 @@ def draw_scene(cfg: RunConfig, seed: int, index: int) -> SceneBatch:
     return scene
 
 
-def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int) -> tuple[RirBatch, RoomDraw]:
-    """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many; and what was drawn."""
+def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int,
+              early: bool = False) -> tuple[RirBatch, RoomDraw]:
+    """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many; and what was drawn. early:
+    with their early part, whole RIRs being the same to the last bit."""
     # Of this scene alone, or its draws would have the shapes of others' in a list.
     scene = replace(scene, max_rt60=float(scene.rt60[0]),
                     max_images=None if scene.num_images is None else int(scene.num_images[0]))
     rir = replace(cfg.rir, early=False)
     drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))
-    return render_rooms(cfg.ism, rir, scene, drawn), drawn
+    rirs = render_rooms(cfg.ism, rir, scene, drawn)
+    if early:
+        rirs = replace(rirs, early=render_rooms(cfg.ism, replace(cfg.rir, early=True), scene, drawn).early)
+    return rirs, drawn
 
 
-def draw_audio(cfg: RunConfig, bank: SpeechBank, scene: SceneBatch, rirs: RirBatch, seed: int, index: int) -> Tensor:
-    """What the microphones hear in a single scene, [mic, sample], with the levels and noises of the configuration."""
+def draw_audio(cfg: RunConfig, bank: SpeechBank, scene: SceneBatch, rirs: RirBatch, seed: int,
+               index: int) -> tuple[MixtureBatch, dict[str, Any]]:
+    """What the microphones hear in a single scene, with the levels and noises of the configuration, at the RIRs' scale;
+    and of what it was made, as in scenes.json: utterances, offsets (samples), gain_db of each talker, the SNRs of the
+    noises, None without."""
     num_mics, num_src = rirs.full.shape[1:3]
     num_samples = round(cfg.speech.clip_s * rirs.sample_rate)
     crops = draw_crops(bank, 1, num_src, num_samples, cfg.speech.crop,
                        generator=generator(seed, rng.Stream.SPEECH, index))
     noise = draw_mixture(cfg.mixture, 1, num_src, num_mics, num_samples,
                          generator=generator(seed, rng.Stream.MIXTURE, index))
-    return mix(gather_crops(bank, crops, num_samples), rirs, scene, noise).audio[0] * WAV_GAIN
+    mixture = mix(gather_crops(bank, crops, num_samples), rirs, scene, noise)
+    snrs = {name: float(getattr(mixture, name)[0]) for name in ("sensor_snr_db", "diffuse_snr_db")}
+    return mixture, {"utterances": [bank.names[row] for row in crops.utterance[0].tolist()],
+                     "offsets": crops.offset[0].tolist(), "gain_db": (20 * noise.gain[0].log10()).tolist(),
+                     **{name: snr if math.isfinite(snr) else None for name, snr in snrs.items()}}
 
 
 def write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
@@ -144,18 +160,22 @@ def each_scene(cfg: RunConfig, given: SceneBatch | None, num_scenes: int, seed: 
 
 
 def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes: int, seed: int,
-              bank: SpeechBank | None, plot: bool) -> list[dict[str, Any]]:
-    """Fills a folder with everything, and returns what is in scenes.json."""
+              bank: SpeechBank | None, targets: bool, plot: bool) -> list[dict[str, Any]]:
+    """Fills a folder with everything, and returns what is in scenes.json; mixtures of the bank's speech if there is
+    one, and what --targets writes then."""
     entries = []
     for index, scene in enumerate(tqdm(each_scene(cfg, given, num_scenes, seed), "simulating", num_scenes,
                                        unit="scene")):
-        rirs, drawn = draw_rirs(cfg, scene, seed, index)
+        rirs, drawn = draw_rirs(cfg, scene, seed, index, targets)
         np.save(folder / f"rir_{index}.npy", rirs.full[0].numpy().astype("<f4"), allow_pickle=False)
         measures = measure_rirs(rirs, scene)
         entries.append(describe(scene, describe_room(cfg, scene, drawn), measures, seed, index))
         if bank is not None:
-            audio = draw_audio(cfg, bank, scene, rirs, seed, index)
-            write_wav(folder / f"mix_{index}.wav", audio, rirs.sample_rate)
+            mixture, made_of = draw_audio(cfg, bank, scene, rirs, seed, index)
+            entries[-1] |= made_of
+            write_wav(folder / f"mix_{index}.wav", mixture.audio[0] * WAV_GAIN, rirs.sample_rate)
+            for src in range(mixture.early.shape[2] if targets else 0):
+                write_wav(folder / f"early_{index}_{src}.wav", mixture.early[0, :, src] * WAV_GAIN, rirs.sample_rate)
         if plot and index < MAX_PLOTS:
             title = f"scene {index}, seed {seed}, rir.method {entries[-1]['method']}"
             plots.draw_scene(folder / f"scene_{index}.png", scene, rirs, measures, title)
@@ -207,6 +227,8 @@ def simulate(args: argparse.Namespace) -> str:
         raise ValueError(f"--num-scenes must be >= 1, got {args.num_scenes}")
     if not 0 <= args.seed <= rng.MAX_SEED:
         raise ValueError(f"--seed must satisfy 0 <= seed <= {rng.MAX_SEED}, got {args.seed}")
+    if args.targets and not args.wav:
+        raise ValueError("--targets needs --wav, the mixtures that they belong to")
     check_replaceable(out, OURS, args.force)
     cfg = load_config(RunConfig, args.config, args.overrides)
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
@@ -222,7 +244,8 @@ def simulate(args: argparse.Namespace) -> str:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), replacing_folder(out) as folder:
-            entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.plot)
+            entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.targets,
+                                args.plot)
             megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
             check_replaceable(out, OURS, args.force)  # rendering takes a while
     except OSError as error:
@@ -250,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="render the scenes of this JSON list, what it holds stands above, instead of drawing them")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn (default: %(default)s)")
     parser.add_argument("--wav", action="store_true", help="write mixtures of speech as well")
+    parser.add_argument("--targets", action="store_true", help="with --wav: each talker's early part alone as well")
     parser.add_argument("--plot", action="store_true", help=f"draw the first {MAX_PLOTS} scenes; needs matplotlib")
     parser.add_argument("--force", action="store_true", help="replace a folder that an earlier run wrote")
     args = parser.parse_intermixed_args(arguments)

@@ -138,6 +138,34 @@ def test_mixtures_are_speech_through_the_rirs(made):
         assert np.abs(audio).max() > 0.02
 
 
+def test_list_says_what_mixtures_are_made_of_and_targets_are_their_early_parts(folder):
+    """From the list alone: the utterances' samples at their gains, without the noise that its SNR tells."""
+    noisy = ("mixture.level_difference_db=[-6,6]", "mixture.sensor_snr_db=[5,15]", "rir.early_window_ms=[-1000,1000]",
+             "speech.crop=random")
+    assert start("--num-scenes", 2, "--out", "targets", "--wav", "--targets", *noisy) == 0
+    assert start("--num-scenes", 2, "--out", "none", "--wav", *noisy) == 0
+    targets, none = contents("targets"), contents("none")
+    assert {name: targets[name] for name in none} == none
+    assert {*targets} - {*none} == {f"early_{index}_{src}.wav" for index in range(2) for src in range(2)}
+    bank = eval_speech(load_config(RunConfig, "tiny.yaml"))
+    for index, entry in enumerate(entries_of("targets")):
+        rows = [bank.names.index(name) for name in entry["utterances"]]
+        dry = [bank.samples[bank.start[row] + begin:][:min(8000, bank.length[row] - begin)].numpy() / 32768
+               for row, begin in zip(rows, entry["offsets"])]
+        dry = np.stack([np.pad(voice, (0, 8000 - len(voice))) for voice in dry])
+        rir, gain = np.load(Path("targets") / f"rir_{index}.npy"), 10 ** (np.array(entry["gain_db"]) / 20)
+        assert gain[0] == 1 and 0.5 <= gain[1] <= 2 and entry["diffuse_snr_db"] is None
+        alone = [soundfile.read(Path("targets") / f"early_{index}_{src}.wav", dtype="float32")[0].T for src in (0, 1)]
+        for src in (0, 1):                                              # by that window their whole RIR
+            expected = 64 * gain[src] * oracle.mixture(dry[src:src + 1], rir[:, src:src + 1], np.ones(1))
+            np.testing.assert_allclose(alone[src], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        noise = soundfile.read(Path("targets") / f"mix_{index}.wav", dtype="float32")[0].T - sum(alone)
+        snr = 10 * np.log10(np.square(sum(alone)).mean() / np.square(noise).mean())
+        assert 5 <= entry["sensor_snr_db"] <= 15 and snr == pytest.approx(entry["sensor_snr_db"], abs=0.01)
+    assert start("--scenes", "targets/scenes.json", "--out", "again", "--wav", "--targets", *noisy) == 0
+    assert contents("again") == targets
+
+
 def test_microphones_that_differ_are_those_of_their_list_again(folder):
     """They follow from configuration, seed and number, as levels and noises do; scenes and RIRs do not know them."""
     mics = ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=5")
@@ -232,7 +260,7 @@ def test_given_list_renders_the_same_rirs_again(made, folder):
 
 
 def test_first_scenes_of_a_list(made, folder):
-    assert start("--scenes", made / "scenes.json", "--num-scenes", 2, "--out", "two") == 0
+    assert start("--scenes", made / "scenes.json", "--num-scenes", 2, "--out", "two", "--wav") == 0
     assert entries_of("two") == entries_of(made)[:2]
 
 
@@ -459,8 +487,9 @@ def test_entries_hold_plain_numbers():
 
 def test_readme_and_help_name_every_file():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    for name in ("rir_<i>.npy", "scenes.json", "config.yaml", "mix_<i>.wav", "scene_<i>.png"):
-        assert simulate.OURS.fullmatch(name.replace("<i>", "0")) and f"`{name}`" in readme and name in simulate.__doc__
+    for name in ("rir_<i>.npy", "scenes.json", "config.yaml", "mix_<i>.wav", "early_<i>_<src>.wav", "scene_<i>.png"):
+        assert simulate.OURS.fullmatch(name.replace("<i>", "0").replace("<src>", "0"))
+        assert f"`{name}`" in readme and name in simulate.__doc__
 
 
 # ---- mistakes, and what is left of a folder ----
@@ -468,6 +497,7 @@ def test_readme_and_help_name_every_file():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--num-scenes", 0], "--num-scenes must be >= 1, got 0"),
+    (["--num-scenes", 1, "--targets"], "--targets needs --wav, the mixtures that they belong to"),
     (["--num-scenes", -2], "--num-scenes must be >= 1, got -2"),
     ([], "--num-scenes N must say how many scenes to draw, unless --scenes FILE gives them"),
     (["--num-scenes", 1, "--seed", -1], "--seed must satisfy 0 <= seed <= 18446744073709551615, got -1"),
