@@ -214,11 +214,11 @@ def whole(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Seconds >= 0 from the command line."""
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be >= 0 s, got {text}")
-    return seconds
+    """Seconds or minutes >= 0 from the command line."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    return number
 
 
 def start(args: argparse.Namespace) -> torch.device:

@@ -182,12 +182,19 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
 
     fused: on a GPU with ssl_gpu.fused_convolve where that fits, which is for float32 without gradients, to a few
     roundings the same. out [batch, mic, sample]: where the audio is put, if there is such a place.
-    Raises ValueError when the shapes of dry speech and RIRs do not belong together.
+    Raises ValueError when the shapes of dry speech, RIRs, scenes and draw do not belong together.
     """
     if dry.ndim != 3 or dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
         raise ValueError(f"dry speech [batch, src, sample] must match RIRs [batch, mic, src, tap], "
                          f"got {list(dry.shape)} and {list(rirs.full.shape)}")
-    num_samples = dry.shape[-1]
+    num_samples, heard = dry.shape[-1], [len(dry), rirs.full.shape[1], dry.shape[-1]]
+    if len(scenes) != len(dry) or list(draw.gain.shape) != list(dry.shape[:2]):
+        raise ValueError(f"scenes and draw must be of batch={len(dry)}, src={dry.shape[1]}, got {len(scenes)} scenes "
+                         f"and gains {list(draw.gain.shape)}")
+    for name in ("sensor", "diffuse"):                                  # which would be broadcast: noise heard twice
+        noise = getattr(draw, name)
+        if noise is not None and list(noise.shape) != heard:
+            raise ValueError(f"the draw's {name} noise must be [batch, mic, sample] = {heard}, got {list(noise.shape)}")
     mics, speech, early = draw.microphones, None, None
     valid = scenes.valid[:, None, None]
     fits = mics is None and rirs.early is None and dry.dtype == torch.float32

@@ -357,7 +357,7 @@ def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
     for key in common:
         found = sorted({place[key] for place in places})
         if len(found) > 1:
-            raise ValueError(f"e3.dir: {path}: all RIRs must have one {key}, got {found[0]:g} and {found[1]:g}")
+            raise ValueError(f"e3.dir: {path}: all RIRs must have one {key}, got {found[0]} and {found[1]}")
     _pairs(places)
     return _read_channels(Path(folder), [place["file"] for place in places]), places
 
@@ -410,6 +410,8 @@ def _read_channels(folder: Path, names: list[str]) -> Tensor:
         if rate != SAMPLE_RATE or audio.shape[1] != 2:
             raise ValueError(f"e3.dir: {folder / name} must have 2 channels at {SAMPLE_RATE} Hz, got "
                              f"{audio.shape[1]} at {rate}")
+        if not np.isfinite(audio).all() or not audio.any(0).all():
+            raise ValueError(f"e3.dir: {folder / name} must hold finite samples and be silent in neither channel")
         channels.append(torch.from_numpy(audio.T))
     length = max(channel.shape[-1] for channel in channels)
     return torch.stack([torch.nn.functional.pad(channel, (0, length - channel.shape[-1])) for channel in channels])

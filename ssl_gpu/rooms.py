@@ -66,8 +66,15 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     In a mixed batch FRA-RIR and the hybrid method both find their arrivals for every scene, and `where` picks: finding
     them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. Exact
     rooms, whose cost is of another order, are rendered apart and put in their places.
-    Raises ValueError for an exact room whose RT60 is infeasible, see IsmConfig.
+    Raises ValueError for an exact room whose RT60 is infeasible, see IsmConfig, and for a draw without what the methods
+    of rir_cfg need, since it was drawn for others.
     """
+    needed = {"images": rir_cfg.method is Method.FRA, "method": rir_cfg.is_mixed,
+              "tail": rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0}
+    for name, there in needed.items():
+        if there and getattr(draw, name) is None:
+            raise ValueError(f"RoomDraw.{name} must be there for rir.method={rir_cfg.method.value}, rir.hybrid_share="
+                             f"{rir_cfg.hybrid_share:g}, rir.ism_share={rir_cfg.ism_share:g}, got a draw for others")
     if rir_cfg.method is Method.ISM:
         return render_ism(cfg, rir_cfg, scenes)
     if rir_cfg.method is Method.HYBRID:

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,17 +115,34 @@ def compiled(function: Compilable, enabled: bool = True) -> Compilable:
         function.compile(dynamic=False)
         return function
     quick = torch.compile(function, dynamic=False, fullgraph=True)
+    plain: set[Any] = set()                                             # shapes that came too late
 
     @functools.wraps(function)
     def call(*arguments):
+        # Asked for again, torch would say in five lines of its log, every time, that it has enough.
+        if plain and _shapes(arguments) in plain:
+            return function(*arguments)
         try:
             return quick(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            warnings.warn(f"{function.__name__} is not compiled for more shapes than the first eight, the others run "
-                          f"plainly; torch.compiler.reset() forgets them", stacklevel=2)
+            if not plain:
+                warnings.warn(f"{function.__name__} is not compiled for more shapes than the first eight, others run "
+                              f"plainly", stacklevel=2)
+            plain.add(_shapes(arguments))
             return function(*arguments)
 
     return call
+
+
+def _shapes(value: Any) -> Any:
+    """What a compilation is for: of tensors, whatever dataclass or tuple holds them, shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shapes, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return tuple(_shapes(getattr(value, field.name)) for field in fields(value))
+    return value
 
 
 def constant(function: Compilable) -> Compilable:

@@ -256,8 +256,8 @@ class SceneBatch:
         """Of each source, from the horizontal projection of the array's axis, [batch, src] rad in [-pi, pi).
 
         The axis is the line from the first to the last microphone, whatever lies between: in an array that is no line
-        it is as arbitrary as their order. Seen from a square whose last microphone is beside the first, a source along
-        +x has -90 degrees, or -45 if it is opposite. Not from the axes of the room: for that see direction.
+        it is as arbitrary as their order: from a square a source along +x has any multiple of 45 degrees. Not from the
+        axes of the room: for that see direction.
         Raises ValueError for a single microphone.
         """
         axis = geometry.azimuth(geometry.array_axis(self.mic_pos))

@@ -96,10 +96,13 @@ def check_tensor(dry: Tensor) -> None:
         raise ValueError(f"dry speech must be a torch tensor, got {type(dry).__module__}.{type(dry).__qualname__}")
 
 
-def name_of_bank(scenes: SceneBatch, rir: RirConfig, ism: IsmConfig) -> str:
-    """Of a bank by its rooms, the same for the same ones, in any process; waits for the device."""
-    content = hashlib.sha256(repr((replace(rir, early=False), ism)).encode())
-    for tensor in (scenes.room_dim, scenes.rt60, scenes.mic_pos, scenes.src_pos):
+def name_of_bank(scenes: SceneBatch, law: SceneConfig, rir: RirConfig, ism: IsmConfig) -> str:
+    """Of a bank by its scenes and by what its RIRs were drawn by and made of, the same in any process: of one generator
+    the same scenes are followed by the same images. Waits for the device."""
+    how = (law, replace(rir, early=False, early_window_ms=(-6, 50)), ism if rir.uses_walls else None)
+    content = hashlib.sha256(repr(how).encode())
+    for tensor in (scenes.room_dim, scenes.rt60, scenes.mic_pos, scenes.src_pos, scenes.mic_orientation,
+                   scenes.src_orientation):
         content.update(tensor.cpu().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
 
@@ -168,6 +171,8 @@ class Simulator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self.bank is not None and "bank_name" not in state:          # of an older version
+            self.bank_name = name_of_bank(self.bank[0], self.scene, self.rir, self.ism)
         self._compile()
 
     @torch.no_grad()
@@ -218,7 +223,7 @@ class Simulator:
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
         self.bank = scenes.to(device), RirBatch(full, early, length, self.rir.sample_rate)
-        self.bank_name = name_of_bank(scenes, self.rir, self.ism)
+        self.bank_name = name_of_bank(scenes, self.scene, self.rir, self.ism)
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
@@ -266,8 +271,8 @@ class Simulator:
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample"
                              f"{f'={samples[0]}' if samples else ''}] for this draw, got {list(dry.shape)}")
         if draw.rooms is None and draw.bank_name != self.bank_name:
-            raise ValueError(f"this draw is of the rooms of another bank, {draw.bank_name}, than this simulator holds, "
-                             f"{self.bank_name}: Simulator.fill_bank came in between, or another simulator drew")
+            raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
+                             f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI

@@ -33,8 +33,8 @@ def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> 
                    for title, text in about.items())
     parts = [f"<h1>Localisation of two talkers with two microphones</h1><table>{head}</table>"
              f"<pre>{html.escape(table)}</pre><p>Bars: means with 95 % intervals by a bootstrap over scenes (e3: over "
-             f"loudspeaker positions), where there are at least {LEAST_CLUSTERS} of them; n: sources in a bin, two of "
-             f"a clip.</p>"]
+             f"loudspeaker positions), where a bin has sources of at least {LEAST_CLUSTERS} different ones; n: sources "
+             f"in a bin, two of a clip.</p>"]
     for name, assessment in found.items():
         leaked = ", LEAKED" if is_leaked(assessment.result) else ""
         parts.append(f"<h2>{html.escape(name)}{leaked}</h2>")

@@ -673,7 +673,7 @@ def test_no_cpu_runs_triton_kernels(benchmark, capsys):
 
 
 @pytest.mark.parametrize("option, value, rule", [
-    ("--check", "-1", ">= 0, got -1"), ("--seconds", "nan", ">= 0 s, got nan"), ("--batch", "0", ">= 1, got 0")])
+    ("--check", "-1", ">= 0, got -1"), ("--seconds", "nan", ">= 0, got nan"), ("--batch", "0", ">= 1, got 0")])
 def test_what_cannot_be_measured_is_refused(option, value, rule, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         bench_rir.main([option, value])

@@ -364,7 +364,8 @@ WARNINGS = {
                "the 340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
                "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.113 "),
     "in water": (noise(RATE, 2), RATE, ["--speed-of-sound", "1500", "--spacing", "10"],
-                 "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are"),
+                 "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are at "
+                 "the 340 m/s of the training, far from its 0.1 m; and training cannot reach it"),
 }
 
 

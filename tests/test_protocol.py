@@ -308,6 +308,15 @@ def test_null_in_an_index_is_as_good_as_nothing(folder, speech):
     assert torch.equal(without.scene, null.scene)
 
 
+@pytest.mark.parametrize("spoil", [lambda audio: audio * np.nan, lambda audio: audio[:0], lambda audio: audio * [1, 0]])
+def test_measured_rirs_without_sound_are_one_line(folder, spoil):
+    """A NaN in one file was a training that had diverged, or without a model a table of numbers."""
+    audio, rate = soundfile.read(folder / "1.wav")
+    soundfile.write(folder / "1.wav", spoil(audio).astype(np.float32), rate, subtype="FLOAT")
+    with pytest.raises(ValueError, match="^e3.dir: .*1.wav must hold finite samples and be silent in neither channel$"):
+        read_measured(str(folder))
+
+
 def test_what_a_set_has_not_got_is_one_line(tmp_path, speech):
     with pytest.raises(ValueError, match="^e3 needs a folder of measured RIRs: e3.dir=DIR$"):
         all_clips("e3", speech, 1)
