@@ -208,11 +208,17 @@ PERTURBED = {
 }
 
 
+# Three seconds each; the others make every statistic fail as well.
+LEFT_FOR_LATER = {"twice the perturbation exponent", "a shorter early part", "343 m/s", "no epsilon in a distance"}
+
+
 def test_every_statistic_is_seen_to_fail():
-    assert {name for *_, names in PERTURBED.values() for name in names} == {*BOUNDS, "coherence"}
+    assert {name for law, (*_, names) in PERTURBED.items() if law not in LEFT_FOR_LATER for name in names} == {
+        *BOUNDS, "coherence"}
 
 
-@pytest.mark.parametrize("law", PERTURBED)
+@pytest.mark.parametrize("law", [pytest.param(law, marks=[pytest.mark.slow] * (law in LEFT_FOR_LATER))
+                                 for law in PERTURBED])
 def test_perturbed_law_leaves_the_bounds(law, monkeypatch):
     cfg, images_of, patch, names = PERTURBED[law]
     monkeypatch.setattr(*patch)
