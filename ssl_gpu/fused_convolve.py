@@ -215,8 +215,7 @@ def convolve_fused(signal: Tensor, gain: Tensor | None, rir: Tensor, num_samples
     def spectra(signal: Tensor, gain: Tensor | None) -> Tensor:
         """[batch, lane, row, sample] -> [batch, pair, row, radix, base, 2]."""
         lanes, rows = signal.shape[1:3]
-        out = torch.empty((batch, (lanes + 1) // 2, rows, radix, base, 2), dtype=torch.float32,
-                          device=device)
+        out = torch.empty((batch, (lanes + 1) // 2, rows, radix, base, 2), dtype=torch.float32, device=device)
         split(out, signal, gain, twiddles)
         return torch.view_as_real(torch.fft.fft(torch.view_as_complex(out)))
 

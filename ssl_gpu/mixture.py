@@ -88,7 +88,7 @@ class MixtureBatch:
     """audio [batch, mic, sample] float32; early [batch, mic, src, sample], each talker through the early part of its
     RIR alone (a dereverberation or separation target) by the same microphones, None unless the RIRs have it; the
     scenes; sample_rate Hz; sensor_snr_db, diffuse_snr_db [batch]: the SNRs that were drawn, dB, infinite where an
-    example is free of that noise (None where whoever made the batch did not say)."""
+    example stays free of that noise (None where whoever made the batch did not say)."""
 
     audio: Tensor
     early: Tensor | None
@@ -217,7 +217,4 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
         audio = _add_noise(audio, noise, speech, draw.diffuse_snr)
     if out is not None and audio is not out:
         audio = out.copy_(audio)
-    # A draw may have lost its noise, but not the SNR that was drawn with it.
-    snrs = (snr if noise is not None else torch.full_like(snr, torch.inf)
-            for noise, snr in ((draw.sensor, draw.sensor_snr), (draw.diffuse, draw.diffuse_snr)))
-    return MixtureBatch(audio, early, scenes, rirs.sample_rate, *snrs)
+    return MixtureBatch(audio, early, scenes, rirs.sample_rate, draw.sensor_snr, draw.diffuse_snr)

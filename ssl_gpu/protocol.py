@@ -38,7 +38,7 @@ from ssl_gpu.original import NUM_EVAL_SCENES, SEED
 from ssl_gpu.pool import draw_original_images, eval_rooms_in
 from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, original_scenes, sample_scenes
-from ssl_gpu.scenelist import scene_entries
+from ssl_gpu.scenelist import scene_entries, shown_json
 from ssl_gpu.speech import Crop, CropBatch, SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import RirBatch
 
@@ -351,7 +351,7 @@ def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
     rirs = index.get("rirs")
     if not isinstance(rirs, list) or len(rirs) < 2:
         raise ValueError(f"e3.dir: {path}: rirs must be a list of at least 2 RIRs, got "
-                         f"{len(rirs) if isinstance(rirs, list) else _shown(rirs)}")
+                         f"{len(rirs) if isinstance(rirs, list) else shown_json(rirs)}")
     places = [common | _known(rir, f"e3.dir: {path}: rirs[{number}]", ("file", "cone_deg"),
                               ("configuration", "distance_m", "rt60_s", *common)) for number, rir in enumerate(rirs)]
     for key in common:
@@ -366,21 +366,15 @@ def _known(entry: Any, where: str, needed: Sequence[str], optional: Sequence[str
     """Of a JSON object, the needed keys, and those optional ones that are there and not null, as they are: digests are
     of them. Raises ValueError that begins with `where`."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object with {' and '.join(needed)}, got {_shown(entry)}")
+        raise ValueError(f"{where} must be an object with {' and '.join(needed)}, got {shown_json(entry)}")
     found = {}
     for key in (*needed, *optional):
         value, (rule, holds) = entry.get(key), INDEX_RULES[key]
         if value is not None and holds(value):
             found[key] = value
         elif value is not None or key in needed:
-            raise ValueError(f"{where}: {key} must be {rule}, got {_shown(value) if key in entry else 'nothing'}")
+            raise ValueError(f"{where}: {key} must be {rule}, got {shown_json(value) if key in entry else 'nothing'}")
     return found
-
-
-def _shown(value: Any) -> str:
-    """Of JSON, short."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_number(value: Any) -> bool:

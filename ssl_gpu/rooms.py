@@ -40,17 +40,24 @@ class RoomDraw:
         return RoomDraw(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
 
 
+def _needed(rir_cfg: RirConfig) -> dict[str, bool]:
+    """Which parts of a RoomDraw the methods of rir_cfg are rendered from."""
+    return {"images": rir_cfg.method is Method.FRA, "method": rir_cfg.is_mixed,
+            "tail": rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0}
+
+
 def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> RoomDraw:
     """Draw what the methods of rir_cfg need, on the scenes' device, without a device sync; ism needs nothing.
 
     The generator must be on the scenes' device.
     """
     images = tail = method = None
-    if rir_cfg.method is Method.FRA:
+    needed = _needed(rir_cfg)
+    if needed["images"]:
         images = draw_images(rir_cfg, scenes, generator=generator)
-    if rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0:
+    if needed["tail"]:
         tail = draw_tail(cfg, rir_cfg, scenes, generator=generator)
-    if rir_cfg.is_mixed:
+    if needed["method"]:
         draw = torch.rand(len(scenes), generator=generator, dtype=torch.float32, device=scenes.rt60.device)
         method = torch.full_like(draw, METHODS.index(Method.FRA), dtype=torch.int64)
         method = torch.where(draw < rir_cfg.hybrid_share, METHODS.index(Method.HYBRID), method)
@@ -69,9 +76,7 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     Raises ValueError for an exact room whose RT60 is infeasible, see IsmConfig, and for a draw without what the methods
     of rir_cfg need, since it was drawn for others.
     """
-    needed = {"images": rir_cfg.method is Method.FRA, "method": rir_cfg.is_mixed,
-              "tail": rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0}
-    for name, there in needed.items():
+    for name, there in _needed(rir_cfg).items():
         if there and getattr(draw, name) is None:
             raise ValueError(f"RoomDraw.{name} must be there for rir.method={rir_cfg.method.value}, rir.hybrid_share="
                              f"{rir_cfg.hybrid_share:g}, rir.ism_share={rir_cfg.ism_share:g}, got a draw for others")

@@ -69,7 +69,8 @@ def read_scenes(path: str | Path) -> SceneBatch:
                 words = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else str(axis) for axis in shape)
                 rule = f"[{words}] finite numbers" if shape else "a finite number"
                 alike = ", as many as in the scenes before" if index and set(shape) & set(sizes) else ""
-                raise SceneListError(f"{path}: scene {index}: {name} must be {rule}{alike}, got {_show(entry[name])}")
+                raise SceneListError(f"{path}: scene {index}: {name} must be {rule}{alike}, got "
+                                     f"{shown_json(entry[name])}")
             columns.setdefault(name, []).append(entry[name])
     try:
         return make_scenes(**columns)
@@ -88,11 +89,11 @@ def read_entries(path: str | Path) -> list[dict[str, Any]]:
     except (UnicodeDecodeError, RecursionError, ValueError) as error:  # bytes of no encoding; lists in lists in lists
         raise SceneListError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, list) or not entries:
-        raise SceneListError(f"{path} must hold a list of scenes, got {_show(entries)}")
+        raise SceneListError(f"{path} must hold a list of scenes, got {shown_json(entries)}")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise SceneListError(f"{path}: scene {index} must be a mapping of room_dim, rt60, mic_pos and src_pos, "
-                                 f"got {_show(entry)}")
+                                 f"got {shown_json(entry)}")
     return entries
 
 
@@ -113,6 +114,7 @@ def _fits(value: Any, shape: tuple[str | int, ...], sizes: dict[str, int]) -> bo
     return True
 
 
-def _show(value: Any) -> str:
+def shown_json(value: Any) -> str:
+    """A value of JSON in an error: not too long."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -244,8 +244,7 @@ def simulate(args: argparse.Namespace) -> str:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), replacing_folder(out) as folder:
-            entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.targets,
-                                args.plot)
+            entries = write_set(cfg, folder, given, num_scenes, args.seed, bank, args.targets, args.plot)
             megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
             check_replaceable(out, OURS, args.force)  # rendering takes a while
     except OSError as error:

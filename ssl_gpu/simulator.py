@@ -99,7 +99,7 @@ def check_tensor(dry: Tensor) -> None:
 def name_of_bank(scenes: SceneBatch, law: SceneConfig, rir: RirConfig, ism: IsmConfig) -> str:
     """Of a bank by its scenes and by what its RIRs were drawn by and made of, the same in any process: of one generator
     the same scenes are followed by the same images. Waits for the device."""
-    how = (law, replace(rir, early=False, early_window_ms=(-6, 50)), ism if rir.uses_walls else None)
+    how = (law, replace(rir, early=False, early_window_ms=RirConfig.early_window_ms), ism if rir.uses_walls else None)
     content = hashlib.sha256(repr(how).encode())
     for tensor in (scenes.room_dim, scenes.rt60, scenes.mic_pos, scenes.src_pos, scenes.mic_orientation,
                    scenes.src_orientation):
@@ -292,8 +292,8 @@ class Simulator:
         if whole is None:
             return replace(parts[0], scenes=draw.scenes)
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
-        snrs = (torch.cat([getattr(part, name) for part in parts]) for name in ("sensor_snr_db", "diffuse_snr_db"))
-        return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate, *snrs)
+        return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate, draw.mixture.sensor_snr,
+                            draw.mixture.diffuse_snr)
 
     @torch.no_grad()
     def captured(self, batch: int, num_samples: int, *,

@@ -14,7 +14,7 @@ import torch
 
 from ssl_gpu import localize, pretrained
 from ssl_gpu.checkpoint import save_checkpoint
-from ssl_gpu.config import RunConfig, from_mapping, to_mapping
+from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.doa import Decoding
 from ssl_gpu.features import DelayMap
 from ssl_gpu.localize import Recording, estimate, read_recording, read_tracks, tune, windows
@@ -367,6 +367,17 @@ WARNINGS = {
                  "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are at "
                  "the 340 m/s of the training, far from its 0.1 m; and training cannot reach it"),
 }
+
+
+def test_training_that_is_advised_can_run():
+    """At both ends of TRAINED_M, and not far beyond them."""
+    recipe = Path(__file__).parents[1] / "configs" / "librispeech.yaml"
+    low, high = localize.TRAINED_M
+    for spacing in (low, high):
+        load_config(RunConfig, recipe, [f"scene.mic_spacing_m={spacing}"])
+    for spacing in (0.9 * low, 1.1 * high):
+        with pytest.raises(ValueError, match="^scene.spacing_jitter_m must|^scene.room_min_m: "):
+            load_config(RunConfig, recipe, [f"scene.mic_spacing_m={spacing}"])
 
 
 @pytest.mark.parametrize("name", WARNINGS)

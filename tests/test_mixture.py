@@ -152,8 +152,7 @@ def test_infinite_snr_leaves_the_example_clean():
 
 
 def test_a_mixture_says_which_snrs_were_drawn():
-    """Measured on the audio; infinite for an example that is free of the noise, by chance, by configuration or because
-    its noise was taken from the draw."""
+    """Measured on the audio; infinite for an example that stays free of the noise, by chance or by configuration."""
     dry, rirs, scenes = setup()
     drawn = draw(replace(NOISY, noise_probability=0.5), seed=1)
     assert 0 < torch.isfinite(drawn.sensor_snr).sum() < BATCH  # or nothing is tested
@@ -163,8 +162,6 @@ def test_a_mixture_says_which_snrs_were_drawn():
         noise = (heard.audio - clean.audio).double()
         found = db(clean.audio.double().square().mean((1, 2)) / noise.square().mean((1, 2)))
         assert_close(getattr(heard, f"{name}_snr_db").double(), found, rtol=0, atol=1e-3)
-        assert torch.isinf(getattr(heard, f"{other}_snr_db")).all()
-        assert torch.isinf(getattr(clean, f"{name}_snr_db")).all()
     batch = mixed(MixtureConfig())
     assert batch.sensor_snr_db.tolist() == batch.diffuse_snr_db.tolist() == [math.inf] * BATCH
 
