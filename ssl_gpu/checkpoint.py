@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there at all: checkpoints of a run, and the text and JSON beside them."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_gpu.runtime import versions
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 KIND = "ssl_gpu checkpoint"
 FORMAT = 1  # raise it when an older ssl_gpu could no longer make sense of the file
@@ -110,7 +115,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write in a `with` block that takes the place of `path` if the block succeeds, and vanishes if not.
 
@@ -130,7 +135,35 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-@contextmanager
+def clear_unfinished(path: str | Path) -> None:
+    """Removes what `replacing` left beside `path` where the process was killed; for who alone writes there."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """The folder as this process's own for the `with` block, against others that ask likewise; for nothing where the
+    system has no such locks (Windows, some file systems). Raises ValueError where another process holds it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written to by another process: wait for it, or take another folder"
+                             ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)                                            # and the lock with it, as when it is killed
+
+
+@contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """A new folder to fill in a `with` block that takes the place of `path` if the block succeeds, and vanishes if not.
 
@@ -171,14 +204,14 @@ def check_replaceable(folder: Path, ours: re.Pattern[str], force: bool) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power failure, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes a rename in `folder` outlast a power failure, where the system can: some file systems do not, and a folder
+    may be closed to readers. What was renamed is there all the same."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _check_plain(value: Any, place: str) -> None:

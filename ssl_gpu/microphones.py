@@ -39,8 +39,7 @@ class Microphones:
     def response(self, n_fft: int) -> Tensor:
         """What each does to the spectrum of n_fft real samples: [batch, mic, n_fft // 2 + 1] complex."""
         omega = torch.arange(n_fft // 2 + 1, dtype=self.phase.dtype, device=self.phase.device) * (2 * math.pi / n_fft)
-        with runtime.autocast(omega.device, False):                     # bfloat16 would be off by up to half a degree
-            phase = self.phase @ _sines(omega)
+        phase = runtime.exact_product(self.phase, _sines(omega))        # bfloat16 would be off by up to half a degree
         return torch.polar(self.gain[..., None].expand_as(phase), phase)
 
 
@@ -64,7 +63,6 @@ def draw_microphones(gain_db: float, phase_deg: float, batch: int, num_mics: int
     largest = largest * math.radians(phase_deg / 2)
     omega = torch.arange(PHASE_GRID + 1, dtype=curve.dtype, device=device) * (math.pi / PHASE_GRID)
     # Between the points of the grid a sum of sines up to k is at most 1 / cos(k step / 2) times higher: 0.12 %.
-    with runtime.autocast(device, False):
-        curves = curve @ _sines(omega)
+    curves = runtime.exact_product(curve, _sines(omega))
     peak = curves.abs().amax(-1, keepdim=True) / math.cos(PHASE_TERMS * math.pi / PHASE_GRID / 2)
     return Microphones(10 ** (level / 20), curve * (largest / peak.clamp(min=1e-6)))

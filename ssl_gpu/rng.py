@@ -29,6 +29,7 @@ class Stream(IntEnum):
     VOICES = 4
     MODEL = 5
     ANGLE_MAP = 6
+    DROPOUT = 7
 
 
 def generator(seed: int, split: Split, stream: Stream, step: int, rank: int = 0,

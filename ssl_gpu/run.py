@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import re
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -59,11 +61,12 @@ class Run:
     bfloat16: bool = False     # what train.precision has come to
     graph: bool = False        # what train.graph has come to
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
+    threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations
 
 
 def newest_run(name: str) -> Path:
     """The run folder runs/<name>-<date> that was written last. Raises ValueError when there is none to resume."""
-    ours = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+    ours = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
     found = [p.parent for p in Path("runs").glob("*/checkpoint.pt") if ours.fullmatch(p.parent.name)]
     if not found:
         raise ValueError(f"--resume found no runs/{name}-*/checkpoint.pt; name the folder with train.out=DIR")
@@ -87,14 +90,18 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     cfg = load_config(RunConfig, args.config, args.overrides)
     name, resumed = Path(args.config).stem, None
     if args.resume:
-        out = Path(cfg.train.out) if cfg.train.out else newest_run(name)
+        out = Path(cfg.train.out).expanduser() if cfg.train.out else newest_run(name)
         check_resumable(out)
         resumed = load_checkpoint(out / "checkpoint.pt")
+        try:
+            before = from_mapping(RunConfig, resumed.config)
+        except ValueError as error:
+            raise ValueError(f"{out / 'checkpoint.pt'}: {error}") from error
         cfg = from_mapping(RunConfig, apply_overrides(resumed.config, args.overrides))
     if resumed is None:
         cfg = replace(cfg, train=replace(cfg.train, init=whole_path(cfg.train.init)))
     else:                                                              # nothing is read from there any more
-        began = from_mapping(RunConfig, resumed.config).train.init
+        began = before.train.init
         if whole_path(cfg.train.init) != whole_path(began):
             raise ValueError(f"train.init must stay that of the run that --resume goes on with, "
                              f"{'null' if began is None else began}, got {cfg.train.init}")
@@ -104,10 +111,31 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
     if resumed is not None:
         return cfg, out, resumed
-    out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):                        # now, and not after minutes of preparation
+        raise ValueError(f"train.out must be a folder that can be written to, got {out}: no permission in {there}")
     return cfg, out, None
+
+
+def claim_folder(run: Run) -> None:
+    """Makes the folder of a new run; one without train.out counts up where others of its second have the name, as runs
+    that are started together do. Raises ValueError where another run has begun in train.out, OSError as mkdir does."""
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    if run.cfg.train.out is not None:
+        run.out.mkdir(exist_ok=True)
+        if any(run.out.iterdir()):
+            raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")
+        return
+    first = run.out.name
+    for number in itertools.count(2):
+        try:
+            run.out.mkdir()
+            return
+        except FileExistsError:
+            run.out = run.out.with_name(f"{first}-{number}")
 
 
 def whole_path(init: str | None) -> str | None:
@@ -254,19 +282,23 @@ def restore(run: Run, resumed: Checkpoint) -> None:
 
 def elapsed_s(run: Run) -> float:
     """Wall-clock seconds of the run so far: since the process started, and those of the parts before a resumption."""
-    return run.elapsed_s + time.time() - runtime.process_start_time()
+    return run.elapsed_s + runtime.process_age_s()
 
 
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Metrics of the averaged weights, or of the weights themselves where none are averaged."""
     begin = time.perf_counter()
-    metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
+    with runtime.cpu_threads(run.threads):  # as when it was timed first, whatever steps take (runtime.ThreadTuner)
+        metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
     run.eval_s = max(run.eval_s, time.perf_counter() - begin)
     return metrics
 
 
 def save(run: Run, step: int) -> None:
-    """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written."""
+    """checkpoint.pt of the run folder. Raises CheckpointError when it cannot be written, and FloatingPointError for
+    weights that are not finite, so that the last good one stays."""
+    if not all(bool(weight.isfinite().all()) for weight in run.localizer.parameters()):
+        raise FloatingPointError(f"the weights are not finite at step {step}: lower train.lr or set train.clip_norm")
     averaged = None if run.averaged is None else run.averaged.model
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg),

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_gpu import __version__
 
-IMPORTED_AT = time.time()  # the latest that the process can have started, see process_start_time
+IMPORTED = time.monotonic()  # the latest that the process can have started, see process_age_s
 
 Compilable = TypeVar("Compilable", bound=Callable)
 
@@ -152,9 +152,11 @@ def constant(function: Compilable) -> Compilable:
     """
     @functools.lru_cache(maxsize=None)                                  # a CUDA graph may read a table for ever
     def remembered(*arguments):
+        # Not as the caller is: a table made in inference mode could never be part of an autograd graph.
         # In a tuple, which the compiler gives a name of its own. A bare tensor it names after this code, whichever
         # function and arguments it came from, and then refuses a second one in the same graph.
-        return (function(*arguments),)
+        with torch.inference_mode(False):
+            return (function(*arguments),)
 
     def boxed(*arguments):
         return remembered(*arguments)
@@ -179,6 +181,15 @@ def prefers_products(device: torch.device) -> bool:
     """Whether convolutions of few channels, or over few tokens, are done as products of matrices (ssl_gpu.products): on
     any GPU. Measured on an H200."""
     return is_gpu(device)
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32 whatever surrounds it: an autocast of 3e-3, or, on a GPU, products in TF32 of 5e-4, which
+    a training loop may have chosen for its network; float64 has neither."""
+    with autocast(left.device, False):
+        if is_gpu(left.device):
+            return (left.double() @ right.double()).to(left.dtype)
+        return left @ right
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -229,19 +240,41 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def process_start_time() -> float:
-    """When this process started, on the clock of time.time(), from /proc; elsewhere, when this module was imported.
+def process_age_s() -> float:
+    """Seconds since this process started, or, where the system does not tell (outside Linux), since this module was
+    imported. By a clock that nobody sets.
 
     A program that says how long it took must count the seconds of its own imports.
     """
+    return _age_when_imported() + time.monotonic() - IMPORTED
+
+
+@functools.lru_cache(maxsize=1)
+def _age_when_imported() -> float:
     try:
         # proc(5): the 22nd field, in clock ticks since boot. The 2nd is a name that may hold spaces and brackets.
         ticks = int(_read("/proc/self/stat").rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (AttributeError, IndexError, OSError, ValueError):
-        return IMPORTED_AT
+        return 0.0
     # Some sandboxes give 0 ticks for every process.
-    return min(time.time() - age, IMPORTED_AT) if ticks > 0 else IMPORTED_AT
+    return max(age - (time.monotonic() - IMPORTED), 0.0) if ticks > 0 else 0.0
+
+
+@contextlib.contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """torch on so many threads of the CPU for the `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interrupt(signum, frame):
+    """For signal.signal: SIGTERM, as batch systems send it, ends a program the way Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def versions() -> dict[str, str]:
@@ -481,7 +514,8 @@ class ThreadTuner:
     under load, two threads trained on 5 examples/s where one trained on 35. `lanes` says how many parts of the batch
     are to go through the step side by side (ssl_gpu.lanes), each on as many threads as torch is set to. All ways to
     deal the cores out, and half and one of the threads, are timed for PROBE_STEPS steps each, at the start and every
-    EVERY_S seconds; the quickest serves until the next trial.
+    EVERY_S seconds; the quickest serves until the next trial. The very first step of each does not count: threads are
+    made in it, and lanes run one after the other (Lanes.gradients).
     It changes rounding, so a run that must repeat to the bit does without it (enabled=False).
     """
 
@@ -493,7 +527,7 @@ class ThreadTuner:
         dealt = [(most // lanes, lanes) for lanes in range(1, min(most, most_lanes) + 1) if most % lanes == 0]
         self.choices = list(dict.fromkeys([*dealt, ((most + 1) // 2, 1), (1, 1)]))  # threads, lanes
         self.enabled = enabled and device.type == "cpu" and most > 1
-        self.lanes = 1
+        self.lanes, self._known = 1, set()
         self.restart()
         self._probe()
 
@@ -532,6 +566,9 @@ class ThreadTuner:
     def _use(self, choice: tuple[int, int]) -> None:
         threads, self.lanes = choice
         torch.set_num_threads(threads)
+        if choice not in self._known:
+            self._known.add(choice)
+            self.restart()
 
 
 def _read(path: str) -> str:

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_gpu import plots, rng
+from ssl_gpu import plots, rng, runtime
 from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
 from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
@@ -59,7 +59,6 @@ from ssl_gpu.scene import Pool, SceneBatch, sample_scenes
 from ssl_gpu.scenelist import OPTIONAL, REQUIRED, read_entries, read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
-from ssl_gpu.train import interrupt
 
 WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR
 MAX_PLOTS = 16
@@ -71,7 +70,8 @@ OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|early_\d
 
 
 def generator(seed: int, stream: rng.Stream, index: int) -> torch.Generator:
-    """Of scene `index` alone. The split is one that neither training nor its evaluation set draws from."""
+    """Of scene `index` alone. The split is one that neither training nor its evaluation set draws from, but the sets to
+    choose by do, by seeds 1000 to 1003 (protocol.SetOptions.split)."""
     return rng.generator(seed, rng.Split.VALIDATION, stream, index)
 
 
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", action="store_true", help=f"draw the first {MAX_PLOTS} scenes; needs matplotlib")
     parser.add_argument("--force", action="store_true", help="replace a folder that an earlier run wrote")
     args = parser.parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, runtime.interrupt)
     try:
         print(simulate(args))
     except (ValueError, OSError) as error:

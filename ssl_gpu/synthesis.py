@@ -172,8 +172,7 @@ def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch
     train [batch, mic, src, part, 64 tap] float32; two parts, late and early, or one where no early RIR is asked for.
     """
     shape, taps = train.shape[:4], train.shape[-1] // OVERSAMPLING
-    with runtime.autocast(train.device, False):                         # of a training loop around: 3e-3 of every RIR
-        products = train.view(*shape, taps, OVERSAMPLING) @ _kernel_on(sample_rate, train.device).T
+    products = runtime.exact_product(train.view(*shape, taps, OVERSAMPLING), _kernel_on(sample_rate, train.device).T)
     spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps, train.device))  # main, remainder
     for tap in range(MAIN_TAPS + 2):
         spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import CheckpointError, write_json
+from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json, write_text
 from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
 from ssl_gpu.report import result_table
-from ssl_gpu.run import Run, elapsed_s, evaluate_now, prepare, save, setup, told_finished
+from ssl_gpu.run import Run, claim_folder, elapsed_s, evaluate_now, prepare, save, setup, told_finished
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
 
@@ -209,12 +209,25 @@ def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | 
             f"{'was time for only' if over else 'is time for about'} {count} step{'s' * (count > 1)}")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without one that a crash cut short."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
 class Log:
     """metrics.jsonl, the progress bar, and TensorBoard events where TensorBoard is installed."""
 
-    def __init__(self, out: Path, share: float = 0.0):
-        """share: of the run, that is over as it begins, or goes on."""
-        self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+    def __init__(self, out: Path, share: float = 0.0, step: int = 0):
+        """share: of the run, that is over as it begins, or goes on; step: done by then. What was logged of later ones,
+        which a run that was killed did and that will be done again, is taken out."""
+        path = out / "metrics.jsonl"
+        if path.exists():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
+        self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
         self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
@@ -222,11 +235,17 @@ class Log:
         except ImportError:
             self.events = None
         else:
-            self.events = SummaryWriter(out)
+            self.events = SummaryWriter(out, purge_step=step + 1 if step else None)
 
     def write(self, values: dict[str, Any], share: float) -> None:
-        """One line of metrics; numbers become TensorBoard scalars."""
-        self.file.write(json.dumps(values) + "\n")
+        """One line of metrics; numbers become TensorBoard scalars. A line that cannot be written is told of once: a
+        disk that is full must not end a run."""
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            if not self.full:
+                self.warn(f"cannot write {self.file.name}: {error.strerror}; training goes on")
+            self.full = True
         self.bar.update(100 * min(share, 1.0) - self.bar.n)
         if self.events is not None:
             for name, value in values.items():
@@ -248,7 +267,8 @@ class Log:
     def close(self) -> None:
         """Closes the files and leaves the bar on the screen."""
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):                             # of which write has told
+            self.file.close()
         if self.events is not None:
             self.events.close()
 
@@ -268,11 +288,13 @@ def train(run: Run, log: Log) -> int:
     evaluated = math.floor(share * cfg.evaluations)
     invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
     captured = CapturedStep(run, network, invalid) if run.graph else None
-    # The first step that tells how long they take: kernels are compiled in the first, and some are plain before one is
-    # captured, which takes its time, too.
-    usual = runtime.Graphed.WARM_UP + 2 if run.graph else 2
+    # The first step that tells how long they take: kernels are compiled in the first, some are plain before one is
+    # captured, which takes its time, too, and those after it are only queued, AHEAD of them at a time.
+    usual = runtime.Graphed.WARM_UP + runtime.Graphed.AHEAD + 2 if run.graph else 2
     run.localizer.train()
     while share < 1:
+        if run.cfg.model.dropout > 0:                                  # whose masks are of torch's own generators
+            torch.manual_seed(rng.seed_of(cfg.seed, rng.Split.TRAIN, rng.Stream.DROPOUT, step))
         step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
         if captured is not None:
             loss = captured.take(step, rate)
@@ -376,9 +398,53 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
     return result
 
 
-def interrupt(signum, frame):
-    """SIGTERM, as batch systems send it, ends a run the way Ctrl-C does."""
-    raise KeyboardInterrupt
+def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
+    """The run that the command line asks for, its folder made and held; None where it is finished, which is told.
+    Raises ValueError, OSError or FloatingPointError with a line for the user."""
+    cfg, out, resumed = setup(args)
+    finished = None if resumed is None else told_finished(cfg, out, resumed)
+    if finished is not None:
+        print(finished)
+        return None
+    run = prepare(cfg, out, resumed)
+    if resumed is None:
+        claim_folder(run)
+    held.enter_context(holding(run.out))
+    if resumed is not None:
+        (run.out / "result.json").unlink(missing_ok=True)              # it will be another one
+        clear_unfinished(run.out / "checkpoint.pt")
+    save_yaml(run.out / "config.yaml", run.cfg)
+    return run
+
+
+def outcome(run: Run, log: Log, args: argparse.Namespace) -> tuple[dict[str, Any] | None, str, int]:
+    """Trains to the end: the result, or a line that says what came in between; and the exit status."""
+    try:
+        return finish(run, log, train(run, log)), "", 0
+    except KeyboardInterrupt:
+        return None, *interrupted(run, args)
+    except (FloatingPointError, CheckpointError, OSError) as error:
+        return None, f"error: {error}", 1
+    except (MemoryError, RuntimeError) as error:
+        if re.search("out of memory|allocate memory", str(error)):
+            return None, (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; lower it, or "
+                          f"simulator.chunk"), 1
+        if isinstance(error, runtime.CaptureError):
+            return None, f"error: {error}", 1
+        raise                                                          # a bug of ours, with its traceback
+
+
+def interrupted(run: Run, args: argparse.Namespace) -> tuple[str, int]:
+    """Saves the run; what to say, and the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)                          # a second Ctrl-C would cost the checkpoint
+    try:
+        save(run, run.step)
+    except (CheckpointError, FloatingPointError) as error:
+        return f"error: interrupted at step {run.step}, which is not saved: {error}", 1
+    overrides = [o for o in args.overrides if not o.startswith("train.out=")]
+    command = shlex.join([args.config, *overrides, f"train.out={run.out}", "--resume"])
+    return f"interrupted at step {run.step}; go on with: python -m ssl_gpu.train {command}", 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -390,56 +456,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration")
     args = parser.parse_intermixed_args(arguments)
-    try:
-        cfg, out, resumed = setup(args)
-        finished = None if resumed is None else told_finished(cfg, out, resumed)
-        if finished is not None:
-            print(finished)
-            return 0
-        run = prepare(cfg, out, resumed)
-        run.out.mkdir(parents=True, exist_ok=True)
-        if resumed is not None:
-            (run.out / "result.json").unlink(missing_ok=True)          # it will be another one
-        elif any(run.out.iterdir()):
-            raise ValueError(f"train.out must be a new or empty folder, another run has begun in {run.out}")
-        save_yaml(run.out / "config.yaml", run.cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was written", file=sys.stderr)
-        return 130
-    print(f"{run.out}: {run.cfg.model.kind.value} model, "
-          f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
-          f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} "
-          f"{'synthetic ' if run.cfg.speech.train is None else ''}talkers, "
-          f"{run.speech.duration_s / 3600:.2f} h of speech"
-          + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else ""))
-    signal.signal(signal.SIGTERM, interrupt)
-    log = Log(run.out, run.share)
-    try:
-        step = train(run, log)
-        result = finish(run, log, step)
-        problem, status = "", 0
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)                      # a second Ctrl-C would cost the checkpoint
-        save(run, run.step)
-        overrides = [o for o in args.overrides if not o.startswith("train.out=")]
-        command = shlex.join([args.config, *overrides, f"train.out={run.out}", "--resume"])
-        problem, status = f"interrupted at step {run.step}; go on with: python -m ssl_gpu.train {command}", 130
-    except (FloatingPointError, CheckpointError, OSError) as error:
-        problem, status = f"error: {error}", 1
-    except (MemoryError, RuntimeError) as error:
-        if re.search("out of memory|allocate memory", str(error)):
-            problem, status = (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; "
-                               f"lower it, or simulator.chunk"), 1
-        elif isinstance(error, runtime.CaptureError):
-            problem, status = f"error: {error}", 1
-        else:
-            raise                                                      # a bug of ours, with its traceback
-    finally:
-        log.close()                                                    # the bar is drawn once more, then the line
+    with contextlib.ExitStack() as held:
+        try:
+            run = begin(args, held)
+            if run is None:
+                return 0
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted before the first step; nothing was written", file=sys.stderr)
+            return 130
+        print(headline(run))
+        signal.signal(signal.SIGTERM, runtime.interrupt)
+        try:
+            log = Log(run.out, run.share, run.step)
+        except OSError as error:
+            print(f"error: cannot write {run.out / 'metrics.jsonl'}: {error.strerror}", file=sys.stderr)
+            return 2
+        try:
+            result, problem, status = outcome(run, log, args)
+        finally:
+            log.close()                                                # the bar is drawn once more, then the line
     if status:
         print(problem, file=sys.stderr)
         return status
@@ -448,6 +486,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{done} step{'s' * (done != 1)}, {result['examples'] - run.first_examples} examples in "
           f"{result['minutes']:.1f} min; {run.out}/result.json")
     return 0
+
+
+def headline(run: Run) -> str:
+    """What is trained, where, on what."""
+    return (f"{run.out}: {run.cfg.model.kind.value} model, "
+            f"{sum(p.numel() for p in run.localizer.parameters()) / 1e6:.2f} M parameters, on "
+            f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} "
+            f"{'synthetic ' if run.cfg.speech.train is None else ''}talkers, "
+            f"{run.speech.duration_s / 3600:.2f} h of speech"
+            + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else ""))
 
 
 if __name__ == "__main__":

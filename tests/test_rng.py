@@ -33,7 +33,8 @@ def test_seeds_are_what_they_always_were(key, seed, draw):
 def test_numbers_of_splits_and_streams_never_change():
     assert {split.name: split.value for split in Split} == {"TRAIN": 0, "VALIDATION": 1, "TEST": 2}
     assert {stream.name: stream.value for stream in Stream} == {
-        "SCENE": 0, "IMAGES": 1, "SPEECH": 2, "MIXTURE": 3, "VOICES": 4, "MODEL": 5, "ANGLE_MAP": 6}
+        "SCENE": 0, "IMAGES": 1, "SPEECH": 2, "MIXTURE": 3, "VOICES": 4, "MODEL": 5, "ANGLE_MAP": 6,
+        "DROPOUT": 7}
 
 
 def test_same_numbers_give_the_same_draws_whatever_was_drawn_before():
@@ -70,7 +71,8 @@ def test_global_generator_is_left_alone():
     ({"rank": "0"}, "rank must be an int with 0 <= rank <= 4294967295, got '0'"),
     ({"split": 0}, "split must be a Split (TRAIN, VALIDATION, TEST), got 0"),
     ({"split": Stream.SCENE}, "split must be a Split (TRAIN, VALIDATION, TEST), got <Stream.SCENE: 0>"),
-    ({"stream": 9}, "stream must be a Stream (SCENE, IMAGES, SPEECH, MIXTURE, VOICES, MODEL, ANGLE_MAP), got 9"),
+    ({"stream": 9}, "stream must be a Stream (SCENE, IMAGES, SPEECH, MIXTURE, VOICES, MODEL, ANGLE_MAP, DROPOUT), "
+     "got 9"),
 ])
 def test_impossible_number_is_refused_in_one_line(changed, message):
     numbers = {"seed": 0, "split": Split.TRAIN, "stream": Stream.SCENE, "step": 0, "rank": 0}

@@ -491,7 +491,7 @@ def test_budget_of_minutes_is_kept(tiny):
 def test_a_budget_eaten_by_preparation_is_told(age_s, change, expected, tiny, monkeypatch, capsys):
     """Of a process that is `age_s` old; not where train.steps ends the run anyway, nor in a budget with room."""
     began = time.time() - age_s
-    monkeypatch.setattr(train_cli.runtime, "process_start_time", lambda: began)
+    monkeypatch.setattr(train_cli.runtime, "process_age_s", lambda: time.time() - began)
     assert start("train.out=run", "train.steps=null", "train.max_minutes=1", *change) == 0
     warnings = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("warning: ")]
     assert len(warnings) == (expected is not None)
