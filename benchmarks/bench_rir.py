@@ -61,13 +61,13 @@ def render_rooms(name: str, batch: int, way: dict[str, bool], cfg: RirConfig, an
     return row, lambda: common.rir_error(found, few, their_images, cfg.sample_rate)
 
 
-def tasks(batch: int, way: dict[str, bool], device: torch.device, args) -> list[common.Task]:
-    """The rows of one batch size and way."""
+def tasks(batch: int, way: dict[str, bool], first: bool, device: torch.device, args) -> list[common.Task]:
+    """The rows of one batch size and way; with drawing, which all ways have in common, for the first."""
     both = RirConfig()
     full = replace(both, early=False)
     kinds = [("render", full, False), ("render, early part too", both, False), ("draw and render", full, True)]
     drawing = [common.Task(DRAW, batch, False, partial(draw_rooms, batch, device, args.seconds))]
-    return drawing * (not any(way.values())) + [
+    return drawing * first + [
         common.Task(name, batch, way["compiled"],
                     partial(render_rooms, name, batch, way, *kind, args.check, device, args.seconds),
                     {"fused": way["fused"]})
@@ -82,10 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
     results = common.Results("bench_rir", device, arguments, args.json)
-    for way, batch in product(common.ways(args, device), batches):
+    ways = common.ways(args, device)
+    for way, batch in product(ways, batches):
         if way["compiled"]:
             torch.compiler.reset()  # it keeps eight sizes of a function, and raises at the ninth
-        results.measure(tasks(batch, way, device, args))
+        results.measure(tasks(batch, way, way == ways[0], device, args))
     return results.finish()
 
 

@@ -84,23 +84,26 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     return torch.fft.irfft(spectrum, n_fft)[..., :num_samples or total]
 
 
-def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536) -> Tensor:
+def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536, keep_src: bool = False) -> Tensor:
     """convolve_sources for long signals by overlap-add: FFT memory is bounded by block + tap, whatever the length.
 
-    signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, sample + tap - 1].
+    signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, sample + tap - 1], or with keep_src each
+    source alone, [batch, mic, src, sample + tap - 1].
     Raises ValueError when block < 1, and for shapes that do not belong together.
     """
     _check_shapes(signal, rir)
     if block < 1:
         raise ValueError(f"convolve_blocks: block must be >= 1 sample, got {block}")
-    batch, mics, _, taps = rir.shape
+    batch, mics, srcs, taps = rir.shape
     samples = signal.shape[-1]
     n_fft = transform_length(min(block, samples) + taps - 1, signal.device)
     response = torch.fft.rfft(rir, n_fft)
-    out = rir.new_zeros(batch, mics, samples + taps - 1)               # speech may be int16
+    shape = (batch, mics, srcs) if keep_src else (batch, mics)
+    out = rir.new_zeros(*shape, samples + taps - 1)                    # speech may be int16
     for start in range(0, samples, block):
         piece = signal[..., start:start + block]
         length = piece.shape[-1] + taps - 1
         spectrum = torch.fft.rfft(piece, n_fft)[:, None] * response
-        out[..., start:start + length] += torch.fft.irfft(spectrum.sum(2), n_fft)[..., :length]
+        piece = torch.fft.irfft(spectrum if keep_src else spectrum.sum(2), n_fft)[..., :length]
+        out[..., start:start + length] += piece
     return out

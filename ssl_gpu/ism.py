@@ -46,7 +46,8 @@ class Absorption(Enum):
 class IsmConfig:
     """absorption: formula from RT60 to the walls' absorption.
     clamp_infeasible: render a room that cannot have an RT60 so short with walls of absorption 0.99, the shortest it can
-        have; its RIRs are still RT60 long. False: an error that names the feasible range.
+        have; its RIRs are still RT60 long. False: an error that names the feasible range, by rooms.render_rooms (of
+        hybrid rooms on a GPU by Simulator alone: hybrid.render_hybrid).
     max_order: of the images of the exact method, to bound its cost: reverberation then ends early. None: all images
         within 340 m/s * RT60, 2.5 million per source and microphone in 22 m^3 at 0.7 s.
     hybrid_order: of the exact images of hybrid rooms; 3 makes 63.

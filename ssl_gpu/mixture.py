@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checks import check_fields
-from ssl_gpu.convolve import convolve_sources
+from ssl_gpu.convolve import convolve_blocks, convolve_sources
 from ssl_gpu.microphones import Microphones, draw_microphones
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import RirBatch
@@ -19,6 +19,7 @@ from ssl_gpu.synthesis import RirBatch
 # Added to the diagonal of the coherence matrix of diffuse noise. At low frequencies a small array is all but coherent
 # and float32 loses the little that is not: four microphones 2 cm apart came out 1e8 times too loud, eight as NaN.
 DIFFUSE_LOADING = 1e-4
+LONG = 2 * 65536  # samples, two blocks of convolve_blocks: 5.3 ms a scene of 8 s at once, 3.8 in blocks; 30 and 13 of 30 s
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class MixtureBatch:
     """audio [batch, mic, sample] float32; early [batch, mic, src, sample], each talker through the early part of its
     RIR alone (a dereverberation or separation target) by the same microphones, None unless the RIRs have it; the
     scenes; sample_rate Hz; sensor_snr_db, diffuse_snr_db [batch]: the SNRs that were drawn, dB, infinite where an
-    example stays free of that noise (None where whoever made the batch did not say)."""
+    example stays free of that noise (None where whoever made the batch did not say). Where nothing of the speech
+    reaches the microphones within the clip there is no noise either, whatever the SNR."""
 
     audio: Tensor
     early: Tensor | None
@@ -175,6 +177,13 @@ def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Ten
     return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
 
 
+def _convolve(dry: Tensor, rir: Tensor, mics: Microphones | None, keep_src: bool = False) -> Tensor:
+    """convolve_sources as long as the dry speech; of long speech on a CPU in blocks, which is quicker there."""
+    if mics is None and dry.device.type == "cpu" and dry.shape[-1] > LONG:
+        return convolve_blocks(dry, rir, keep_src=keep_src)[..., :dry.shape[-1]]
+    return convolve_sources(dry, rir, dry.shape[-1], keep_src, mics)
+
+
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False,
         out: Tensor | None = None) -> MixtureBatch:
     """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs; nothing
@@ -196,19 +205,22 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
         if noise is not None and list(noise.shape) != heard:
             raise ValueError(f"the draw's {name} noise must be [batch, mic, sample] = {heard}, got {list(noise.shape)}")
     mics, speech, early = draw.microphones, None, None
+    if scenes.mic_pos.shape[1] != heard[1] or (mics is not None and list(mics.gain.shape) != heard[:2]):
+        raise ValueError(f"scenes and draw must be of mic={heard[1]} as the RIRs, got scenes of mic="
+                         f"{scenes.mic_pos.shape[1]}"
+                         + ("" if mics is None else f" and gains of microphones {list(mics.gain.shape)}"))
     valid = scenes.valid[:, None, None]
     fits = mics is None and rirs.early is None and dry.dtype == torch.float32
-    fits = fits and not (dry.requires_grad or rirs.full.requires_grad)
+    fits = fits and not (dry.requires_grad or rirs.full.requires_grad or draw.gain.requires_grad)
     if fused and fits and runtime.is_gpu(dry.device):
         from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
         speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid, out)
     if speech is None:
         dry = dry * draw.gain[..., None]
         # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
-        speech = torch.where(valid, convolve_sources(dry, rirs.full, num_samples, microphones=mics), 0.0)
+        speech = torch.where(valid, _convolve(dry, rirs.full, mics), 0.0)
         if rirs.early is not None:
-            early = convolve_sources(dry, rirs.early, num_samples, keep_src=True, microphones=mics)
-            early = torch.where(valid[..., None], early, 0.0)
+            early = torch.where(valid[..., None], _convolve(dry, rirs.early, mics, keep_src=True), 0.0)
     audio = speech
     if draw.sensor is not None:
         audio = _add_noise(audio, draw.sensor, speech, draw.sensor_snr)

@@ -85,8 +85,9 @@ def _draw_view(axes, scene: SceneBatch, up: int) -> None:
 
 
 def _unit(start: list[float], end: list[float]) -> list[float]:
-    """The direction from one point to another, of length 1."""
-    return [(b - a) / math.dist(start, end) for a, b in zip(start, end)]
+    """The direction from one point to another, of length 1, or 0 where they are the same."""
+    length = math.dist(start, end) or 1.0
+    return [(b - a) / length for a, b in zip(start, end)]
 
 
 def _draw_rirs(axes, rirs: RirBatch, measures: RirMeasures) -> None:

@@ -162,7 +162,8 @@ class RirConfig:
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """The random part of a batch of RIRs and nothing else; every microphone hears the same images.
+    """The random part of a batch of RIRs and nothing else; every microphone hears the same images. It belongs to the
+    scenes that it was drawn for: with its source moved away, an image would come after the end of the RIR.
 
     direction [batch, src, image, 3] float32: unit vector from the source's nearest microphone to the image;
     ratio [batch, src, image] float32: distance of the image over distance of the source, both to that microphone;

@@ -4,15 +4,19 @@ Every scene of a batch has a method: that of rir.method, or one drawn by rir.hyb
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssl_gpu.directivity import Pattern
 from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
-from ssl_gpu.ism import IsmConfig, render_ism
-from ssl_gpu.rir import (ImageBatch, Method, RirConfig, add_images, can_add_images, draw_images, find_arrivals,
-                         render_rir)
+from ssl_gpu.ism import IsmConfig, check_feasible, render_ism
+from ssl_gpu.rir import (FRA_CHOICES, ImageBatch, Method, RirConfig, add_images, can_add_images, draw_images,
+                         find_arrivals, render_rir)
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, slots_in_rir, synthesize, synthesize_added
 
@@ -24,26 +28,62 @@ class RoomDraw:
     """Everything random about the RIRs of a batch of scenes, each part None where the configuration has no use for it.
 
     images: FRA-RIR's, and tail: of hybrid rooms, of all scenes, whichever the method of each;
-    method [batch] int64: where methods are mixed, the index in METHODS of each scene's.
+    method [batch] int64: where methods are mixed, the index in METHODS of each scene's;
+    law: what they were drawn by, None where that is not to be held against what they are rendered by.
+    They belong to the scenes that they were drawn for: distances of FRA-RIR's images are multiples of their source's.
     """
 
     images: ImageBatch | None
     tail: TailBatch | None
     method: Tensor | None
+    law: RirConfig | None = None
 
     def __getitem__(self, index: slice | Tensor) -> "RoomDraw":
         """The draws of a slice or of an index tensor [n] of scenes."""
-        return RoomDraw(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
+        return self._map(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> "RoomDraw":
         """The same draws on another device."""
-        return RoomDraw(*(None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)))
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, function: Callable[[Any], Any]) -> "RoomDraw":
+        parts = (self.images, self.tail, self.method)
+        return RoomDraw(*(None if part is None else function(part) for part in parts), self.law)
+
+
+# Of RirConfig, what draws depend on, or what they mean. The rest, early parts, microphones and so on, is rendering, and
+# so are patterns of sources, once cosines were drawn for them.
+DRAWN_BY = ("method", "hybrid_share", "ism_share", "band_rt60_ratio", *FRA_CHOICES)
 
 
 def _needed(rir_cfg: RirConfig) -> dict[str, bool]:
     """Which parts of a RoomDraw the methods of rir_cfg are rendered from."""
     return {"images": rir_cfg.method is Method.FRA, "method": rir_cfg.is_mixed,
             "tail": rir_cfg.method is Method.HYBRID or rir_cfg.hybrid_share > 0}
+
+
+def check_drawn(rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw) -> None:
+    """Raises ValueError for a draw that rir_cfg does not render: drawn by another law, which would give rooms of none,
+    or for other scenes, whose parts would be broadcast. rir.method=ism needs nothing that is drawn, and takes any."""
+    if rir_cfg.method is Method.ISM:
+        return
+    law, size = draw.law, (len(scenes), scenes.src_pos.shape[1])
+    if law is not None:
+        names = DRAWN_BY + (("src_pattern",) if law.src_pattern is Pattern.OMNI else ())
+        for name in names:
+            drawn, value = (x.value if isinstance(x := getattr(cfg, name), Enum) else x for cfg in (law, rir_cfg))
+            if drawn != value:
+                raise ValueError(f"rir.{name} must be {drawn}, by which these rooms were drawn, got {value}")
+    sizes = {"images": None if draw.images is None else tuple(draw.images.ratio.shape[:2]),
+             "tail": None if draw.tail is None else tuple(draw.tail.place.shape[:2]),
+             "method": None if draw.method is None else (len(draw.method), size[1])}
+    for name, there in _needed(rir_cfg).items():
+        if there and sizes[name] is None:
+            raise ValueError(f"RoomDraw.{name} must be there for rir.method={rir_cfg.method.value}, rir.hybrid_share="
+                             f"{rir_cfg.hybrid_share:g}, rir.ism_share={rir_cfg.ism_share:g}, got a draw for others")
+        if there and sizes[name] != size:
+            raise ValueError(f"RoomDraw.{name} must be of batch={size[0]}, src={size[1]} as the scenes, got "
+                             f"batch={sizes[name][0]}, src={sizes[name][1]}")
 
 
 def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> RoomDraw:
@@ -62,7 +102,7 @@ def draw_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, *, genera
         method = torch.full_like(draw, METHODS.index(Method.FRA), dtype=torch.int64)
         method = torch.where(draw < rir_cfg.hybrid_share, METHODS.index(Method.HYBRID), method)
         method = torch.where(draw >= 1 - rir_cfg.ism_share, METHODS.index(Method.ISM), method)
-    return RoomDraw(images, tail, method)
+    return RoomDraw(images, tail, method, rir_cfg)
 
 
 def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw,
@@ -73,13 +113,13 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     In a mixed batch FRA-RIR and the hybrid method both find their arrivals for every scene, and `where` picks: finding
     them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. Exact
     rooms, whose cost is of another order, are rendered apart and put in their places.
-    Raises ValueError for an exact room whose RT60 is infeasible, see IsmConfig, and for a draw without what the methods
-    of rir_cfg need, since it was drawn for others.
+    Raises ValueError as check_drawn does, and for a room with walls whose RT60 is infeasible, see IsmConfig; of hybrid
+    rooms on a GPU, where that would wait for it, Simulator looks at the RT60 beforehand. Compiled, it checks nothing.
     """
-    for name, there in _needed(rir_cfg).items():
-        if there and getattr(draw, name) is None:
-            raise ValueError(f"RoomDraw.{name} must be there for rir.method={rir_cfg.method.value}, rir.hybrid_share="
-                             f"{rir_cfg.hybrid_share:g}, rir.ism_share={rir_cfg.ism_share:g}, got a draw for others")
+    if not torch.compiler.is_compiling():
+        check_drawn(rir_cfg, scenes, draw)
+        if rir_cfg.uses_walls and scenes.rt60.device.type == "cpu":
+            check_feasible(cfg, scenes)
     if rir_cfg.method is Method.ISM:
         return render_ism(cfg, rir_cfg, scenes)
     if rir_cfg.method is Method.HYBRID:

@@ -329,7 +329,8 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
 
     Room, RT60 and array centre are uniform; each source is uniform in the room less the walls' margin, redrawn until
     src_dist_m holds: the first valid of 32 candidates, whose distribution is that of the rejection loop exactly. Where
-    a scene is planar its candidates are in one plane.
+    a scene is planar its candidates are in one plane. A scene none of whose candidates hold breaks the law: `valid`
+    is False there, and whoever renders it must look (check_places tells of laws of which that is more than a rarity).
     """
     device = generator.device
     low, high = (_table(tuple(corner), device) for corner in (cfg.room_min_m, cfg.room_max_m))
@@ -342,7 +343,8 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     if cfg.rotate:
         yaw = _uniform((batch,), -math.pi, math.pi, generator)
         offset = geometry.rotate_z(offset, yaw)
-        mic_orientation[..., 0] += yaw[:, None]
+        # Wrapped: the reference's law of look vectors has no period (directivity.look_vector).
+        mic_orientation[..., 0] = geometry.wrap_angle(mic_orientation[..., 0] + yaw[:, None])
     mic_pos = centre[:, None] + offset
 
     shape = (batch, cfg.num_src, CANDIDATES, 3)

@@ -23,7 +23,7 @@ from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.pool import check_pool, draw_original_images
 from ssl_gpu.rir import Method, RirConfig
-from ssl_gpu.rooms import RoomDraw, draw_rooms, render_rooms
+from ssl_gpu.rooms import RoomDraw, check_drawn, draw_rooms, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, SceneConfig, check_places, original_scenes, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
@@ -84,7 +84,9 @@ def triton_problem(device: torch.device) -> str | None:
     except ImportError:
         return NO_TRITON
     try:
-        filter_spectra(*torch.zeros(4, 1, 2, device=device))
+        filter_spectra(*torch.zeros(4, 3, 2, dtype=torch.float32, device=device))
+    except torch.OutOfMemoryError:                                      # which passes, and this is remembered
+        raise
     except Exception as error:
         return f"Triton does not work ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
     return None
@@ -137,6 +139,7 @@ class Simulator:
     Holds no randomness: every call takes a torch.Generator, whose device is the device of the draws. `draw` and
     `render` are the two halves of a call; drawing on a CPU and rendering anywhere gives the same rooms everywhere.
     With scene.bank set, fill_bank draws and renders that many rooms once and every call picks among them.
+    No gradient goes through it to the speech: for one, draw and render by the functions that it calls (rooms, mixture).
     Scenes whose sources found no place (SceneBatch.valid, one of 1e12 under the original law) come out silent.
     Raises ValueError when more than 1 % of the scenes of the law would, when rir.method, rir.hybrid_share or
     rir.ism_share need the walls of rooms whose RT60 can be infeasible, for simulator.compile with exact rooms, and for
@@ -215,7 +218,7 @@ class Simulator:
             block = scenes[start:start + BANK_BLOCK].to(device)
             if original:
                 images = draw_original_images(scenes, range(start, start + len(block)))
-                drawn = RoomDraw(images, None, None).to(device)
+                drawn = RoomDraw(images, None, None, self.rir).to(device)
             else:
                 drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
             rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], fused)
@@ -260,7 +263,7 @@ class Simulator:
         Deterministic, but for the last bits on a GPU, where arrivals that share a tap are added in any order.
 
         Raises ValueError when dry is no tensor or does not belong to the draw, for a draw from a bank that is not the
-        one held, and for simulator.fused on a GPU without Triton.
+        one held, or of rooms by another law (rooms.check_drawn), and for simulator.fused on a GPU without Triton.
         """
         check_tensor(dry)
         if dry.device != draw.scenes.rt60.device:
@@ -273,6 +276,8 @@ class Simulator:
         if draw.rooms is None and draw.bank_name != self.bank_name:
             raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
                              f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
+        if draw.rooms is not None:                                      # which compiled functions do not ask
+            check_drawn(self.rir, draw.scenes, draw.rooms)
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
@@ -329,7 +334,9 @@ class Simulator:
                                  f"{dry.device}")
             if self.bank is not bank:
                 raise ValueError("Simulator.captured must be called again after Simulator.fill_bank")
-            speech.copy_(dry)
-            return graphed()
+            # What is captured is for later calls, too, which may train on it: not as the caller is.
+            with torch.inference_mode(False), torch.no_grad():
+                speech.copy_(dry)
+                return graphed()
 
         return call

@@ -38,6 +38,8 @@ def test_blocks_equal_the_whole(block, **shape):
     signal, rir = draw(**shape, dtype=torch.float64)
     whole = convolve_sources(signal, rir)
     assert_close(convolve_blocks(signal, rir, block), whole, atol=1e-11, rtol=0)
+    alone = convolve_sources(signal, rir, keep_src=True)
+    assert_close(convolve_blocks(signal, rir, block, keep_src=True), alone, atol=1e-11, rtol=0)
     assert convolve_blocks(signal.float(), rir.float(), block).dtype == torch.float32
 
 

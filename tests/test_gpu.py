@@ -1,5 +1,6 @@
 """On a GPU: the numbers of the CPU, of the plain path, and of no overlap. `python -m benchmarks.all` runs these."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from ssl_gpu.train import CapturedStep, draw_batch, gradients, update  # noqa: E
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 GPU = torch.device("cuda", 0)
 NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 30.0), diffuse_snr_db=(0.0, 30.0))
+UNLIKE = replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)  # microphones
 RIRS = {"fra": RirConfig(), "hybrid": RirConfig(method="hybrid"), "mixed": RirConfig(hybrid_share=0.5),
         "exact": RirConfig(method="ism")}
 # Those that our own kernels find the images of, and convolve.
@@ -280,10 +282,14 @@ def test_update_is_that_of_the_cpu(kind):
     assert_close(layers[1].cpu().state_dict(), layers[0].state_dict(), rtol=1e-5, atol=1e-5)  # of updates of 1e-2
 
 
-@pytest.mark.parametrize("rir", [RIRS["mixed"], OURS["mixed alone"]], ids=["early", "alone"])
-def test_captured_simulator_gives_the_same_mixtures(rir):
+@pytest.mark.parametrize("rir, mixture, bank", [
+    (RIRS["mixed"], NOISY, None), (OURS["mixed alone"], NOISY, None), (OURS["fra alone"], UNLIKE, None),
+    (OURS["fra alone"], NOISY, 5)], ids=["early", "alone", "microphones", "bank"])
+def test_captured_simulator_gives_the_same_mixtures(rir, mixture, bank):
     """Of a generator that was seeded before the call: of plain calls, of the capture and of replays."""
-    simulator = Simulator(rir=rir, mixture=NOISY, ism=IsmConfig("eyring"), config=SimulatorConfig(4))
+    simulator = Simulator(SceneConfig(bank=bank), rir, mixture, SimulatorConfig(4), IsmConfig("eyring"))
+    if bank is not None:
+        simulator.fill_bank(generator=seeded(9, GPU))
     generator, dry = torch.Generator(GPU), torch.randn(7, 6, 2, 16000, generator=seeded(0)).to(GPU)
     captured = simulator.captured(6, 16000, generator=generator)
     for step in (0, 1, 2, 3, 4, 5, 4):

@@ -33,9 +33,9 @@ def test_shapes_are_known_without_looking_at_a_value():
     """On the device that has no values, where anything that waits for one raises."""
     mixed = replace(FEW, hybrid_share=0.5)
     scenes = sample_scenes(LAW, 3, generator=seeded(0))
-    drawn = draw_rooms(EYRING, mixed, scenes, generator=seeded(1))
-    taps = render_rooms(EYRING, mixed, scenes, drawn).full.shape[-1]
+    taps = render_rooms(EYRING, FEW, scenes, draw_rooms(EYRING, FEW, scenes, generator=seeded(1))).full.shape[-1]
     for cfg in (mixed, RirConfig(method=Method.HYBRID)):
+        drawn = draw_rooms(EYRING, cfg, scenes, generator=seeded(1))
         assert render_rooms(EYRING, cfg, scenes.to("meta"), drawn.to("meta")).full.shape == (3, 2, 2, taps)
 
 

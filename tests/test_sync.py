@@ -47,6 +47,7 @@ LAWS = {
     "default": {},
     "early": dict(rir=RirConfig()),
     "noise, rotated jittered arrays": dict(mixture=NOISY, scene=SceneConfig(rotate=True, spacing_jitter_m=0.003)),
+    "microphones that differ": dict(mixture=replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)),
     "random arrays": dict(scene=SceneConfig(array_radius_m=0.2, num_mics=4, num_src=3)),
     "given arrays": dict(scene=SceneConfig(mic_array_m=((0, 0, 0), (0.1, 0, 0)), src_orientation_deg=(0, 90))),
     "patterns": dict(rir=RirConfig(src_pattern=Pattern.CARDIOID, mic_pattern=Pattern.HALF_OMNI)),
