@@ -81,6 +81,17 @@ def packaged() -> dict[str, Any]:
     return json.loads((PACKAGED / EVALUATION).read_text(encoding="utf-8"))
 
 
+def masks(path: Path, results: Mapping[str, Any]) -> str:
+    """Of a file of benchmarks.masks, with the model's row of each set beside."""
+    found = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    lines = ["| set | | cone MAE | median | within 5, 10 degrees |", "|---" * 5 + "|"]
+    for name, rows in found.items():
+        for label, row in {"the packaged weights": results[name], **rows}.items():
+            lines.append(f"| {name} | {label} | {pair(row['cone_mae_deg'])} | {row['cone_median_deg']:.2f} "
+                         f"| {percent(row, 5, 10)} |")
+    return "\n".join(lines)
+
+
 def ablations(path: Path) -> str:
     """Of a file of benchmarks.ablations. Raises ValueError for one that is not there: a table would lose its rows."""
     if not path.is_file():
@@ -92,4 +103,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
     "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),
-    "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS)}
+    "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS),
+    "masks": lambda: masks(DOCS / "masks.json", packaged())}

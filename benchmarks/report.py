@@ -109,9 +109,11 @@ def peers_table(results: dict[str, Any]) -> list[str]:
         rows.append([row["name"], row["stage"], row["on"], f"{row['scenes']} + {row['refused']}", spread(row, 1e3),
                      number(1e3 * row["mean_s"]), ratios(row), target])
     head = ["", "what", "on", "scenes + refused", "ms per scene (p10 to p90)", "mean", "ours is faster by", "target"]
+    lead = ["Only the rows of FRA-RIR are of one task. The others are image-source models, a harder one, and ratios to "
+            "them compare time, not work; with ray tracing pyroomacoustics has air absorption, too.", ""]
     skipped = [f"{word.capitalize()}: {name}, {reason}." for word in ("skipped", "stopped")
                for name, reason in results.get(word, {}).items()]
-    return table(head, rows) + ([""] + skipped if skipped else [])
+    return lead + table(head, rows) + ([""] + skipped if skipped else [])
 
 
 def ratios(row: dict[str, Any]) -> str:

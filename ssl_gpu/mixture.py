@@ -19,7 +19,8 @@ from ssl_gpu.synthesis import RirBatch
 # Added to the diagonal of the coherence matrix of diffuse noise. At low frequencies a small array is all but coherent
 # and float32 loses the little that is not: four microphones 2 cm apart came out 1e8 times too loud, eight as NaN.
 DIFFUSE_LOADING = 1e-4
-LONG = 2 * 65536  # samples, two blocks of convolve_blocks: 5.3 ms a scene of 8 s at once, 3.8 in blocks; 30 and 13 of 30 s
+# Samples, two blocks of convolve_blocks: a scene of 8 s takes 5.3 ms at once and 3.8 in blocks, of 30 s 30 and 13.
+LONG = 2 * 65536
 
 
 @dataclass(frozen=True)

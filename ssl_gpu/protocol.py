@@ -33,10 +33,10 @@ from ssl_gpu import rng
 from ssl_gpu.clips import Clips
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.measure import RirMeasures, measure_rirs
-from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
+from ssl_gpu.mixture import MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.original import NUM_EVAL_SCENES, SEED
 from ssl_gpu.pool import draw_original_images, eval_rooms_in
-from ssl_gpu.rir import RirConfig, draw_images, render_rir
+from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, original_scenes, sample_scenes
 from ssl_gpu.scenelist import scene_entries, shown_json
 from ssl_gpu.speech import Crop, CropBatch, SpeechBank, draw_crops, gather_crops
@@ -49,6 +49,7 @@ NUM_CLIPS, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 500, 300
 SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST or VALIDATION, never in TRAIN
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
+NOISE_E1N5 = MixtureConfig(diffuse_snr_db=(5.0, 5.0))
 CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16
 MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
 
@@ -134,15 +135,22 @@ def draw_fresh(options: SetOptions, planar: bool = False) -> tuple[SceneBatch, C
     return scenes, crops, torch.arange(NUM_CLIPS)
 
 
-def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBatch, numbers: Tensor,
-              mixture: MixtureConfig = MixtureConfig(), pool: SceneBatch | None = None) -> Iterator[Clips]:
-    """Clips in rooms of FRA-RIR by the reference's law.
+@dataclass(frozen=True, eq=False)
+class FraDraw:
+    """What BLOCK clips in rooms of FRA-RIR, or fewer, are made of, on the CPU: rooms, their images and the seeds of
+    these, what mixing draws, crops, and the dry speech that is there, [clip, src, sample]."""
 
-    pool: original_scenes(), of which the scenes are those of the given numbers: the same RIRs whenever a room comes
-    again, as the original has one file a room. None: other images for every clip.
-    Entries have gains, the talkers' factors, and noise_seed, from which the noise is drawn, None without noise: that
-    goes into the digest in place of the noise, whose normal numbers differ in the last bits from machine to machine.
-    """
+    rooms: SceneBatch
+    images: ImageBatch
+    seeds: list[list[int]]
+    mixture: MixtureDraw
+    crops: CropBatch
+    dry: Tensor
+
+
+def fra_draws(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBatch, numbers: Tensor,
+              mixture: MixtureConfig = MixtureConfig(), pool: SceneBatch | None = None) -> Iterator[FraDraw]:
+    """All that fra_clips draws, block by block."""
     total = options.limit(len(scenes))
     for index, start in enumerate(range(0, total, BLOCK)):
         block, kept = slice(start, start + BLOCK), slice(0, min(BLOCK, total - start))
@@ -155,22 +163,36 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
             images = draw_original_images(pool, numbers[block].tolist())
             seeds = [[SEED, number] for number in numbers[block].tolist()]
         noise = draw_mixture(mixture, len(rooms), LAW.num_src, 2, NUM_SAMPLES, generator=noise_stream)
-        rooms, images, noise = rooms[kept], images[kept], noise[kept]
         used = CropBatch(crops.utterance[block][kept], crops.offset[block][kept])
-        dry = gather_crops(options.speech, used, NUM_SAMPLES)
-        there = rooms.to(options.device)
+        yield FraDraw(rooms[kept], images[kept], seeds[kept], noise[kept], used,
+                      gather_crops(options.speech, used, NUM_SAMPLES))
+
+
+def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBatch, numbers: Tensor,
+              mixture: MixtureConfig = MixtureConfig(), pool: SceneBatch | None = None) -> Iterator[Clips]:
+    """Clips in rooms of FRA-RIR by the reference's law.
+
+    pool: original_scenes(), of which the scenes are those of the given numbers: the same RIRs whenever a room comes
+    again, as the original has one file a room. None: other images for every clip.
+    Entries have gains, the talkers' factors, and noise_seed, from which the noise is drawn, None without noise: that
+    goes into the digest in place of the noise, whose normal numbers differ in the last bits from machine to machine.
+    """
+    for index, drawn in enumerate(fra_draws(options, seed, scenes, crops, numbers, mixture, pool)):
+        there = drawn.rooms.to(options.device)
         # By the plain path: sets are not to depend on the order of a GPU's additions, nor on kernels of one GPU alone.
-        rirs = render_rir(REFERENCE, there, images.to(options.device))
-        audio = mix(dry.to(options.device), rirs, there, noise.to(options.device)).audio
+        rirs = render_rir(REFERENCE, there, drawn.images.to(options.device))
+        audio = mix(drawn.dry.to(options.device), rirs, there, drawn.mixture.to(options.device)).audio
         measures = measure_rirs(rirs, there)
-        snr = noise.diffuse_snr
+        snr = drawn.mixture.diffuse_snr
         entries = [entry | {"num_images": count, "image_seed": image_seed, "gains": gains, "diffuse_snr_db": level,
                             "noise_seed": None if level is None else [seed, index]}
                    for entry, count, image_seed, gains, level in zip(
-                       _entries(options.speech, rooms, used), images.active.sum(-1).tolist(), seeds,
-                       noise.gain.tolist(), [x if math.isfinite(x) else None for x in snr.tolist()])]
-        draws = (dry, images.ratio, images.perturbation)
-        yield _clips(audio, rooms, numbers[block][kept], dry, measures, snr, entries, draws)
+                       _entries(options.speech, drawn.rooms, drawn.crops), drawn.images.active.sum(-1).tolist(),
+                       drawn.seeds, drawn.mixture.gain.tolist(),
+                       [x if math.isfinite(x) else None for x in snr.tolist()])]
+        draws = (drawn.dry, drawn.images.ratio, drawn.images.perturbation)
+        clips = slice(index * BLOCK, index * BLOCK + len(drawn.dry))
+        yield _clips(audio, drawn.rooms, numbers[clips], drawn.dry, measures, snr, entries, draws)
 
 
 def _entries(speech: SpeechBank, scenes: SceneBatch, crops: CropBatch) -> list[dict[str, Any]]:
@@ -208,7 +230,7 @@ def _planar(options: SetOptions) -> Iterator[Clips]:
 
 
 def _noisy(options: SetOptions) -> Iterator[Clips]:
-    return fra_clips(options, SEEDS["e1"], *draw_fresh(options), MixtureConfig(diffuse_snr_db=(5.0, 5.0)))
+    return fra_clips(options, SEEDS["e1"], *draw_fresh(options), NOISE_E1N5)
 
 
 # ---- another simulator ----
