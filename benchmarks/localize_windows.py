@@ -30,7 +30,7 @@ from ssl_gpu.doa import sorted_angles
 from ssl_gpu.evalset import build_eval_set
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.localizer import scene_law
-from ssl_gpu.model import ModelKind, SSLModel
+from ssl_gpu.model import shortest_clip
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 
 OFF_PERCENT = (-50, -30, -20, -10, 0, 10, 20, 30, 50)
@@ -49,8 +49,7 @@ class Measurement:
         self.device, self.clips = runtime.pick_device(self.cfg.train.device), clips
         self.localizer = load_localizer(weights, self.cfg, path).to(self.device).eval()
         self.step, self.speech = weights.step, eval_speech(self.cfg)
-        samples = SSLModel.shortest if self.cfg.model.kind is ModelKind.ORIGINAL else self.cfg.features.window
-        self.shortest_s = samples / self.cfg.rir.sample_rate
+        self.shortest_s = shortest_clip(self.cfg.model, self.cfg.features) / self.cfg.rir.sample_rate
         self.law = scene_law(self.cfg.scene, self.cfg.train.seed)
 
     def hear(self, spacing_m: float, clip_s: float) -> tuple[Tensor, Tensor]:

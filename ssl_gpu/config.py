@@ -32,7 +32,7 @@ from ssl_gpu.features import FeatureConfig
 from ssl_gpu.ism import IsmConfig
 from ssl_gpu.localizer import TargetConfig
 from ssl_gpu.mixture import MixtureConfig
-from ssl_gpu.model import ModelConfig, ModelKind, SSLModel
+from ssl_gpu.model import ModelConfig, shortest_clip
 from ssl_gpu.optim import TrainConfig
 from ssl_gpu.pool import check_pool
 from ssl_gpu.rir import RirConfig
@@ -70,9 +70,7 @@ class RunConfig:
     def __post_init__(self):
         check_fields(self, "")
         check_pool(self.scene, self.rir)
-        rate = self.rir.sample_rate
-        original = self.model.kind is ModelKind.ORIGINAL
-        shortest = SSLModel.shortest if original else self.features.window
+        rate, shortest = self.rir.sample_rate, shortest_clip(self.model, self.features)
         if round(self.speech.clip_s * rate) < shortest:
             raise ValueError(f"speech.clip_s must be >= {shortest / rate:g} s ({shortest} samples) for "
                              f"model.kind={self.model.kind.value}, got {self.speech.clip_s}")

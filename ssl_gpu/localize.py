@@ -33,7 +33,7 @@ from ssl_gpu.config import RunConfig
 from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
 from ssl_gpu.localizer import Localizer, Target
-from ssl_gpu.model import ModelKind, SSLModel
+from ssl_gpu.model import ModelKind, shortest_clip
 from ssl_gpu.pretrained import load_pretrained, spacing_text, tell_spacing
 
 REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
@@ -262,8 +262,7 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
         what = "recording" if length == recording.audio.shape[-1] else "window"
         warnings.append(f"the {what} of {length / rate:.3g} s is shorter than the {cfg.speech.clip_s:g} s of the "
                         f"training: expect larger errors")
-    shortest = SSLModel.shortest if cfg.model.kind is ModelKind.ORIGINAL else cfg.features.window
-    found = estimate(localizer, recording, starts, length, shortest)
+    found = estimate(localizer, recording, starts, length, shortest_clip(cfg.model, cfg.features))
     keys = ("start_s", "end_s", "level_db", "counts", "angle_deg", "spread_deg")
     rows = zip(*(getattr(found, key).tolist() for key in keys))
     return {"recording": args.recording, "duration_s": recording.duration_s, "file_rate_hz": recording.file_rate,

@@ -260,6 +260,11 @@ class ModelConfig:
                              f"got {self.dim} and {self.heads}")
 
 
+def shortest_clip(model: ModelConfig, features: FeatureConfig) -> int:
+    """Samples of the shortest clip that the network takes: a time step of the original's, a window of the small one."""
+    return SSLModel.shortest if model.kind is ModelKind.ORIGINAL else features.window
+
+
 FRAME_HOPS = 2  # of the transform, from one frame of the ConformerLocalizer's Conformer to the next
 GATE_WIDTH = 64  # channels inside the gate of ConformerLocalizer
 POOL_HEADS = 8  # weightings of the frames that the pooling of ConformerLocalizer learns

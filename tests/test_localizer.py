@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.localizer import Localizer, TargetConfig, scene_law
-from ssl_gpu.model import ConformerLocalizer, ModelConfig
+from ssl_gpu.model import ConformerLocalizer, ModelConfig, shortest_clip
 from ssl_gpu.scene import SceneConfig
 
 SMALL, BANDS = ModelConfig(channels=4, dim=16, depth=1, heads=2), FeatureConfig(num_bands=4, num_delays=17)
@@ -22,6 +22,18 @@ def law():
 def localizer(**target):
     torch.manual_seed(0)
     return Localizer(SMALL, BANDS, TargetConfig(**target), SceneConfig(), 16000).eval()
+
+
+@pytest.mark.parametrize("model, features, samples", [
+    (SMALL, BANDS, 512), (SMALL, replace(BANDS, window=400, hop=100), 400),
+    (ModelConfig(kind="original"), replace(BANDS, window=400), 10_080)])
+def test_shortest_clip_is_taken_and_none_that_is_shorter(model, features, samples):
+    """By the small network a window; the original has one of its own."""
+    assert shortest_clip(model, features) == samples
+    network = Localizer(model, features, TargetConfig(), SceneConfig(), 16000).eval()
+    assert network(torch.zeros(1, 2, samples)).isfinite().all()
+    with pytest.raises(ValueError, match="^audio must "):
+        network(torch.zeros(1, 2, samples - 1))
 
 
 @pytest.mark.parametrize("target", [{}, {"angle": "azimuth"}, {"labels": "hard"}])
