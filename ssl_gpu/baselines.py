@@ -95,15 +95,6 @@ def positions_on_line(mic_pos: Tensor) -> Tensor:
     return place
 
 
-def srp_map(audio: Tensor, place: Tensor, grid: Tensor, sample_rate: int, *, pooling: Pooling,
-            speed_of_sound: float = SPEED_OF_SOUND) -> Tensor:
-    """Steered response [batch, angle] in [-1, 1], averaged over the band and the pairs, pooled over frames.
-
-    audio [batch, mic, sample], place [batch, mic] m along the axis, grid [angle] rad.
-    """
-    return pool(srp_frames(audio, place, grid, sample_rate, speed_of_sound=speed_of_sound), pooling)
-
-
 def pool(frames: Tensor, pooling: Pooling) -> Tensor:
     """A response of every frame [batch, angle, frame] -> one of the clip [batch, angle]."""
     return frames.amax(-1) if pooling is Pooling.MAX else frames.mean(-1)
@@ -111,7 +102,10 @@ def pool(frames: Tensor, pooling: Pooling) -> Tensor:
 
 def srp_frames(audio: Tensor, place: Tensor, grid: Tensor, sample_rate: int, *,
                speed_of_sound: float = SPEED_OF_SOUND) -> Tensor:
-    """srp_map before its pooling: [batch, angle, frame]."""
+    """Steered response of every frame [batch, angle, frame] in [-1, 1], averaged over the band and the pairs.
+
+    audio [batch, mic, sample], place [batch, mic] m along the axis, grid [angle] rad.
+    """
     spectrum, frequency = _band_spectrum(audio, sample_rate)  # [batch, mic, freq, frame], [freq] Hz
     lead = place.to(audio) / speed_of_sound  # [batch, mic] s, ahead of the first microphone at cone angle 0
     floor = POWER_FLOOR * spectrum.abs().amax((1, 2, 3)).square() + torch.finfo(audio.dtype).tiny  # [batch]

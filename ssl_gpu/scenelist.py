@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ssl_gpu.checkpoint import write_json
 from ssl_gpu.scene import SceneBatch, make_scenes
 
 # What a scene must say, and what it may, with the shapes: a word is an axis that all scenes of a list share.
@@ -39,11 +38,6 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
     rows = {name: [None] * len(scenes) if column is None else column.tolist() for name, column in columns.items()}
     rows["num_images"] = [count or None for count in rows["num_images"]]
     return [{name: rows[name][index] for name in rows} for index in range(len(scenes))]
-
-
-def write_scenes(path: str | Path, scenes: SceneBatch) -> None:
-    """Writes a list that read_scenes reads, atomically. Raises OSError if it cannot be written."""
-    write_json(path, scene_entries(scenes))
 
 
 def read_scenes(path: str | Path) -> SceneBatch:

@@ -7,8 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.baselines import (Pooling, gcc_phat, pick_peaks, positions_on_line, srp_frames, srp_map, srp_phat,
-                               srp_phat_by)
+from ssl_gpu.baselines import Pooling, gcc_phat, pick_peaks, pool, positions_on_line, srp_frames, srp_phat, srp_phat_by
 from ssl_gpu.doa import angle_grid
 from ssl_gpu.geometry import linear_array, rotate_z
 
@@ -74,7 +73,7 @@ def test_batched_map_and_angles_equal_the_slow_oracle(pooling):
     audio = torch.stack([anechoic(list(cones), seed, num_sample=8000) for seed, cones in enumerate(clips)])
     audio = audio + 0.1 * torch.randn(audio.shape, generator=torch.Generator().manual_seed(1))
     expected = [oracle(clip.double().numpy(), 0.1, pooling) for clip in audio]
-    response = srp_map(audio, positions_on_line(pair(3)), angle_grid(1.0), SAMPLE_RATE, pooling=pooling)
+    response = pool(srp_frames(audio, positions_on_line(pair(3)), angle_grid(1.0), SAMPLE_RATE), pooling)
     assert_close(response.double(), torch.tensor(np.stack([e[0] for e in expected])), atol=1e-4, rtol=0)
     cone = gcc_phat(audio, pair(3), SAMPLE_RATE, 2, pooling=pooling, chunk=2)
     assert degrees(cone) == [e[1] for e in expected]
@@ -105,10 +104,10 @@ def test_more_microphones_on_a_rotated_tilted_line():
     turned = rotate_z(linear_array(4, 0.1)[None], torch.tensor([2.5], dtype=torch.float64))[0]
     cone = srp_phat(audio, torch.stack((tilted, turned)), SAMPLE_RATE, 2)
     assert_close(cone, torch.tensor([[1.0, 2.0]] * 2), atol=math.radians(1), rtol=0)
-    response = srp_map(audio, positions_on_line(torch.stack((tilted, turned))), angle_grid(1.0), SAMPLE_RATE,
-                       pooling=Pooling.MEAN)
-    by_pair = [srp_map(audio[:, [i, j]], torch.tensor([[0.0, 0.1 * (j - i)]] * 2), angle_grid(1.0), SAMPLE_RATE,
-                       pooling=Pooling.MEAN) for i in range(4) for j in range(i + 1, 4)]
+    place = positions_on_line(torch.stack((tilted, turned)))
+    response = srp_frames(audio, place, angle_grid(1.0), SAMPLE_RATE).mean(-1)
+    by_pair = [srp_frames(audio[:, [i, j]], torch.tensor([[0.0, 0.1 * (j - i)]] * 2), angle_grid(1.0), SAMPLE_RATE)
+               .mean(-1) for i in range(4) for j in range(i + 1, 4)]
     assert_close(response, torch.stack(by_pair).mean(0), atol=1e-5, rtol=0)
 
 
@@ -169,7 +168,7 @@ def test_level_does_not_matter_and_silence_is_harmless():
     assert_close(gcc_phat(padded, pair(1), SAMPLE_RATE, 2), expected)
     silent = torch.zeros(1, 2, 4000)
     place, grid = positions_on_line(pair(1)), angle_grid(1.0)
-    assert (srp_map(silent, place, grid, SAMPLE_RATE, pooling=Pooling.MAX) == 0).all()
+    assert (srp_frames(silent, place, grid, SAMPLE_RATE) == 0).all()
     assert gcc_phat(silent, pair(1), SAMPLE_RATE, 2).tolist() == [[0.0, 0.0]]
     one_dead = audio * torch.tensor([1.0, 0.0])[:, None]
     assert torch.isfinite(gcc_phat(one_dead, pair(1), SAMPLE_RATE, 2)).all()

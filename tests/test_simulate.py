@@ -13,12 +13,13 @@ import soundfile
 import torch
 
 from ssl_gpu import plots, rng, simulate
+from ssl_gpu.checkpoint import write_json
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.measure import measure_rirs
 from ssl_gpu.rir import RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneConfig, make_scenes, original_scenes, sample_scenes
-from ssl_gpu.scenelist import OPTIONAL, REQUIRED, SceneListError, read_scenes, scene_entries, write_scenes
+from ssl_gpu.scenelist import OPTIONAL, REQUIRED, SceneListError, read_scenes, scene_entries
 from ssl_gpu.speech import draw_crops, gather_crops
 from ssl_gpu.synthesis import RirBatch
 
@@ -265,7 +266,7 @@ def test_first_scenes_of_a_list(made, folder):
 
 
 def test_the_originals_evaluation_rooms_can_be_rendered(folder):
-    write_scenes("eval.json", original_scenes()[:2])
+    write_json("eval.json", scene_entries(original_scenes()[:2]))
     assert start("--scenes", "eval.json", "--out", "set") == 0
     known = json.loads((Path(__file__).parent / "golden/original_scenes.json").read_text())["eval"]
     assert [[entry["mic_pos"], entry["src_pos"]] for entry in entries_of("set")] == known[:2]
@@ -309,7 +310,7 @@ def test_a_set_says_how_each_of_its_rooms_was_rendered(folder):
 def test_a_list_may_say_how_many_images_a_scene_has(folder):
     """More than the configuration draws, too."""
     scenes = original_scenes()[:2]
-    write_scenes("few.json", replace(scenes, num_images=torch.tensor([300, 1])))
+    write_json("few.json", scene_entries(replace(scenes, num_images=torch.tensor([300, 1]))))
     assert torch.equal(read_scenes("few.json").num_images, torch.tensor([300, 1]))
     assert start("--scenes", "few.json", "--out", "set") == 0
     assert [entry["num_images"] for entry in entries_of("set")] == [300, 1]
@@ -327,7 +328,7 @@ def test_a_list_may_say_how_many_images_a_scene_has(folder):
 
 def test_infeasible_scene_of_a_list_is_named(folder, capsys):
     scenes = make_scenes([[6, 5, 3], [9, 6, 4]], [0.6, 0.05], [[[2, 2, 1], [2.1, 2, 1]]] * 2, [[[3, 3, 1.5]]] * 2)
-    write_scenes("list.json", scenes)
+    write_json("list.json", scene_entries(scenes))
     assert start("--scenes", "list.json", "--out", "set", *HYBRID) == 2
     assert capsys.readouterr().err.startswith("error: list.json: scene 1: rt60 = 0.05 s is infeasible")
     assert start("--scenes", "list.json", "--num-scenes", 1, "--out", "set", *HYBRID) == 0
@@ -364,7 +365,7 @@ def test_measures_that_do_not_exist_are_null(made):
 def test_list_gives_scenes_back_to_the_last_bit(tmp_path):
     scenes = sample_scenes(SceneConfig(rotate=True, num_mics=3, mic_orientation_deg=(10, 20)), 20,
                            generator=torch.Generator().manual_seed(0))
-    write_scenes(tmp_path / "list.json", scenes)
+    write_json(tmp_path / "list.json", scene_entries(scenes))
     again = read_scenes(tmp_path / "list.json")
     for name in TENSORS:
         assert torch.equal(getattr(again, name), getattr(scenes, name)), name
@@ -514,7 +515,7 @@ def test_readme_and_help_name_every_file():
     (["--scenes", "one.json", "--num-scenes", 2], "--num-scenes must be <= 1, the scenes in one.json, got 2"),
 ])
 def test_mistake_costs_one_line_and_writes_nothing(arguments, message, folder, capsys):
-    write_scenes("one.json", original_scenes()[:1])
+    write_json("one.json", scene_entries(original_scenes()[:1]))
     before = sorted(folder.iterdir())
     assert start(*arguments, "--out", "set") == 2
     last = capsys.readouterr().err.splitlines()[-1]
