@@ -71,7 +71,28 @@ def test_simulation_benchmark(benchmark, rows, without_error, tmp_path, capsys):
     assert len(errors) == rows and errors.count(None) == without_error
     # An RIR is compared without its last 6 taps; a mixture hears them, where the reference cuts off its 8x signal.
     assert all(error is None or error < (3e-7 if benchmark is bench_rir else 1e-3) for error in errors)
-    assert report.markdown(results) in capsys.readouterr().out
+    shown = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [cells[:2] for cells in shown[2:]] == [[f"| {row['name']}", str(row["batch"])] for row in results["rows"]]
+    assert [cells[-1] == "- |" for cells in shown[2:]] == [error is None for error in errors]
+
+
+def test_printed_table_is_in_the_units_of_its_head(capsys):
+    """Per scene, not per call; a row that was not compared has a dash."""
+    device = torch.device("cpu")
+    rows = [{**common.row(name, 4, common.Timing(0.002, 0.001, 0.004, 7), 12.0, device), "peak_bytes": 3 << 20}
+            for name in ("render", "draw")]
+    results = common.Results("bench_rir", device, ["--batch", "4"], None)
+    results.measure([common.Task("render", 4, False, lambda: (rows[0], lambda: 1.234e-7)),
+                     common.Task("draw", 4, False, lambda: (rows[1], None))])
+    assert results.finish() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        "### Room impulse responses", "",
+        "|  | batch | ms per scene (p10 to p90) | scenes/s | s of audio per s | peak MiB | error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| render | 4 | 0.5 (0.25 to 1) | 2,000 | 6,000 | 3 | 1.2e-07 |",
+        "| draw | 4 | 0.5 (0.25 to 1) | 2,000 | 6,000 | 3 | - |"]
+    assert lines[7].endswith(": `python -m benchmarks.bench_rir --batch 4`")
 
 
 def test_convolution_benchmark(tmp_path):

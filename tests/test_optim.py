@@ -121,18 +121,21 @@ def test_frozen_parameters_are_left_out():
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 6
 
 
-def test_averaged_weights_follow_and_forget_the_start():
+@pytest.mark.parametrize("updates, expected", [
+    (0, [0.9, 0.98181818, 0.99545455]),  # decays 1/10, 2/11 and 3/12
+    (79, [0.1011236, 0.19101124, 0.27191011]),  # 80/89, which is less than 0.9, and then 0.9
+    (1000, [0.1, 0.19, 0.271])])
+def test_averaged_weights_follow_and_forget_the_start(updates, expected):
+    """From 0 to 1: what is left of the 0 is the product of the decays."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 0.0)
-    averaged = Averaged(model, 0.9)
+    averaged = Averaged(model, 0.9, updates)
     nn.init.constant_(model.weight, 1.0)
-    expected = 0.0
-    for update in range(200):
+    found = []
+    for _ in range(3):
         averaged.update(model)
-        decay = min(0.9, (1 + update) / (10 + update))
-        expected = expected * decay + (1 - decay)
-        assert averaged.model.weight.item() == pytest.approx(expected, abs=1e-5)
-    assert expected > 0.999999
+        found.append(averaged.model.weight.item())
+    assert found == pytest.approx(expected, abs=1e-6) and averaged.updates == updates + 3
 
 
 def test_averaged_model_takes_over_buffers_and_needs_no_gradient():
