@@ -32,7 +32,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml
+from ssl_gpu.config import ConfigError, RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml
 from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.model import ModelKind
@@ -132,15 +132,27 @@ def read_weights(path: str | Path) -> Weights:
     """The weights at `path`, a checkpoint.pt, the folder of its run, or a folder of `export`; averaged ones where there
     are.
 
-    Raises CheckpointError or ConfigError, both ValueErrors of one line, for what cannot be read.
+    Raises CheckpointError or ConfigError, both ValueErrors of one line that names the file, for what cannot be read,
+    and for a configuration in it that this ssl_gpu refuses.
     """
     path = Path(path)
     if (path / WEIGHTS).is_file():
         return _read_folder(path)
-    checkpoint = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(path)
+    _check_stored(checkpoint.config, path)
     return Weights(checkpoint.ema or checkpoint.model, checkpoint.config, checkpoint.step,
                    trained_examples(checkpoint.extra, checkpoint.config, checkpoint.step),
                    trained_talkers(checkpoint.extra, checkpoint.config))
+
+
+def _check_stored(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError, naming the file at `path`, for a configuration in it that is none: of a newer ssl_gpu, with a
+    key that this one has not, its error would read as if the user had mistyped an override."""
+    try:
+        from_mapping(RunConfig, config)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def trained_examples(about: Mapping[str, Any], config: Mapping[str, Any], step: int) -> int:
@@ -169,6 +181,7 @@ def _read_folder(folder: Path) -> Weights:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of format {about.get('format')}, this ssl_gpu reads {FORMAT}")
     config = load_yaml(folder / CONFIG)
+    _check_stored(config, folder / CONFIG)
     return Weights(state, config, about["step"], trained_examples(about, config, about["step"]),
                    trained_talkers(about, config))
 

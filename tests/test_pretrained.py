@@ -328,6 +328,11 @@ def _rewrite(path, about=None, state=None):
     safetensors.torch.save_file(state, path, {"ssl_gpu": json.dumps(about)})
 
 
+def _add_key(path):
+    """To the section train, as a newer ssl_gpu may have one."""
+    path.write_text(path.read_text().replace("\ntrain:\n", "\ntrain:\n  foo: 1\n"))
+
+
 BROKEN_EXPORTS = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), CheckpointError, "is cut short"),
     "foreign": (lambda path: path.write_bytes(b"not weights at all"), CheckpointError, "no safetensors file"),
@@ -341,6 +346,8 @@ BROKEN_EXPORTS = {
     "no config": (lambda path: path.with_name("config.yaml").unlink(), ConfigError, "cannot read configuration"),
     "another config": (lambda path: path.with_name("config.yaml").write_text("train: {steps: 1}"), ValueError,
                        "does not fit the configuration: size mismatch"),
+    "a newer config": (lambda path: _add_key(path.with_name("config.yaml")), ConfigError,
+                       "/config.yaml: unknown key train.foo, got 1; train has "),
 }
 
 
@@ -351,6 +358,19 @@ def test_unusable_export_is_one_line(exported, name):
     with pytest.raises(kind, match=message) as error:
         load_pretrained(exported)
     assert "\n" not in str(error.value) and str(exported) in str(error.value)
+
+
+def test_unusable_configuration_of_a_checkpoint_names_it_and_an_override_does_not(run):
+    with pytest.raises(ConfigError, match="^unknown key train.foo, got 1; train has "):
+        evaluate(str(run), ["train.foo=1"])
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    content["config"]["train"]["foo"] = 1
+    torch.save(content, run / "checkpoint.pt")
+    for path in (run, run / "checkpoint.pt"):
+        for read in (read_weights, load_pretrained, lambda path: evaluate(str(path), ["eval.num_clips=2"])):
+            with pytest.raises(ConfigError) as error:
+                read(path)
+            assert str(error.value).startswith(f"{run / 'checkpoint.pt'}: unknown key train.foo, got 1; train has ")
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
