@@ -101,7 +101,7 @@ def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) 
             blocks = [block.T[index] for block in file.blocks(BLOCK, dtype="float32", always_2d=True)]
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:                          # TypeError: a .raw file, which says no rate
         raise ValueError(f"{path} is no audio that can be read (wav, flac, ogg, opus, mp3): "
                          f"{' '.join(str(error).split())}") from error
     if not blocks:

@@ -432,6 +432,8 @@ MISTAKES = {
     "a folder": (None, ["run", "run"], "cannot read run: Is a directory"),
     "not audio": (put("a.wav", b"text"), ["a.wav", "run"], "a.wav is no audio that can be read"),
     "empty": (put("a.wav", b""), ["a.wav", "run"], "a.wav is no audio that can be read"),
+    "raw": (put("a.raw", bytes(64)), ["a.raw", "run"], "a.raw is no audio that can be read (wav, flac, ogg, opus, "
+                                                       "mp3): samplerate must be specified"),
     "no samples": (put_audio("a.wav", noise(0, 2)), ["a.wav", "run"], "a.wav holds no samples"),
     "mono": (put_audio("a.wav", noise(RATE, 1)), ["a.wav", "run"], "must have two channels"),
     "four": (put_audio("a.wav", noise(RATE, 4)), ["a.wav", "run"], "has 4 channels, say by --channels I J"),
