@@ -28,29 +28,29 @@ BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
 @dataclass(frozen=True, eq=False)
 class Assessment:
     """What there is to say of a localiser on one set: result, plain values ready for JSON; the truth; the cone angles
-    that it heard, [clip, src] rad, ascending, None where no localiser was asked; and names of the utterances, of each
-    clip in the order of their cone angles, as the truth is."""
+    that it heard, [clip, src] rad, ascending, None where no localiser was asked; names of the utterances, of each
+    clip in the order of their cone angles, as the truth is; and entries, what each clip is made of, as of Clips."""
 
     result: dict[str, Any]
     truth: Truth
     cone: Tensor | None
     utterances: list[list[str]]
+    entries: list[dict[str, Any]]
 
 
-def assess(names: Iterable[str], options: SetOptions, localizer_for: Callable[[float], Localizer] | None,
-           manifest: Path | None = None) -> Iterator[tuple[str, Assessment]]:
+def assess(names: Iterable[str], options: SetOptions, localizer_for: Callable[[float], Localizer] | None
+           ) -> Iterator[tuple[str, Assessment]]:
     """The assessment of every set, one by one; sets of the same clips are made and heard once.
 
     localizer_for: spacing of the microphones in m, at 340 m/s -> localiser in eval mode on options.device; None for
-    the baselines alone. manifest: a folder for <set>.jsonl, one line per clip. "chance" of a result is of the constants
-    that best_constants has for its set.
+    the baselines alone. "chance" of a result is of the constants that best_constants has for its set.
     Raises ValueError for what a set needs and has not got, FloatingPointError when the network gives a NaN.
     """
     law, done = scene_law(LAW, 0), {}
     for name in names:
         key = SAME_CLIPS.get(name, name)
         if key not in done:
-            done[key] = _assess(key, options, localizer_for, law, manifest)
+            done[key] = _assess(key, options, localizer_for, law)
         yield name, done[key]
 
 
@@ -63,8 +63,8 @@ def spacing_told(name: str, options: SetOptions) -> float:
 
 
 @torch.no_grad()
-def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Localizer] | None, law: SceneLaw,
-            manifest: Path | None) -> Assessment:
+def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Localizer] | None,
+            law: SceneLaw) -> Assessment:
     spacing = spacing_told(name, options)
     localizer = None if localizer_for is None else localizer_for(spacing)
     digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES.values())}
@@ -89,12 +89,18 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
         "baseline": scores["gcc_phat_max"], "baseline_mean": scores["gcc_phat_mean"],
         "chance": score_angles(*guesses, truth), "floor": floors(name, truth, law), "eval_digest": str(digest),
         "num_clips": len(truth.cone), "num_scenes": len(truth.scene.unique())}
-    if manifest is not None:
-        lines = "".join(json.dumps(entry) + "\n" for part in parts for entry in part.entries)
-        write_text(manifest / f"{name}.jsonl", lines)
     utterances = [[entry["utterances"][src] for src in order] for part in parts
                   for entry, order in zip(part.entries, part.cone.argsort(-1).tolist())]
-    return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None, utterances)
+    return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None, utterances,
+                      [entry for part in parts for entry in part.entries])
+
+
+def write_manifest(folder: Path, name: str, assessment: Assessment) -> None:
+    """`folder`/<name>.jsonl, a line for each clip of a set; makes the folder. Raises OSError where it cannot be
+    written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(entry) + "\n" for entry in assessment.entries)
+    write_text(folder / f"{name}.jsonl", lines)
 
 
 def _gcc(audio: Tensor, clips: Clips, spacing: float) -> dict[Pooling, Tensor]:

@@ -12,9 +12,11 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Collection, Mapping, Sequence
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
@@ -22,11 +24,12 @@ if __name__ == "__main__":
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.assess import Assessment, assess, check_model, check_set
+from ssl_gpu.assess import Assessment, assess, check_model, check_set, write_manifest
 from ssl_gpu.checkpoint import write_json, write_text
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
+from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in
@@ -101,12 +104,12 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
-def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
-                  manifest: str | None = None) -> dict[str, Assessment]:
+def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (),
+                  count: int | None = None) -> dict[str, Assessment]:
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
-    overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones. manifest: a folder for
-    <set>.jsonl. Results have what is known of the weights: target, steps and examples of their training, parameters;
+    overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones.
+    Results have what is known of the weights: target, steps and examples of their training, parameters;
     leaked_rooms, how many rooms of the set they were trained in, and leaked_talkers, how many talkers of speech.eval,
     both by the checkpoint, whatever the overrides; all None for the baselines. Further device and versions.
     Raises ValueError for an unusable checkpoint, configuration, speech or set.
@@ -145,8 +148,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     options = SetOptions(speech, device, count, folders[-1] if folders else None)
     for name in names:
         check_set(name, options)
-    found = dict(assess(names, options, None if weights is None else localizer_for,
-                        None if manifest is None else Path(manifest)))
+    found = dict(assess(names, options, None if weights is None else localizer_for))
     trained = None if weights is None else from_mapping(SceneConfig, weights.config.get("scene", {}), "scene")
     for name, assessment in found.items():
         assessment.result.update(about)
@@ -173,14 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        print(run(args, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words])))
+        table, files = run(args, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words]))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the results", file=sys.stderr)
         return 130
-    return 0
+    # The table first: it may be the work of hours, and a full disk does not keep it from being read.
+    return write_each([("the table", lambda: print(table, flush=True)), *files])
 
 
 def about_page(path: str | Path | None, command: str, result: Mapping[str, Any]) -> dict[str, str]:
@@ -194,9 +197,9 @@ def about_page(path: str | Path | None, command: str, result: Mapping[str, Any])
             f"{result['device']}, {versions}"}
 
 
-def run(args: argparse.Namespace, command: str) -> str:
-    """Does what the command line, in words `command`, says, and returns the table to be printed. Raises ValueError and
-    OSError."""
+def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Callable[[], None]]]]:
+    """Does what the command line, in words `command`, says, and returns the table to be printed and the files to be
+    written, for write_each. Raises ValueError and OSError."""
     only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
     if args.sets is None and only:
         raise ValueError(f"{only[0]} goes with --sets")
@@ -204,31 +207,29 @@ def run(args: argparse.Namespace, command: str) -> str:
         raise ValueError("a checkpoint is needed, or --sets for the packaged weights")
     if args.baselines and args.checkpoint is not None:
         raise ValueError(f"--baselines takes no checkpoint, got {args.checkpoint}")
-    for name in ("json", "html"):                                       # before minutes of work
-        target = getattr(args, name)
-        if target is not None and not Path(target).expanduser().resolve().parent.is_dir():
-            raise ValueError(f"--{name} must be a file in an existing folder, got {target}")
-    if args.manifest is not None:
-        try:
-            Path(args.manifest).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--manifest must be a folder, or a place where one can be made, got {args.manifest}: "
-                             f"{error.strerror}") from error
+    # Before minutes of work.
+    numbers, html = output_file("--json", args.json), output_file("--html", args.html)
+    manifest = output_folder("--manifest", args.manifest)
     if args.sets is None:
-        result = evaluate(args.checkpoint, args.overrides)
+        result, found = evaluate(args.checkpoint, args.overrides), {}
         table = result_table(result)
     else:
-        if args.html is not None:
+        if html is not None:
             require_matplotlib()
         path = None if args.baselines else args.checkpoint or packaged()
-        found = evaluate_sets(path, args.sets, args.overrides, args.clips, args.manifest)
+        found = evaluate_sets(path, args.sets, args.overrides, args.clips)
         result = {name: assessment.result for name, assessment in found.items()}
         table = sets_table(result)
-        if args.html is not None:
-            write_text(args.html, page(found, table, about_page(path, command, next(iter(result.values())))))
-    if args.json:
-        write_json(args.json, result)
-    return table
+    files = []
+    if numbers is not None:
+        files.append((args.json, partial(write_json, numbers, result)))
+    if manifest is not None:
+        files += [(f"{args.manifest}/{name}.jsonl", partial(write_manifest, manifest, name, assessment))
+                  for name, assessment in found.items()]
+    if html is not None:                                                # last, as it draws for a while
+        files.append((args.html, lambda: write_text(html, page(
+            found, table, about_page(path, command, next(iter(result.values())))))))
+    return table, files
 
 
 if __name__ == "__main__":

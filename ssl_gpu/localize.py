@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
@@ -34,6 +35,7 @@ from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
 from ssl_gpu.localizer import Localizer, Target
 from ssl_gpu.model import ModelKind, shortest_clip
+from ssl_gpu.outputs import output_file, write_each
 from ssl_gpu.pretrained import load_pretrained, spacing_text, tell_spacing
 
 REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
@@ -339,12 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the result there as well")
     args = parser.parse_intermixed_args(arguments)
     try:
+        target = output_file("--json", args.json)                       # before the work
         result = localize(args)
-        if args.json:
-            try:
-                write_json(args.json, result)
-            except OSError as error:
-                raise ValueError(f"cannot write {args.json}: {error.strerror or error}") from error
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -353,8 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(report(result))
-    return 0
+    outputs = [("the result", lambda: print(report(result), flush=True))]
+    if target is not None:
+        outputs.append((args.json, partial(write_json, target, result)))
+    return write_each(outputs)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
 import json
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -124,6 +125,61 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     assert "LEAKED" not in table
     for shown in (results[0]["e1"]["eval_digest"], "GCC-PHAT, max", "best guess, cone angles known"):
         assert shown in table
+
+
+def test_a_manifest_has_the_name_of_its_set(tmp_path):
+    """Also that of e0b, whose clips are those of e1."""
+    few = ("speech.voices_speakers=4", "speech.voices_utterances=1", "train.device=cpu")
+    assert run(*few, "--sets", "e0b,e1", "--baselines", "--clips", 2, "--manifest", tmp_path / "new" / "m") == 0
+    assert sorted(path.name for path in (tmp_path / "new" / "m").iterdir()) == ["e0b.jsonl", "e1.jsonl"]
+    first, second = ((tmp_path / "new" / "m" / name).read_text() for name in ("e0b.jsonl", "e1.jsonl"))
+    assert first == second and first.count("\n") == 2
+
+
+@pytest.mark.parametrize("failing", [[], ["a.json"], ["m/e1.jsonl"], ["a.html"], ["a.json", "m/e1.jsonl", "a.html"]])
+def test_a_file_that_cannot_be_written_costs_neither_the_table_nor_another(failing, checkpoint, tmp_path, monkeypatch,
+                                                                           capsys):
+    """Which is printed before the first file, and ~ is the user's home for all of them."""
+    pytest.importorskip("matplotlib.figure")                            # which has a cache in the home
+    monkeypatch.setenv("HOME", str(tmp_path))
+    printed = []
+
+    def full(write):
+        def function(path, content):
+            printed.append(capsys.readouterr())
+            if str(Path(path).relative_to(tmp_path)) in failing:
+                raise OSError(28, "No space left on device")
+            write(path, content)
+        return function
+
+    for module, name in ((evaluate_cli, "write_json"), (evaluate_cli, "write_text"), (assessing, "write_text")):
+        monkeypatch.setattr(module, name, full(getattr(module, name)))
+    assert run(checkpoint, "--sets", "e1", "--clips", 2, "--json=~/a.json", "--html=~/a.html",
+               "--manifest=~/m") == bool(failing)
+    lines = "".join(parts.err for parts in (*printed, capsys.readouterr())).splitlines()
+    assert [line for line in lines if line.startswith("error")] == [
+        f"error: cannot write ~/{name}: No space left on device" for name in failing]
+    assert len(printed) == 3 and "GCC-PHAT, max" in printed[0].out
+    for name in ("a.json", "m/e1.jsonl", "a.html"):
+        assert (tmp_path / name).exists() == (name not in failing)
+
+
+def test_a_table_that_cannot_be_printed_costs_no_file(tmp_path, monkeypatch, capsys):
+    """As where standard output is a pipe that nobody reads any more."""
+    few = ("speech.voices_speakers=4", "speech.voices_utterances=1", "train.device=cpu")
+    monkeypatch.setattr("builtins.print", closed(print))
+    assert run(*few, "--sets", "e1", "--baselines", "--clips", 2, "--json", tmp_path / "a.json") == 1
+    assert capsys.readouterr().err.endswith("error: cannot write the table: Broken pipe\n")
+    assert list(json.loads((tmp_path / "a.json").read_text())) == ["e1"]
+
+
+def closed(shown):
+    """print, but for what goes to standard output."""
+    def function(*words, file=None, **how):
+        if file is None:
+            raise BrokenPipeError(32, "Broken pipe")
+        shown(*words, file=file, **how)
+    return function
 
 
 def test_the_network_is_built_once_and_told_every_spacing(checkpoint, folder, tmp_path, monkeypatch):  # noqa: F811
@@ -281,7 +337,7 @@ def test_estimates_are_told_apart_and_seen_however_few(monkeypatch):
     for clips in (1, 8, 2000):
         cone = torch.linspace(0.1, 3.0, 2 * clips, dtype=torch.float64).view(clips, 2)
         truth = Truth(cone, cone, torch.arange(clips), {})
-        webpage._against_truth(Assessment({}, truth, cone, []))
+        webpage._against_truth(Assessment({}, truth, cone, [], []))
     for figure in drawn:
         names = [text.get_text() for text in figure.legends[0].get_texts()]
         assert names == ["talker at the smaller angle", "talker at the larger angle"]
@@ -314,10 +370,12 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),
     (["--sets", "e1", "--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
+    (["--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
     (["--sets", "e1", "--manifest", "/dev/null"],
-     "--manifest must be a folder, or a place where one can be made, got /dev/null: File exists"),
+     "--manifest must be a folder that can be written to, or a place where one can be made, got /dev/null"),
     (["--sets", "e1", "--manifest", "/dev/null/a"],
-     "--manifest must be a folder, or a place where one can be made, got /dev/null/a: Not a directory"),
+     "--manifest must be a folder that can be written to, or a place where one can be made, got /dev/null/a"),
+    (["--sets", "e1", "--manifest", "m", "--clips", "0"], "--clips must be >= 1, got 0"),
     (["--clips", "3"], "--clips goes with --sets"),
     (["--baselines"], "--baselines goes with --sets"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
@@ -329,6 +387,18 @@ def test_mistake_costs_one_line(arguments, message, checkpoint, tmp_path, monkey
     assert run(checkpoint, *arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_what_is_no_file_is_not_replaced(option, tmp_path, monkeypatch, capsys):
+    """And refused before the work. A pipe stands for /dev/null here, which root would lose where this fails."""
+    monkeypatch.setattr(evaluate_cli, "evaluate_sets", None)
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path, "folder"), (tmp_path / "pipe", "special file")):
+        assert run("--sets", "e1", "--baselines", option, path) == 2
+        assert capsys.readouterr().err == (f"error: {option} must be a file that can be replaced, got the {kind} "
+                                           f"{path}\n")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):

@@ -460,8 +460,11 @@ MISTAKES = {
     "hop beyond a clip": (None, ["talk.wav", "run", "--hop", 2], "--hop must be at most the window of 0.5 s, or"),
     "no checkpoint": (None, ["talk.wav", "nope"], "cannot read checkpoint nope"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"], "talk.wav is cut short, or no checkpoint"),
-    "json nowhere": (None, ["talk.wav", "run", "--json", "no/out.json"], "cannot write no/out.json: No such file"),
-    "json a folder": (None, ["talk.wav", "run", "--json", "run"], "cannot write run: Is a directory"),
+    # Found before anything is read, or the error would be another.
+    "json nowhere": (None, ["nope.wav", "run", "--json", "no/out.json"],
+                     "--json must be a file in an existing folder, got no/out.json"),
+    "json a folder": (None, ["nope.wav", "run", "--json", "run"],
+                      "--json must be a file that can be replaced, got the folder "),
 }
 
 
@@ -476,6 +479,21 @@ def test_every_mistake_is_one_line_and_writes_nothing(folder, name, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
     assert captured.out == "" and sorted(folder.rglob("*")) == before
+
+
+def test_result_is_printed_before_a_disk_can_refuse_it(folder, monkeypatch, capsys):
+    """Which is an exit status of its own."""
+    printed = []
+
+    def full(*_):
+        printed.append(capsys.readouterr().out)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(localize, "write_json", full)
+    assert start("talk.wav", "run", "--json", "out.json") == 1
+    assert capsys.readouterr().err == "error: cannot write out.json: No space left on device\n"
+    (text,) = printed
+    assert text.startswith("talk.wav: 1.00 s at 16000 Hz") and "median of 1" in text
 
 
 def test_an_interruption_is_one_line(folder, monkeypatch, capsys):
