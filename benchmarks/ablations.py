@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import torch
 
 from benchmarks import common
 from ssl_gpu import rng, runtime
+from ssl_gpu.checks import shown
 from ssl_gpu.clips import Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, load_yaml
 from ssl_gpu.evaluate import NO_RUN, eval_speech
@@ -46,6 +48,7 @@ COLUMNS = (("e1", "cone_mae_deg", "cone MAE"), ("e1", "azimuth_class_mae_deg", "
            ("e1n5", "acc_at_10", "within 10 degrees, %"), ("e2", "cone_mae_deg", "cone MAE"))
 QUIET = ("eval.num_clips=64", "train.evaluations=1", "train.log_every=50", "target.offsets=1")
 NOT_RECIPE = ("speech.train", "speech.eval", "train.seed", "train.steps", "train.out")
+LEAST = ("variant", "seed", "steps", "scores")  # keys that a row has had from the first file on
 
 # What is changed in training, and in the reading of a trained network, which needs no training of its own.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -173,8 +176,29 @@ def _cell(values: Sequence[float | list[float]]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, none where it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a file, none where it is not there. Raises ValueError for a line that is no row, as a crash leaves
+    one, and OSError."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:                                              # no JSON, or bytes of no encoding
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= set(LEAST):
+            raise ValueError(f"{path}, line {number} must be a JSON mapping with {', '.join(LEAST)}, got "
+                             f"{shown(line.decode(errors='replace'))}")
+        rows.append(row)
+    return rows
+
+
+def append(path: Path, text: str) -> None:
+    """Adds to the file, which is made where it is not there. Raises ValueError, in one line, where it cannot be
+    written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ValueError(f"--out must be a file that can be appended to, got {path}: {error.strerror}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,25 +216,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "as long as its training; they cannot be added to its row later")
     parser.add_argument("--steps", type=int, default=500, help="of 32 mixtures (default 500)")
     args = parser.parse_intermixed_args(arguments)
-    if args.table is not None:
-        if not args.table.is_file():
-            print(f"error: --table must be a file of such results, got {args.table}", file=sys.stderr)
-            return 2
-        print(table(read(args.table)))
-        return 0
-    if args.out is None:
+    if args.table is None and args.out is None:
         parser.error("--out or --table must be given")
+    try:
+        if args.table is not None:
+            if not args.table.is_file():
+                raise ValueError(f"--table must be a file of such results, got {args.table}")
+            print(table(read(args.table)))
+        else:
+            work(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def work(args: argparse.Namespace) -> None:
+    """Makes the rows that --out is to have and has not. Raises ValueError for what cannot be used, and what one
+    raises."""
+    out = Path(os.path.expanduser(args.out))
+    append(out, "")                                                     # what cannot be, is told before a training
+    read(out)
     sets = Sets([text for text in args.overrides if text.startswith("speech.")])
     for seed in args.seeds:
         for name in args.variants:
             wanted = (name, args.steps, recipe_digest(name, args.overrides))
-            if any((wanted, seed) == (_kind(row), row["seed"]) for row in read(args.out)):
+            if any((wanted, seed) == (_kind(row), row["seed"]) for row in read(out)):
                 continue
             row = one(name, seed, args.steps, args.overrides, sets, args.plain)
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
             print(table([row]), flush=True)
-    return 0
+            append(out, json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

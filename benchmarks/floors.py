@@ -11,14 +11,17 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
+from benchmarks import common
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.clips import Truth
 from ssl_gpu.doa import sorted_angles
 from ssl_gpu.localizer import scene_law
+from ssl_gpu.outputs import output_file, write_each
 from ssl_gpu.protocol import LAW, NUM_CLIPS
 from ssl_gpu.scene import sample_scenes
 from ssl_gpu.scoring import bayes_azimuth, score_angles
@@ -43,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(arguments)
+    try:
+        target = output_file("--json", args.json)                       # before minutes of work
+    except ValueError as error:
+        common.refuse(str(error))
     law, found = scene_law(LAW, 0), {"exact_cone": [], "exact_cone_and_distance": []}
     for seed in range(FIRST_SEED, FIRST_SEED + args.draws):
         truth = truth_of(seed)
@@ -54,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, values in found.items():
         print(f"{name}: mean " + " / ".join(f"{statistics.mean(v):.2f} (SD {statistics.stdev(v):.2f})" if len(v) > 1
                                             else f"{v[0]:.2f}" for v in zip(*values)))
-    if args.json:
-        write_json(args.json, {"command": f"python -m benchmarks.floors --draws {args.draws}",
-                               "azimuth_class_mae_deg": found, "scenes_per_draw": NUM_CLIPS})
-    return 0
+    if target is None:
+        return 0
+    content = {"command": f"python -m benchmarks.floors --draws {args.draws}", "azimuth_class_mae_deg": found,
+               "scenes_per_draw": NUM_CLIPS}
+    return write_each([(args.json, partial(write_json, target, content))])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ssl_gpu.evalset import build_eval_set
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.model import shortest_clip
+from ssl_gpu.outputs import output_file, write_each
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
 
 OFF_PERCENT = (-50, -30, -20, -10, 0, 10, 20, 30, 50)
@@ -116,18 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.weights is not None and is_override(args.weights):  # an override, since there are no weights
         args.weights, args.overrides = None, [args.weights, *args.overrides]
     try:
+        target = output_file("--json", args.json)                       # before minutes of work
         found = Measurement(args.weights, args.overrides, args.clips)
         if min(args.windows) < found.shortest_s:
             raise ValueError(f"--windows must be >= {found.shortest_s:g} s, what the network takes, got "
                              f"{min(args.windows):g}")
         spacing, window = found.by_spacing(), found.by_window(args.windows)
-        print(table("off, %", spacing), "", table("window, s", window), sep="\n")
-        if args.json is not None:
-            write_json(args.json, {"steps": found.step, "clips": args.clips, "spacing": spacing, "window": window})
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(table("off, %", spacing), "", table("window, s", window), sep="\n")
+    if target is None:
+        return 0
+    content = {"steps": found.step, "clips": args.clips, "spacing": spacing, "window": window}
+    return write_each([(args.json, partial(write_json, target, content))])
 
 
 if __name__ == "__main__":

@@ -640,6 +640,51 @@ def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == f"error: --table must be a file of such results, got {tmp_path / 'none'}\n"
 
 
+ROW = '{"variant": "recipe", "seed": 0, "steps": 1, "scores": {}}\n'
+LINE_RULE = "must be a JSON mapping with variant, seed, steps, scores, got "
+
+
+@pytest.mark.parametrize("content, message", [
+    (ROW + ROW[:31] + "\n", ", line 2 " + LINE_RULE + "'{\"variant\": \"recipe\", \"seed\": 0'"),
+    (ROW + ROW + "\n", ", line 3 " + LINE_RULE + "''"), ("[1]\n", ", line 1 " + LINE_RULE + "'[1]'"),
+    ('{"variant": "recipe", "seed": 0}\n', ", line 1 " + LINE_RULE + "'{\"variant\": \"recipe\", \"seed\": 0}'"),
+    ("\udcff\n", ", line 1 " + LINE_RULE + "'\N{REPLACEMENT CHARACTER}'")])
+def test_ablations_name_a_bad_line_before_they_train(content, message, tmp_path, monkeypatch, capsys):
+    """The table of such a file names it, too."""
+    monkeypatch.setattr(ablations, "Sets", unwanted)
+    path = tmp_path / "found.jsonl"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    for option in ("--out", "--table"):
+        assert ablations.main([option, str(path)]) == 2
+        assert capsys.readouterr().err == f"error: {path}{message}\n"
+    assert path.read_bytes() == content.encode(errors="surrogateescape")
+
+
+def test_ablations_find_a_bad_file_before_they_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "Sets", unwanted)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, reason in (("", "Is a directory"), ("/none/a.jsonl", "No such file or directory")):
+        assert ablations.main(["--out", f"~{text}"]) == 2
+        assert capsys.readouterr().err == ("error: --out must be a file that can be appended to, got "
+                                           f"{tmp_path}{text}: {reason}\n")
+
+
+def unwanted(*_):
+    raise AssertionError("no work is to be done")
+
+
+@pytest.mark.parametrize("benchmark, work", [(floors, "truth_of"), (localize_windows, "Measurement")])
+def test_a_file_that_cannot_be_written_is_found_before_the_work(benchmark, work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, work, unwanted)
+    try:
+        status = benchmark.main(["--json", str(tmp_path / "none" / "a.json")])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert capsys.readouterr().err == ("error: --json must be a file in an existing folder, got "
+                                       f"{tmp_path}/none/a.json\n")
+
+
 def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_path, capsys):
     """Knowing the distances, too, helps; and of every draw there is a pair."""
     monkeypatch.setattr(floors, "NUM_CLIPS", 300)
