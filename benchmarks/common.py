@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.report import markdown
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import write_json
+from ssl_gpu.outputs import output_file
 from ssl_gpu.rir import ImageBatch
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.simulator import SimulatorConfig
@@ -222,10 +223,13 @@ def duration(text: str) -> float:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """The device and the threads that the command line asks for. Ends the program where there is no such device."""
+    """The device and the threads that the command line asks for. Ends the program where there is no such device, and
+    where --json cannot be written."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
+        if getattr(args, "json", None) is not None:                     # benchmarks.all has none
+            args.json = output_file("--json", args.json)
         return runtime.pick_device(args.device)
     except ValueError as error:
         refuse(str(error))

@@ -32,6 +32,7 @@ from ssl_gpu.doa import angle_grid, sorted_angles
 from ssl_gpu.evaluate import NO_RUN, eval_speech
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.mixture import MixtureConfig, mix
+from ssl_gpu.outputs import output_file, write_each
 from ssl_gpu.protocol import (LAW, NOISE_E1N5, SAMPLE_RATE, SEEDS, FraDraw, SetOptions, draw_fresh, fra_draws,
                               num_blocks)
 from ssl_gpu.rir import RirConfig, render_rir
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_intermixed_args(arguments)
     try:
+        path = output_file("--json", args.json)
         cfg = from_mapping(RunConfig, apply_overrides(NO_RUN, args.overrides))
         if args.clips is not None and args.clips < 1:
             raise ValueError(f"--clips must be >= 1, got {args.clips}")
@@ -124,11 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for weighting, row in rows.items():
             print(f"{name}, {weighting}: cone MAE {' / '.join(f'{x:.2f}' for x in row['cone_mae_deg'])}, within 10 "
                   f"degrees {100 * row['acc_at_10']:.1f} %")
-    if args.json:
-        write_json(args.json, {"command": "python -m benchmarks.masks speech.eval=DIR"
-                               + (f" --clips {args.clips}" if args.clips else "") + f" --sets {' '.join(sets)}",
-                               "sets": sets})
-    return 0
+    content = {"command": "python -m benchmarks.masks speech.eval=DIR"
+               + (f" --clips {args.clips}" if args.clips else "") + f" --sets {' '.join(sets)}", "sets": sets}
+    return write_each([(str(path), lambda: write_json(path, content))] if path else [])
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
 BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
-# Relative; beyond it a line advises to train. What a model loses at other spacings than its own, told and not told of
-# them, is measured by python -m benchmarks.localize_windows WEIGHTS.
-SPACING_TOLERANCE = 0.1
+# Relative; beyond it a line advises to train. The packaged weights, told of them, have 1.5 / 1.9 and 1.9 / 2.1 degrees
+# at spacings 20 % off, 1.4 / 1.9 at their own, 5.6 / 6.0 at half of it (python -m benchmarks.localize_windows).
+SPACING_TOLERANCE = 0.2
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median

@@ -753,3 +753,11 @@ def refused(benchmark, capsys, *arguments):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     return said[7:-1]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_rir, "tasks", None)
+    with pytest.raises(SystemExit) as error:
+        bench_rir.main(["--device", "cpu", "--json", str(tmp_path / "nowhere" / "a.json")])
+    assert error.value.code == 2
+    assert "--json must be a file in an existing folder" in capsys.readouterr().err

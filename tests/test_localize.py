@@ -358,11 +358,11 @@ WARNINGS = {
               "--spacing 0.15 at --speed-of-sound 343 is 0.437 ms from microphone to microphone, as 0.149 m are at the "
               "340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
               "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.149 "),
-    "closer": (noise(RATE, 2), RATE, ["--spacing", "0.085"], "--spacing 0.085 at --speed-of-sound 343 is 0.248 ms"),
-    "slower": (noise(RATE, 2), RATE, ["--speed-of-sound", "300"],
-               "--spacing 0.1 at --speed-of-sound 300 is 0.333 ms from microphone to microphone, as 0.113 m are at "
+    "closer": (noise(RATE, 2), RATE, ["--spacing", "0.075"], "--spacing 0.075 at --speed-of-sound 343 is 0.219 ms"),
+    "slower": (noise(RATE, 2), RATE, ["--speed-of-sound", "260"],
+               "--spacing 0.1 at --speed-of-sound 260 is 0.385 ms from microphone to microphone, as 0.131 m are at "
                "the 340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
-               "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.113 "),
+               "configs/librispeech.yaml speech.train=DIR speech.eval=DIR scene.mic_spacing_m=0.131 "),
     "in water": (noise(RATE, 2), RATE, ["--speed-of-sound", "1500", "--spacing", "10"],
                  "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are at "
                  "the 340 m/s of the training, far from its 0.1 m; and training cannot reach it"),
