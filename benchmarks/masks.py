@@ -1,15 +1,17 @@
-"""How far perfect masks would get: GCC-PHAT that is told, bin by bin, how much of the sound is a talker's direct sound.
+"""What true masks would bring: GCC-PHAT that is told, bin by bin, how much of the sound is a talker's direct sound.
 
     python -m benchmarks.masks speech.eval=DIR [--sets e1 e1n5 ...] [--clips N] [--json FILE]
 
 Localisers by masks estimate, for every bin of a spectrogram, what belongs to a talker, and weigh the phases by that.
 Here the masks are the true ones, of the talker's direct sound (and what follows it within 1 ms, which is seldom
-anything) against everything else: reverberation, the other talker, noise. So this bounds such systems, not all.
+anything) against everything else: reverberation, the other talker, noise. Nobody has them. Phases are averaged over the
+clip. How the masks are applied decides, so none of these is a bound:
 
-ideal ratio mask: GCC-PHAT, its phases weighed by direct / (direct + rest), and averaged over the clip.
-likelihood: the best angle for a talker whose direct sound and the rest are independent and Gaussian, alike at both
-    microphones, of the power that they have in that very bin: cross-spectra weighed by
-    direct / (rest (2 direct + rest)). Nobody can know these powers; it says what the phases would hold for who did.
+ideal ratio mask: phases weighed by direct / (direct + rest); by its square and fourth power, which leave less to the
+    many bins that are mostly noise.
+ideal binary mask: those bins alone in which the direct sound is the louder part.
+likelihood: cross-spectra weighed by direct / (rest (2 direct + rest)): of direct sound and a rest that are independent,
+    Gaussian, alike at both microphones, and of the power that they have in that very bin.
 """
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
-from ssl_gpu.baselines import BAND_HZ, GRID_STEP_DEG, HOP, N_FFT
+from ssl_gpu.baselines import BAND_HZ, HOP, N_FFT
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.clips import Truth
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
@@ -42,10 +44,23 @@ DIRECT = RirConfig(early_window_ms=(-1, 1))
 LEAST = 1e-20  # of a power
 # Of a cross-spectrum [clip, freq, frame] and the powers of direct sound and rest: what the map of angles is made of.
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "ideal ratio mask": lambda cross, direct, rest: cross / cross.abs().clamp(min=LEAST) * direct / (
-        direct + rest).clamp(min=LEAST),
+    "ideal ratio mask": lambda cross, direct, rest: phase(cross) * share(direct, rest),
+    "its square": lambda cross, direct, rest: phase(cross) * share(direct, rest) ** 2,
+    "its fourth power": lambda cross, direct, rest: phase(cross) * share(direct, rest) ** 4,
+    "ideal binary mask": lambda cross, direct, rest: phase(cross) * (direct > rest),
     "likelihood": lambda cross, direct, rest: cross * direct / (rest * (2 * direct + rest)).clamp(min=LEAST)}
+GRID_DEG = 0.25
 KEYS = ("cone_mae_deg", "cone_median_deg", "acc_at_5", "acc_at_10")
+
+
+def phase(cross: Tensor) -> Tensor:
+    """Of a cross-spectrum, as complex numbers of magnitude 1."""
+    return cross / cross.abs().clamp(min=LEAST)
+
+
+def share(direct: Tensor, rest: Tensor) -> Tensor:
+    """The ideal ratio mask."""
+    return direct / (direct + rest).clamp(min=LEAST)
 
 
 def draws_of(name: str, options: SetOptions) -> Iterator[FraDraw]:
@@ -73,15 +88,15 @@ def angles(drawn: FraDraw, device: torch.device) -> dict[str, Tensor]:
     mixture = mix(drawn.dry.to(device), render_rir(DIRECT, rooms, drawn.images.to(device)), rooms,
                   drawn.mixture.to(device))
     both = spectra(mixture.audio)                                       # [clip, mic, freq, frame]
-    cross, grid = both[:, 1] * both[:, 0].conj(), angle_grid(GRID_STEP_DEG).to(device)
-    phase = 2 * math.pi * SAMPLE_RATE / N_FFT * band(device)[:, None] * (LAW.aperture / SPEED_OF_SOUND * grid.cos())
+    cross, grid = both[:, 1] * both[:, 0].conj(), angle_grid(GRID_DEG).to(device)
+    steering = 2 * math.pi * SAMPLE_RATE / N_FFT * band(device)[:, None] * (LAW.aperture / SPEED_OF_SOUND * grid.cos())
     found: dict[str, list[Tensor]] = {name: [] for name in WEIGHTINGS}
     for src in range(drawn.dry.shape[1]):
         own = spectra(mixture.early[:, :, src])
         direct, rest = (part.abs().square().mean(1) for part in (own, both - own))
         for name, weigh in WEIGHTINGS.items():
             weighted = weigh(cross, direct, rest).sum(-1)
-            response = weighted.real @ phase.cos() + weighted.imag @ phase.sin()
+            response = weighted.real @ steering.cos() + weighted.imag @ steering.sin()
             found[name].append(grid[response.argmax(-1)])
     return {name: torch.stack(columns, -1).cpu() for name, columns in found.items()}
 

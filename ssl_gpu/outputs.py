@@ -51,9 +51,8 @@ def write_each(outputs: Iterable[tuple[str, Callable[[], None]]]) -> int:
     for name, write in outputs:
         try:
             write()
-        except (OSError, ValueError, TypeError) as error:               # the last two: what JSON has no word for
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            print(f"error: cannot write {name}: {reason}", file=sys.stderr)
+        except OSError as error:
+            print(f"error: cannot write {name}: {error.strerror or error}", file=sys.stderr)
             status = 1
         except KeyboardInterrupt:
             print(f"interrupted before {name} was written", file=sys.stderr)

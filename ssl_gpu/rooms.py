@@ -64,15 +64,17 @@ def _needed(rir_cfg: RirConfig) -> dict[str, bool]:
 
 def check_drawn(rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw) -> None:
     """Raises ValueError for a draw that rir_cfg does not render: drawn by another law, which would give rooms of none,
-    or for other scenes, whose parts would be broadcast. rir.method=ism needs nothing that is drawn, and takes any."""
+    or for another number of scenes or sources, over which it would be spread. rir.method=ism needs nothing that is
+    drawn, and takes any."""
     if rir_cfg.method is Method.ISM:
         return
     law, size = draw.law, (len(scenes), scenes.src_pos.shape[1])
     if law is not None:
         names = DRAWN_BY + (("src_pattern",) if law.src_pattern is Pattern.OMNI else ())
         for name in names:
-            drawn, value = (x.value if isinstance(x := getattr(cfg, name), Enum) else x for cfg in (law, rir_cfg))
+            drawn, value = getattr(law, name), getattr(rir_cfg, name)
             if drawn != value:
+                drawn, value = (x.value if isinstance(x, Enum) else x for x in (drawn, value))
                 raise ValueError(f"rir.{name} must be {drawn}, by which these rooms were drawn, got {value}")
     sizes = {"images": None if draw.images is None else tuple(draw.images.ratio.shape[:2]),
              "tail": None if draw.tail is None else tuple(draw.tail.place.shape[:2]),

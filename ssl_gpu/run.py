@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any, Iterator, Mapping
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ssl_gpu.checkpoint import Checkpoint, holding, load_checkpoint, save_checkpoint
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping, walk_fields
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
@@ -81,9 +82,9 @@ def check_resumable(out: Path) -> None:
                          f"command without --resume starts anew{emptied}")
 
 
-def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]:
-    """What the command line asks for: configuration, run folder, and the checkpoint to resume, if any. Raises
-    ValueError with a line for the user.
+def setup(args: argparse.Namespace, held: contextlib.ExitStack) -> tuple[RunConfig, Path, Checkpoint | None]:
+    """What the command line asks for: configuration, run folder, and the checkpoint to resume, if any, whose folder is
+    held from then on (checkpoint.holding). Raises ValueError with a line for the user.
 
     A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
     """
@@ -92,6 +93,8 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     if args.resume:
         out = Path(cfg.train.out).expanduser() if cfg.train.out else newest_run(name)
         check_resumable(out)
+        check_writable(out)
+        held.enter_context(holding(out))                               # or another process may go on meanwhile
         resumed = load_checkpoint(out / "checkpoint.pt")
         try:
             before = from_mapping(RunConfig, resumed.config)
@@ -112,12 +115,17 @@ def setup(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]
     if resumed is not None:
         return cfg, out, resumed
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):                        # now, and not after minutes of preparation
-        raise ValueError(f"train.out must be a folder that can be written to, got {out}: no permission in {there}")
+    check_writable(out)
     return cfg, out, None
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError, before minutes of preparation, for a folder that can be neither written to nor made."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"train.out must be a folder that can be written to, got {out}: no permission in {there}")
 
 
 def claim_folder(run: Run) -> None:

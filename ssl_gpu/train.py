@@ -223,10 +223,13 @@ class Log:
 
     def __init__(self, out: Path, share: float = 0.0, step: int = 0):
         """share: of the run, that is over as it begins, or goes on; step: done by then. What was logged of later ones,
-        which a run that was killed did and that will be done again, is taken out."""
+        which a run that was killed did and that will be done again, is taken out, and so is the last evaluation of a
+        run that ended before it had written its result."""
         path = out / "metrics.jsonl"
         if path.exists():
-            write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
+            kept = [line for line in read_log(path) if line["step"] < step or (
+                line["step"] == step and (share < 1 or "loss" in line))]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
         self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
@@ -247,10 +250,14 @@ class Log:
                 self.warn(f"cannot write {self.file.name}: {error.strerror}; training goes on")
             self.full = True
         self.bar.update(100 * min(share, 1.0) - self.bar.n)
-        if self.events is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.events.add_scalar(name, value, values["step"])
+        if self.events is not None and not self.full:
+            try:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self.events.add_scalar(name, value, values["step"])
+            except OSError as error:
+                self.full = True
+                self.warn(f"cannot write TensorBoard's events: {error.strerror}; training goes on")
 
     def show(self, text: str) -> None:
         """What stands behind the progress bar."""
@@ -270,7 +277,8 @@ class Log:
         with contextlib.suppress(OSError):                             # of which write has told
             self.file.close()
         if self.events is not None:
-            self.events.close()
+            with contextlib.suppress(OSError):
+                self.events.close()
 
 
 def train(run: Run, log: Log) -> int:
@@ -293,7 +301,7 @@ def train(run: Run, log: Log) -> int:
     usual = runtime.Graphed.WARM_UP + runtime.Graphed.AHEAD + 2 if run.graph else 2
     run.localizer.train()
     while share < 1:
-        if run.cfg.model.dropout > 0:                                  # whose masks are of torch's own generators
+        if run.cfg.model.dropout > 0:   # whose masks are of torch's own generators, in lanes of one for all of them
             torch.manual_seed(rng.seed_of(cfg.seed, rng.Split.TRAIN, rng.Stream.DROPOUT, step))
         step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
         if captured is not None:
@@ -401,7 +409,7 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
 def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
     """The run that the command line asks for, its folder made and held; None where it is finished, which is told.
     Raises ValueError, OSError or FloatingPointError with a line for the user."""
-    cfg, out, resumed = setup(args)
+    cfg, out, resumed = setup(args, held)
     finished = None if resumed is None else told_finished(cfg, out, resumed)
     if finished is not None:
         print(finished)
@@ -409,9 +417,8 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
     run = prepare(cfg, out, resumed)
     if resumed is None:
         claim_folder(run)
-    held.enter_context(holding(run.out))
-    if resumed is not None:
-        (run.out / "result.json").unlink(missing_ok=True)              # it will be another one
+        held.enter_context(holding(run.out))
+    else:
         clear_unfinished(run.out / "checkpoint.pt")
     save_yaml(run.out / "config.yaml", run.cfg)
     return run
@@ -465,14 +472,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted before the first step; nothing was written", file=sys.stderr)
+            print("interrupted before the first step", file=sys.stderr)
             return 130
         print(headline(run))
         signal.signal(signal.SIGTERM, runtime.interrupt)
         try:
             log = Log(run.out, run.share, run.step)
+            (run.out / "result.json").unlink(missing_ok=True)          # of a resumed run: it will be another one
         except OSError as error:
-            print(f"error: cannot write {run.out / 'metrics.jsonl'}: {error.strerror}", file=sys.stderr)
+            print(f"error: cannot write to {run.out}: {error.strerror}", file=sys.stderr)
             return 2
         try:
             result, problem, status = outcome(run, log, args)

@@ -54,6 +54,16 @@ def compare_mixtures(rirs, backend):
     assert_close(found.audio, expected.audio, rtol=0, atol=1e-6 * float(expected.audio.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["no early part", "hybrid", "mixed"])
+def test_a_simulator_may_be_within_somebody_elses_graph(name):
+    simulator = Simulator(SceneConfig(), ROOMS[name], NOISY, ism=EYRING)
+    draw = simulator.draw(4, 8000, generator=torch.Generator().manual_seed(3), scenes=SCENES)
+    dry = torch.randn(4, 2, 8000, generator=torch.Generator().manual_seed(4))
+    expected, found = (render(dry) for render in (
+        lambda dry: simulator.render(dry, draw).audio, whole(lambda dry: simulator.render(dry, draw).audio, "eager")))
+    assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ROOMS)
 def test_rooms_render_as_one_graph(name):
     compare_rooms(ROOMS[name], "eager")

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+from contextlib import ExitStack
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -157,11 +158,63 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tiny, monkeypatch, capsys):
     assert errors(capsys) == ["warning: cannot write run/metrics.jsonl: No space left on device; training goes on"]
 
 
+def test_events_on_a_full_disk_do_not_end_the_run(tiny, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    events, init = SimpleNamespace(add_scalar=full, close=full), train_cli.Log.__init__
+    monkeypatch.setattr(train_cli.Log, "__init__",
+                        lambda self, *args: (init(self, *args), setattr(self, "events", events))[0])
+    assert start("train.out=run") == 0 and len(logged(tiny / "run")) == 6
+    assert errors(capsys) == ["warning: cannot write TensorBoard's events: No space left on device; training goes on"]
+
+
+def test_a_resumption_that_cannot_begin_keeps_the_result(tiny, monkeypatch, capsys):
+    assert start("train.out=run", "train.steps=2") == 0
+    before = (tiny / "run" / "result.json").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "write_text", full)
+        assert start("train.out=run", "train.steps=4", "--resume") == 2
+    assert errors(capsys) == ["error: cannot write to run: No space left on device"]
+    assert (tiny / "run" / "result.json").read_bytes() == before and len(logged(tiny / "run")) == 4
+
+
+def test_a_run_that_ended_without_its_result_is_evaluated_once_in_its_log(tiny, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "write_json", full)
+        assert start("train.out=run", "train.steps=2") == 1
+    assert start("train.out=run", "train.steps=2", "--resume") == 0
+    assert [("loss" in line, line["step"]) for line in logged(tiny / "run")] == [
+        (True, 1), (False, 1), (True, 2), (False, 2)]
+
+
+@needs_locks
+def test_a_run_is_not_resumed_from_a_checkpoint_that_another_process_moves_on_from(tiny, monkeypatch):
+    """The folder is held before its checkpoint is read."""
+    assert start("train.out=run", "train.steps=1") == 0
+    load = run_setup.load_checkpoint
+
+    def loading(path):
+        with pytest.raises(ValueError, match="another process"), holding(tiny / "run"):
+            pass
+        return load(path)
+
+    monkeypatch.setattr(run_setup, "load_checkpoint", loading)
+    assert start("train.out=run", "train.steps=2", "--resume") == 0
+
+
 def test_runs_begun_in_one_second_get_folders_of_their_own(tiny, monkeypatch):
     monkeypatch.setattr(run_setup, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5)))
     setup = train_cli.setup                                             # asked for before either folder was there
-    first = setup(SimpleNamespace(config="tiny.yaml", overrides=["train.steps=1"], resume=False))
-    monkeypatch.setattr(train_cli, "setup", lambda args: first)
+    first = setup(SimpleNamespace(config="tiny.yaml", overrides=["train.steps=1"], resume=False), ExitStack())
+    monkeypatch.setattr(train_cli, "setup", lambda args, held: first)
     for _ in range(3):
         assert start("train.steps=1") == 0
     names = [f"tiny-20260102-030405{count}" for count in ("", "-2", "-3")]
@@ -235,6 +288,18 @@ def test_a_folder_closed_to_writers_is_refused_before_the_preparation(tiny, monk
     assert start("train.out=a/run") == 2
     assert errors(capsys) == [f"error: train.out must be a folder that can be written to, got a/run: no permission in "
                               f"{tiny}"]
+    (tiny / "run").mkdir()
+    (tiny / "run" / "checkpoint.pt").touch()
+    assert start("train.out=run", "--resume") == 2
+    assert errors(capsys) == [f"error: train.out must be a folder that can be written to, got run: no permission in "
+                              f"{tiny / 'run'}"]
+
+
+def test_a_link_to_nowhere_is_no_folder(tiny, monkeypatch, capsys):
+    (tiny / "run").symlink_to("nowhere")
+    monkeypatch.setattr(train_cli, "prepare", None)
+    assert start("train.out=run") == 2
+    assert errors(capsys) == ["error: train.out must be a new or empty folder, or go on with --resume, got run"]
 
 
 def test_a_configuration_that_a_checkpoint_holds_is_named_with_it(tiny, capsys):

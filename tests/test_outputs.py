@@ -77,11 +77,11 @@ def fail(error):
 def test_what_fails_is_named_and_costs_nothing_else(capsys):
     done = []
     assert write_each([("a", lambda: done.append("a")), ("b", lambda: fail(OSError(28, "No space left on device"))),
-                       ("c", lambda: fail(ValueError("Out of range\nfloat values"))), ("d", lambda: done.append("d"))
-                       ]) == 1
-    assert done == ["a", "d"]
-    assert capsys.readouterr().err == ("error: cannot write b: No space left on device\n"
-                                       "error: cannot write c: Out of range float values\n")
+                       ("c", lambda: done.append("c"))]) == 1
+    assert done == ["a", "c"]
+    assert capsys.readouterr().err == "error: cannot write b: No space left on device\n"
+    with pytest.raises(ZeroDivisionError):                              # a mistake of ours keeps its traceback
+        write_each([("a", lambda: 1 / 0)])
     assert write_each([("a", lambda: done.append("a"))]) == 0 and write_each([]) == 0
     assert capsys.readouterr().err == ""
 
