@@ -202,7 +202,8 @@ def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Ca
     written, for write_each. Raises ValueError and OSError."""
     only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
     if args.sets is None and only:
-        raise ValueError(f"{only[0]} goes with --sets")
+        instead = "; without it the number of clips is eval.num_clips" if only[0] == "--clips" else ""
+        raise ValueError(f"{only[0]} goes with --sets{instead}")
     if args.checkpoint is None and args.sets is None:
         raise ValueError("a checkpoint is needed, or --sets for the packaged weights")
     if args.baselines and args.checkpoint is not None:

@@ -49,6 +49,7 @@ BLOCK = 1 << 18              # samples of a file in float64, or in all its chann
 # Relative; beyond it a line advises to train. The packaged weights, told of them, have 1.5 / 1.9 and 1.9 / 2.1 degrees
 # at spacings 20 % off, 1.4 / 1.9 at their own, 5.6 / 6.0 at half of it (python -m benchmarks.localize_windows).
 SPACING_TOLERANCE = 0.2
+LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is five times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median
@@ -252,12 +253,14 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     spacing = cfg.scene.aperture if args.spacing is None else args.spacing
     warnings = tune(localizer, cfg, spacing, args.speed_of_sound)
     window, hop = (_in_samples(name, seconds, low, MAX_CLIPS * cfg.speech.clip_s, rate)
-                   for name, seconds, low in (("--window", args.window, 0.1), ("--hop", args.hop, 0.01)))
+                   for name, seconds, low in (("--window", args.window, LEAST_S), ("--hop", args.hop, 0.01)))
     longest = clip if window is None else window
     if hop is not None and hop > longest:
         raise ValueError(f"--hop must be at most the window of {longest / rate:g} s, or what is between two windows is "
                          f"not heard, got {args.hop:g}")
     recording = read_recording(args.recording, args.channels, rate)
+    if recording.duration_s < LEAST_S:
+        raise ValueError(f"{args.recording} must be at least {LEAST_S:g} s long, got {recording.duration_s:.2g} s")
     warnings += recording.warnings
     starts, length = windows(recording.audio.shape[-1], clip, window, hop)
     if length < clip:

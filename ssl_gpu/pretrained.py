@@ -202,7 +202,8 @@ def export(run_folder: str | Path, target_folder: str | Path, evaluation: str | 
             raise ValueError(f"an export may override {', '.join(READING)}, got {text}")
     check_replaceable(target, OURS, force)
     if not (run / RESULT).is_file():
-        raise ValueError(f"{run} must be the folder of a finished run, it holds no {RESULT}")
+        lacks = f"it holds no {RESULT}: --resume finishes a run" if run.is_dir() else "there is no such folder"
+        raise ValueError(f"{run} must be the folder of a finished run, {lacks}")
     weights = read_weights(run)
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     about = {"format": FORMAT, "step": weights.step, "examples": weights.examples, "talkers": weights.talkers}

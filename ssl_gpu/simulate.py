@@ -253,7 +253,8 @@ def simulate(args: argparse.Namespace) -> str:
         warn_of_methods(args.scenes, entries)
     num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
     ratios = [t20 / entry["rt60"] for entry in entries for row in entry["t20"] for t20 in row if t20 is not None]
-    decay = f", T20 {np.median(ratios):.2f} x rt60 in the median (rir.decay)" if ratios else ""
+    why = " (rir.decay)" if cfg.rir.method is Method.FRA else ""
+    decay = f", T20 {np.median(ratios):.2f} x rt60 in the median{why}" if ratios else ""
     return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
             f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB{decay}")
 

@@ -185,9 +185,12 @@ class Simulator:
 
         scenes: rooms, arrays and talkers of your own (scene.make_scenes) instead of new ones. noise_share: factor of
         mixture.noise_probability, for a training that begins without noise, see mixture.draw_mixture.
-        Raises ValueError when dry is not a tensor [batch, src, sample], as many as there are scenes and sources.
+        Raises ValueError when dry is not a tensor [batch, src, sample], as many as there are scenes and sources, and
+        for a generator that is none.
         """
         check_tensor(dry)
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator, got {generator!r}")
         num_src = self.scene.num_src if scenes is None else scenes.src_pos.shape[1]
         if dry.ndim != 3 or dry.shape[1] != num_src or 0 in dry.shape:
             raise ValueError(f"dry speech must be [batch, src={num_src}, sample], got {list(dry.shape)}")

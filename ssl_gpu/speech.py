@@ -32,7 +32,8 @@ class SpeechConfig:
     """Which speech to use.
 
     train, eval: folders of audio in any layout; without one, the synthetic voices speak.
-    clip_s: length of a crop, and so of every mixture, in seconds. crop: where crops start.
+    clip_s: length of a crop, and so of every mixture, in seconds; an utterance that is shorter is followed by silence.
+    crop: where crops start.
     cache_dir: where decoded folders are kept; by default $XDG_CACHE_HOME/ssl_gpu or ~/.cache/ssl_gpu.
     min_duration_s: files shorter than this are skipped.
     voices_speakers, voices_utterances, voices_duration_s: how many synthetic talkers, how many utterances each, and how

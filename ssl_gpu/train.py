@@ -461,7 +461,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="for example speech.train=DIR speech.eval=DIR train.max_minutes=20")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from the checkpoint in train.out, or in the newest run of this configuration")
+                        help="go on from the checkpoint in train.out, or in the newest run of this configuration, with "
+                             "the settings that it holds, which overrides alone change")
     args = parser.parse_intermixed_args(arguments)
     with contextlib.ExitStack() as held:
         try:
@@ -474,14 +475,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted before the first step", file=sys.stderr)
             return 130
-        print(headline(run))
         signal.signal(signal.SIGTERM, runtime.interrupt)
         try:
-            log = Log(run.out, run.share, run.step)
+            print(headline(run))
+            log = Log(run.out, run.share, run.step)                    # which imports TensorBoard, and takes its time
             (run.out / "result.json").unlink(missing_ok=True)          # of a resumed run: it will be another one
         except OSError as error:
             print(f"error: cannot write to {run.out}: {error.strerror}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            problem, status = interrupted(run, args)
+            print(problem, file=sys.stderr)
+            return status
         try:
             result, problem, status = outcome(run, log, args)
         finally:
@@ -503,7 +508,9 @@ def headline(run: Run) -> str:
             f"{runtime.device_name(run.device)} in {precision_name(run)}; {run.speech.num_speakers} "
             f"{'synthetic ' if run.cfg.speech.train is None else ''}talkers, "
             f"{run.speech.duration_s / 3600:.2f} h of speech"
-            + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else ""))
+            + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else "")
+            + (f"; it goes on from step {run.step} with the settings of its checkpoint"
+               if run.step > run.first else ""))
 
 
 if __name__ == "__main__":

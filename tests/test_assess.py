@@ -376,7 +376,7 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e1", "--manifest", "/dev/null/a"],
      "--manifest must be a folder that can be written to, or a place where one can be made, got /dev/null/a"),
     (["--sets", "e1", "--manifest", "m", "--clips", "0"], "--clips must be >= 1, got 0"),
-    (["--clips", "3"], "--clips goes with --sets"),
+    (["--clips", "3"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["--baselines"], "--baselines goes with --sets"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
     (["--sets", "e1", "rir.sample_rate=8000", "features.band_hz=[100, 3900]"],

@@ -209,3 +209,9 @@ def test_shapes_beyond_those_that_torch_compiles_run_plainly(monkeypatch):
         said.append([str(warning.message) for warning in caught if "twice" in str(warning.message)])
     assert said == [[]] * 8 + [["twice is not compiled for more shapes than the first eight, others run plainly"], []]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("generator", [0, None])
+def test_a_seed_is_no_generator(generator):
+    with pytest.raises(ValueError, match=f"^generator must be a torch.Generator, got {generator}$"):
+        Simulator(LAW, FEW)(speech(), generator=generator)

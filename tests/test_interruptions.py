@@ -359,3 +359,23 @@ def test_progress_reaches_the_end_with_the_time(train, elapsed_s, began, step, s
     run = SimpleNamespace(cfg=SimpleNamespace(train=train_config(**train)), first=0, eval_s=1.0, step_s=2.0,
                           localizer=torch.nn.Linear(1, 1))
     assert train_cli.progress(run, step, began) == pytest.approx(share, abs=1e-6)
+
+
+def test_an_interruption_before_the_first_step_leaves_a_run_to_go_on_with(tiny, monkeypatch, capsys):
+    """TensorBoard is imported by then, which takes seconds."""
+    def interrupting(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "Log", interrupting)
+        assert start("train.out=run", "train.steps=2") == 130
+    assert "interrupted at step 0; go on with: python -m ssl_gpu.train" in capsys.readouterr().err
+    assert start("train.out=run", "train.steps=2", "--resume") == 0
+    assert [line["step"] for line in logged(tiny / "run") if "loss" in line] == [1, 2]
+
+
+def test_a_resumed_run_says_where_and_with_which_settings_it_goes_on(tiny, capsys):
+    assert start("train.out=run", "train.steps=1") == 0
+    assert "goes on from" not in capsys.readouterr().out
+    assert start("train.out=run", "train.steps=2", "--resume") == 0
+    assert "; it goes on from step 1 with the settings of its checkpoint\n" in capsys.readouterr().out

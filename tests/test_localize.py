@@ -208,9 +208,9 @@ def test_short_recording_is_filled_up_to_what_the_network_takes(samples, filled)
 
 @pytest.mark.parametrize("kind", ["conformer", "original"])
 def test_shortest_recording_is_long_enough(folder, kind):
-    """One sample, for either network."""
+    """A tenth of a second, for either network."""
     save_run(folder / "short", model={"kind": kind, "dim": 16, "heads": 2}, speech={"clip_s": 1.0})
-    write("a.wav", noise(1, 2))
+    write("a.wav", noise(RATE // 10, 2))
     assert len(found("a.wav", "short")["median_deg"]) == 2
 
 
@@ -435,6 +435,7 @@ MISTAKES = {
     "raw": (put("a.raw", bytes(64)), ["a.raw", "run"], "a.raw is no audio that can be read (wav, flac, ogg, opus, "
                                                        "mp3): samplerate must be specified"),
     "no samples": (put_audio("a.wav", noise(0, 2)), ["a.wav", "run"], "a.wav holds no samples"),
+    "cut off": (put_audio("a.wav", noise(1590, 2)), ["a.wav", "run"], "a.wav must be at least 0.1 s long, got 0.099 s"),
     "mono": (put_audio("a.wav", noise(RATE, 1)), ["a.wav", "run"], "must have two channels"),
     "four": (put_audio("a.wav", noise(RATE, 4)), ["a.wav", "run"], "has 4 channels, say by --channels I J"),
     "out of range": (None, ["talk.wav", "run", "--channels", 1, 3], "--channels must be from 1 to 2"),
