@@ -24,7 +24,8 @@ needs_locks = pytest.mark.skipif(checkpoint.fcntl is None, reason="has no locks 
 def tiny(tmp_path, monkeypatch):
     """A configuration of seconds, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    smaller = TINY.replace("num_clips: 16", "num_clips: 2").replace("clip_s: 1.0", "clip_s: 0.3")
+    (tmp_path / "tiny.yaml").write_text(smaller)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for number, handler in before.items():                              # an interrupted run ignores both
@@ -216,11 +217,11 @@ def test_runs_begun_in_one_second_get_folders_of_their_own(tiny, monkeypatch):
     first = setup(SimpleNamespace(config="tiny.yaml", overrides=["train.steps=1"], resume=False), ExitStack())
     monkeypatch.setattr(train_cli, "setup", lambda args, held: first)
     for _ in range(3):
-        assert start("train.steps=1") == 0
-    names = [f"tiny-20260102-030405{count}" for count in ("", "-2", "-3")]
+        train_cli.claim_folder(SimpleNamespace(cfg=first[0], out=first[1]))
+    assert start("train.steps=1") == 0
+    names = [f"tiny-20260102-030405{count}" for count in ("", "-2", "-3", "-4")]
     assert sorted(path.name for path in (tiny / "runs").iterdir()) == names
-    os.utime(tiny / "runs" / names[1] / "checkpoint.pt", (4e9, 4e9))
-    assert run_setup.newest_run("tiny").name == names[1]
+    assert run_setup.newest_run("tiny").name == names[3]
 
 
 def test_a_folder_taken_by_another_run_since_the_start_is_left_alone(tiny, monkeypatch, capsys):

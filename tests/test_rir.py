@@ -99,7 +99,7 @@ def test_equals_the_oracle(name):
         assert np.abs(early[..., :-CUT]).max() > 0
         assert relative_l2(rirs.early[index, ..., :length - CUT], early[..., :-CUT]) < 5e-7
         if "clamped" not in name:  # else strong images lie in the last slot, where the reference cuts its 8x signal
-            assert np.abs(rirs.full[index, ..., :length].numpy() - full).max() < 2e-5 * np.abs(full).max()
+            assert np.abs(rirs.full[index, ..., :length].numpy() - full).max() < 5e-5 * np.abs(full).max()
         assert (rirs.full[index, ..., length:] == 0).all() and (rirs.early[index, ..., length:] == 0).all()
 
 

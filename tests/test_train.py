@@ -116,11 +116,11 @@ def test_run_is_reproducible_and_seed_matters(tiny):
     assert losses["a"] == losses["b"] != losses["c"]
 
 
-@pytest.mark.parametrize("optimizer", [
-    (), ("train.optimizer=muon", "model.dim=64", "features.num_bands=4", "features.gate_bands=5")])
-def test_resume_goes_on_where_it_stopped(optimizer, tiny):
-    """Six steps at once equal three and three: weights, averages, optimiser and draws all continue."""
-    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth", *optimizer)
+def test_resume_goes_on_where_it_stopped(tiny):
+    """Six steps at once equal three and three, by Muon and AdamW: weights, averages, optimisers and draws all continue.
+    (By AdamW alone, through an interruption: tests/test_interruptions.py.)"""
+    common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1", "target.angle=azimuth", "train.optimizer=muon",
+              "model.dim=64", "features.num_bands=4", "features.gate_bands=5")
     assert start("train.out=whole", "train.steps=6", *common) == 0
     assert start("train.out=half", "train.steps=3", *common) == 0
     assert start("train.out=half", "train.steps=6", *common, "--resume") == 0
@@ -477,9 +477,9 @@ def test_budget_of_minutes_is_kept(tiny):
     began = time.time()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "ssl_gpu.train", "tiny.yaml", "train.out=run", "train.steps=null",
-                    "train.max_minutes=0.25"], check=True, capture_output=True, env=environment)
+                    "train.max_minutes=0.2"], check=True, capture_output=True, env=environment)
     written = (tiny / "run" / "result.json").stat().st_mtime
-    assert written - began <= 0.25 * 60 + 2
+    assert written - began <= 0.2 * 60 + 2
     lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates[-1] < 0.1 * max(rates)
