@@ -14,6 +14,7 @@ evaluation.json       with --evaluation: a copy of a JSON file, for example of w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -257,18 +258,23 @@ def without_places(cfg: RunConfig) -> RunConfig:
                    train=replace(cfg.train, out=None, device=TrainConfig.device, init=init))
 
 
+def log_lines(text: str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without those that a crash cut short."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [values for values in found if isinstance(values, dict) and "step" in values]
+
+
 def thinned_log(text: str) -> str:
     """A metrics.jsonl of at most MAX_LOG_BYTES: every k-th line of training, and every evaluation, or every k-th, too.
 
     The last line of either kind stays. Lines that a crash cut short are left out.
     """
     training, evaluations = [], []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        (evaluations if "loss" not in values else training).append((values.get("step", 0), line + "\n"))
+    for values in log_lines(text):
+        (evaluations if "loss" not in values else training).append((values["step"], json.dumps(values) + "\n"))
     evaluations = _every_kth(evaluations, MAX_LOG_BYTES // 2)
     left = MAX_LOG_BYTES - sum(len(line.encode()) for _, line in evaluations)
     rows = _every_kth(training, left) + evaluations

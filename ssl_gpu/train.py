@@ -28,6 +28,7 @@ from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
+from ssl_gpu.pretrained import log_lines
 from ssl_gpu.report import result_table
 from ssl_gpu.run import Run, claim_folder, elapsed_s, evaluate_now, prepare, save, setup, told_finished
 from ssl_gpu.simulator import Draw
@@ -209,15 +210,6 @@ def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | 
             f"{'was time for only' if over else 'is time for about'} {count} step{'s' * (count > 1)}")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that a crash cut short."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
-
-
 class Log:
     """metrics.jsonl, the progress bar, and TensorBoard events where TensorBoard is installed."""
 
@@ -227,8 +219,8 @@ class Log:
         run that ended before it had written its result."""
         path = out / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_log(path) if line["step"] < step or (
-                line["step"] == step and (share < 1 or "loss" in line))]
+            kept = [line for line in log_lines(path.read_text(encoding="utf-8", errors="replace"))
+                    if line["step"] < step or (line["step"] == step and (share < 1 or "loss" in line))]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
         self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
