@@ -54,12 +54,12 @@ KEYS = ("cone_mae_deg", "cone_median_deg", "acc_at_5", "acc_at_10")
 
 
 def phase(cross: Tensor) -> Tensor:
-    """Of a cross-spectrum, as complex numbers of magnitude 1."""
+    """Of a cross-spectrum, any shape, as complex numbers of magnitude 1, or 0 of silence."""
     return cross / cross.abs().clamp(min=LEAST)
 
 
 def share(direct: Tensor, rest: Tensor) -> Tensor:
-    """The ideal ratio mask."""
+    """The ideal ratio mask, in 0..1, of two powers of one shape."""
     return direct / (direct + rest).clamp(min=LEAST)
 
 

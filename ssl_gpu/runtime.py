@@ -184,8 +184,9 @@ def prefers_products(device: torch.device) -> bool:
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32 whatever surrounds it: an autocast of 3e-3, or, on a GPU, products in TF32 of 5e-4, which
-    a training loop may have chosen for its network; float64 has neither."""
+    """left [..., row, inner] @ right [..., inner, column], float32, whatever surrounds it: an autocast, off by 3e-3, or
+    on a GPU products in TF32, off by 5e-4, which a training loop may have chosen for its network; float64 has neither.
+    """
     with autocast(left.device, False):
         if is_gpu(left.device):
             return (left.double() @ right.double()).to(left.dtype)

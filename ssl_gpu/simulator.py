@@ -279,7 +279,8 @@ class Simulator:
         if draw.rooms is None and draw.bank_name != self.bank_name:
             raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
                              f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
-        if draw.rooms is not None and not torch.compiler.is_compiling():  # nor do compiled functions ask
+        if draw.rooms is not None and self.config.compile and not torch.compiler.is_compiling():
+            # Which render_rooms does, but compiled.
             check_drawn(self.rir, draw.scenes, draw.rooms)
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
