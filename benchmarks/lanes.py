@@ -30,7 +30,7 @@ class Steps:
     def __init__(self, cores: int, compiled: bool):
         self.cores, self.run = cores, prepare("librispeech", None, torch.device("cpu"), [])
         self.network = runtime.compiled(self.run.localizer, compiled)
-        self.lanes = Lanes(self.network, self.run.localizer.loss, None)
+        self.lanes = Lanes(self.network, self.run.localizer.training_loss, None)
         self.timer = runtime.StepTimer(self.run.device)
         self.draws = timed_draws(self.run, self.timer, self.lanes)
         self.done: Counter[Callable[[], object]] = Counter()  # each has its own, for what is drawn ahead
@@ -40,7 +40,7 @@ class Steps:
         mixture = draw_batch(self.run, self.run.step)
         with runtime.autocast(self.run.device, None):
             logits = self.network(mixture.audio)
-        self.run.localizer.loss(logits, mixture.scenes).backward()
+        self.run.localizer.training_loss(logits, mixture).backward()
 
     def dealt(self) -> None:
         """The same in lanes."""

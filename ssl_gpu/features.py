@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checks import check_fields
+from ssl_gpu.masks import true_mask
+
+LEAST_SHARE = 0.01  # beside the mean of a mask in a band: where it is as small, a map fades
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class FeatureConfig:
     num_delays: points of the delay grid, from -1.1 to 1.1 times the travel time between the microphones.
     gate_bands: likewise spaced bands whose levels the network's gate hears, to weigh the maps of the num_bands at every
         frame; 0: no gate.
+    mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
+        maps of those; 0: none.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -31,6 +37,7 @@ class FeatureConfig:
     band_hz: tuple[float, float] = (100.0, 7900.0)
     num_delays: int = 33
     gate_bands: int = 0
+    mask_width: int = 0
 
     def __post_init__(self):
         check_fields(self, "features")
@@ -39,8 +46,9 @@ class FeatureConfig:
                 raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_delays < 8:
             raise ValueError(f"features.num_delays must be >= 8, got {self.num_delays}")
-        if self.gate_bands < 0:
-            raise ValueError(f"features.gate_bands must be >= 0, got {self.gate_bands}")
+        for name in ("gate_bands", "mask_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"features.{name} must be >= 0, got {getattr(self, name)}")
         if not 0 < self.band_hz[0] < self.band_hz[1]:
             raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
 
@@ -70,6 +78,16 @@ def _triangles(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Te
     falling = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
     weight = torch.minimum(rising, falling).clamp(min=0)
     return weight if (weight.sum(-1) > 0).all() else None
+
+
+class Heard(NamedTuple):
+    """What DelayMap makes of a clip: maps and levels, as of its forward; and of the bins in its bands the spectra
+    [batch, mic, frame, freq] and their normalised cross-spectrum phat [batch, frame, freq], complex."""
+
+    maps: Tensor
+    levels: Tensor
+    spectra: Tensor
+    phat: Tensor
 
 
 class DelayMap(nn.Module):
@@ -107,19 +125,27 @@ class DelayMap(nn.Module):
         weighted = torch.einsum("bf,frd->frbd", bands / bands.sum(-1, keepdim=True), steering)[bins]
         self.register_buffer("steering", weighted.flatten(2).flatten(0, 1).float(), persistent=False)
         self.register_buffer("bands", bands[:, bins].float(), persistent=False)
+        self.register_buffer("means", (bands / bands.sum(-1, keepdim=True))[:, bins].T.float(), persistent=False)
         if cfg.gate_bands:
             gate = mel_bands(cfg.gate_bands, cfg.band_hz, freq, "gate_bands")[:, bins]
             self.register_buffer("gate_levels", (gate / gate.sum(-1, keepdim=True)).float(), persistent=False)
         self.register_buffer("window", torch.hann_window(cfg.window), persistent=False)
 
-    @torch.no_grad()
+    @property
+    def num_bins(self) -> int:
+        """Frequencies of the transform in the bands."""
+        return self.last_bin - self.first_bin
+
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        return self.hear(audio)[:2]
+
+    @torch.no_grad()
+    def hear(self, audio: Tensor) -> Heard:
+        """What forward does, with the spectra that it has on the way."""
         if audio.ndim != 3 or audio.shape[1] != 2 or audio.shape[-1] < self.cfg.window:
             raise ValueError(f"audio must be [batch, mic=2, sample >= {self.cfg.window}], got {list(audio.shape)}")
-        audio = audio / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
-        spectrum = torch.stft(audio.flatten(0, 1), self.cfg.window, self.cfg.hop, window=self.window, center=False,
-                              return_complex=True)[:, self.first_bin:self.last_bin]
-        first, second = spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2).unbind(1)  # [batch, frame, freq]
+        spectra = self.spectra(audio / root_mean_square(audio))
+        first, second = spectra.unbind(1)                                # [batch, frame, freq]
         cross = second * first.conj()
         magnitude = cross.abs()
         level = magnitude @ self.bands.T                                 # [batch, frame, band]
@@ -134,7 +160,35 @@ class DelayMap(nn.Module):
         levels = relative_levels(level)
         if self.cfg.gate_bands:
             levels = torch.cat((levels, relative_levels(magnitude @ self.gate_levels.T)), 1)
-        return torch.cat(maps, 2).transpose(1, 2), levels
+        return Heard(torch.cat(maps, 2).transpose(1, 2), levels, spectra, phat)
+
+    def spectra(self, audio: Tensor) -> Tensor:
+        """audio [batch, mic, sample] -> [batch, mic, frame, freq] complex, the frequencies of the bands."""
+        spectrum = torch.stft(audio.flatten(0, 1), self.cfg.window, self.cfg.hop, window=self.window, center=False,
+                              return_complex=True)[:, self.first_bin:self.last_bin]
+        return spectrum.unflatten(0, audio.shape[:2]).transpose(-1, -2)
+
+    def masked(self, phat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """GCC-PHAT in which every bin counts by mask [batch, frame, freq], in 0..1: maps [batch, band, frame, delay] in
+        [-1, 1], and the mean of the mask in the bands, [batch, band, frame]. Differentiable in the mask."""
+        share = mask @ self.means                                        # [batch, frame, band]
+        weighted = torch.view_as_real(phat) * mask[..., None]
+        maps = (weighted.flatten(-2) @ self.steering).unflatten(-1, (-1, self.cfg.num_delays))
+        # Without the quotient a map would be as faint as its mask is small, which a tenth of the bins is not.
+        maps = maps / (share + LEAST_SHARE)[..., None]
+        return maps.transpose(1, 2), share.transpose(1, 2)
+
+    @torch.no_grad()
+    def true_mask(self, audio: Tensor, direct: Tensor) -> Tensor:
+        """What a mask of audio [batch, mic, sample] is to be, [batch, frame, freq], from the direct sound in it, of the
+        same shape."""
+        level = root_mean_square(audio)                                  # far below 1, in which 1e-20 is no silence
+        return true_mask(self.spectra(audio / level), self.spectra(direct / level))
+
+
+def root_mean_square(audio: Tensor) -> Tensor:
+    """Of clips [batch, mic, sample], [batch, 1, 1]; of silence 1e-8."""
+    return audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)
 
 
 def relative_levels(level: Tensor) -> Tensor:

@@ -179,6 +179,14 @@ def trace_images(cfg: RirConfig, box: Shoebox, cell: Tensor) -> tuple[Tensor, Te
     return nearest_slot(cfg, dist), amplitude
 
 
+def direct_images(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch) -> tuple[Tensor, Tensor]:
+    """Slot and amplitude [batch, mic, src, 1], as of trace_images, of the sources themselves, cut off with the RIR."""
+    cell = torch.zeros(3, 1, 1, 1, 1, dtype=torch.int64, device=scenes.rt60.device)
+    slot, amplitude = trace_images(rir_cfg, Shoebox.of(cfg, scenes, rir_cfg.look_vector), cell)
+    last = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)[:, None, None, None] - 1
+    return torch.minimum(slot, last), torch.where(slot <= last, amplitude, 0.0)
+
+
 def nearest_slot(cfg: RirConfig, dist: Tensor) -> Tensor:
     """Distance [...] m float64 -> slot int64 on the 64x grid, half a slot or 1/128 sample off at most."""
     return torch.round(dist * (OVERSAMPLING * cfg.sample_rate / SPEED_OF_SOUND)).to(torch.int64)

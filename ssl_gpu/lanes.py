@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from ssl_gpu import runtime
 from ssl_gpu.mixture import MixtureBatch
-from ssl_gpu.scene import SceneBatch
 
 
 class Lanes:
     """Gradients of a batch that is dealt out to threads.
 
-    network: audio [batch, mic, sample] -> logits; loss: logits, scenes -> mean over the valid scenes, a scalar;
+    network: audio [batch, mic, sample] -> logits; loss: logits, mixtures -> mean over the valid scenes, a scalar;
     bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none for this:
     see `separable`.
     """
 
-    def __init__(self, network: nn.Module, loss: Callable[[Tensor, SceneBatch], Tensor], bfloat16: bool | None):
+    def __init__(self, network: nn.Module, loss: Callable[[Any, MixtureBatch], Tensor], bfloat16: bool | None):
         self.network, self.loss, self.bfloat16 = network, loss, bfloat16
         self.weights = [weight for weight in network.parameters() if weight.requires_grad]
         self._pool, self._size = ThreadPoolExecutor(1), 1
@@ -78,8 +77,8 @@ class Lanes:
     def _lane(self, make: Callable[[], MixtureBatch], share: float) -> tuple[Tensor, tuple]:
         mixture = make()
         with runtime.autocast(mixture.audio.device, self.bfloat16):
-            logits = self.network(mixture.audio)
-        loss = share * self.loss(logits, mixture.scenes)
+            heard = self.network(mixture.audio)
+        loss = share * self.loss(heard, mixture)
         # Not backward(): it would add to .grad in several threads at once.
         return loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
 

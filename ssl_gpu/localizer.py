@@ -14,6 +14,7 @@ from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets,
                          sorted_angles)
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
+from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.model import FRAME_HOPS, HOP, ConformerLocalizer, ModelConfig, ModelKind, SSLModel
 from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 
@@ -42,6 +43,7 @@ class TargetConfig:
     angle: cone or azimuth. labels: soft or hard.
     grid_deg, sigma_deg: spacing of the grid and width of the labels, for soft labels only.
     emd_weight: weight of the squared earth mover's distance beside the cross-entropy.
+    mask_weight: weight of the cross-entropy of masks, with features.mask_width, beside that of angles.
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
         take the mean of both log-probabilities: twice the cost.
@@ -57,6 +59,7 @@ class TargetConfig:
     grid_deg: float = 2.0
     sigma_deg: float = 3.0
     emd_weight: float = 0.0
+    mask_weight: float = 1.0
     decoding: Decoding = Decoding.MEDIAN
     mirror: bool = False
     offsets: int = 1
@@ -68,8 +71,9 @@ class TargetConfig:
             raise ValueError(f"target.grid_deg must divide 180 and be <= 30, got {self.grid_deg}")
         if not self.sigma_deg > 0:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
-        if not self.emd_weight >= 0:
-            raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
+        for name in ("emd_weight", "mask_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"target.{name} must be >= 0, got {getattr(self, name)}")
         if not 1 <= self.offsets <= MOST_OFFSETS:
             raise ValueError(f"target.offsets must be from 1 to {MOST_OFFSETS}, got {self.offsets}")
 
@@ -95,7 +99,8 @@ def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
 class Localizer(nn.Module):
     """A network with its grid and its decoding: audio [batch, mic=2, sample] -> logits [batch, track, angle].
 
-    Track k speaks of the k-th smallest angle. `loss` trains it, `estimate` reads it.
+    Track k speaks of the k-th smallest angle. `training_loss` trains it, `estimate` reads it. With features.mask_width
+    the output in train mode is (logits, logits of the masks).
     Raises ValueError for a scene law that the network cannot serve: it hears two microphones, and the original model
     names two talkers.
     """
@@ -124,9 +129,23 @@ class Localizer(nn.Module):
         else:
             self.network = ConformerLocalizer(model, features, sample_rate, scene.aperture, scene.num_src, len(grid))
 
-    def forward(self, audio: Tensor) -> Tensor:
-        logits = self.network(audio)
-        return torch.stack(logits, 1) if isinstance(logits, tuple) else logits
+    @property
+    def masks(self) -> bool:
+        """Whether it learns masks, for which `training_loss` wants the direct sound in the mixtures."""
+        return getattr(self.network, "mask", None) is not None
+
+    def forward(self, audio: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        heard = self.network(audio)
+        return torch.stack(heard, 1) if isinstance(self.network, SSLModel) else heard
+
+    def training_loss(self, heard: Tensor | tuple[Tensor, Tensor], mixture: MixtureBatch) -> Tensor:
+        """What training makes small, a scalar: `loss` of what forward heard in train mode in the mixtures' audio, and
+        with masks target.mask_weight times theirs."""
+        if not self.masks:
+            return self.loss(heard, mixture.scenes)
+        logits, mask = heard
+        of_masks = self.network.mask_loss(mask, mixture.audio, mixture.direct, mixture.scenes.valid.float())
+        return self.loss(logits, mixture.scenes) + self.target.mask_weight * of_masks
 
     def loss(self, logits: Tensor, scenes: SceneBatch) -> Tensor:
         """Training loss, a scalar; scenes that are not valid do not count."""

@@ -91,7 +91,8 @@ class MixtureBatch:
     RIR alone (a dereverberation or separation target) by the same microphones, None unless the RIRs have it; the
     scenes; sample_rate Hz; sensor_snr_db, diffuse_snr_db [batch]: the SNRs that were drawn, dB, infinite where an
     example stays free of that noise (None where whoever made the batch did not say). Where nothing of the speech
-    reaches the microphones within the clip there is no noise either, whatever the SNR."""
+    reaches the microphones within the clip there is no noise either, whatever the SNR. direct [batch, mic, sample]: the
+    direct sound of all talkers in audio, where whoever made the batch added it (Simulator.render_direct)."""
 
     audio: Tensor
     early: Tensor | None
@@ -99,6 +100,7 @@ class MixtureBatch:
     sample_rate: int
     sensor_snr_db: Tensor | None = None
     diffuse_snr_db: Tensor | None = None
+    direct: Tensor | None = None
 
 
 def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, num_samples: int, *,

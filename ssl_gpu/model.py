@@ -14,6 +14,7 @@ from ssl_gpu import products, runtime
 from ssl_gpu.checks import check_fields
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
+from ssl_gpu.masks import MaskNetwork, mask_loss
 
 WINDOW = 512  # samples, 32 ms at 16 kHz
 HOP = 160  # samples, 10 ms at 16 kHz
@@ -281,7 +282,9 @@ class ConformerLocalizer(nn.Module):
     by 1 plus what it makes of the levels of so many bands and of how high every map peaks: which band to believe at
     which moment. What it makes of them is 0 at first, so the weights of a network without a gate fit as a beginning. It
     knows the peaks at the spacing of the training: a closer pair is more coherent in low bands, whatever it hears, so
-    at another spacing the gate may err.
+    at another spacing the gate may err. With features.mask_width, a network (ssl_gpu.masks) says which bins hold direct
+    sound, and as many maps again, of these bins, stand beside the others; in train mode the output is then the logits
+    and those of the masks, [batch, frame, freq], which `mask_loss` is for.
     """
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
@@ -290,15 +293,16 @@ class ConformerLocalizer(nn.Module):
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
         self.gate = _gate(features.gate_bands, 2 * features.num_bands) if features.gate_bands else None
+        self.mask = MaskNetwork(self.front.num_bins, features.mask_width) if features.mask_width else None
         self.level_sizes = (features.num_bands, features.gate_bands)
-        width = cfg.channels
+        width, masked = cfg.channels, features.num_bands if features.mask_width else 0
         self.conv = nn.Sequential(
-            *_conv_group_norm_gelu(2 * features.num_bands, width, stride=(1, 1)),
+            *_conv_group_norm_gelu(2 * features.num_bands + masked, width, stride=(1, 1)),
             *_conv_group_norm_gelu(width, width, stride=(1, 2)),
             *_conv_group_norm_gelu(width, width, stride=(FRAME_HOPS, 1)),
         )
         self.fold = nn.Linear(width * ((features.num_delays + 1) // 2), cfg.dim)
-        self.level = nn.Conv1d(features.num_bands, cfg.dim, 3, stride=FRAME_HOPS, padding=1)
+        self.level = nn.Conv1d(features.num_bands + masked, cfg.dim, 3, stride=FRAME_HOPS, padding=1)
         self.backbone = Conformer(cfg.dim, depth=cfg.depth, heads=cfg.heads, dim_head=cfg.dim // cfg.heads,
                                   conv_kernel_size=cfg.conv_kernel, conv_norm=ConvNorm.LAYER,
                                   attn_dropout=cfg.dropout, ff_dropout=cfg.dropout, conv_dropout=cfg.dropout)
@@ -307,12 +311,16 @@ class ConformerLocalizer(nn.Module):
         self.head = nn.Sequential(nn.Linear(2 * cfg.dim, 2 * cfg.dim), nn.GELU(),
                                   nn.Linear(2 * cfg.dim, num_tracks * num_angles))
 
-    def forward(self, audio: Tensor) -> Tensor:
-        maps, levels = self.front(audio)
+    def forward(self, audio: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        maps, levels, spectra, phat = self.front.hear(audio)
         if self.gate is not None:
             levels, heard = levels.split(self.level_sizes, 1)
             factor = self.gate(torch.cat((heard, maps.amax(-1)), 1))[..., None]
             maps = torch.addcmul(maps, maps, factor)                     # 1 + factor in bfloat16 would lose small ones
+        mask = None if self.mask is None else self.mask(spectra, phat)
+        if mask is not None:
+            masked, share = self.front.masked(phat, mask.sigmoid())
+            maps, levels = torch.cat((maps, masked), 1), torch.cat((levels, share), 1)
         x = rearrange(self._convolved(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
         x = self.backbone(x)                                             # [batch, frame, dim]
@@ -320,7 +328,13 @@ class ConformerLocalizer(nn.Module):
         value = rearrange(self.pool_value(x), "b t (h e) -> b t h e", h=POOL_HEADS)
         picked = torch.einsum("bth,bthe->bhe", weight, value).flatten(1)
         logits = self.head(torch.cat((picked, x.amax(1)), -1))
-        return rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
+        logits = rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
+        return logits if mask is None or not self.training else (logits, mask)
+
+    def mask_loss(self, mask: Tensor, audio: Tensor, direct: Tensor, weight: Tensor) -> Tensor:
+        """How far the logits `mask` of clips are from the true masks, a scalar. audio, direct [batch, mic=2, sample]:
+        the clips, and the direct sound in them; weight [batch] of each clip."""
+        return mask_loss(mask, self.front.true_mask(audio, direct), weight)
 
     def _convolved(self, x: Tensor) -> Tensor:
         """self.conv of maps [batch, 2 * band, frame, delay]; in training on a GPU by products."""

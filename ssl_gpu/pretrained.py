@@ -79,7 +79,11 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     changes nothing until it is trained.
     Raises ValueError, in one line that names the path, where they do not fit.
     """
-    gate = from_mapping(RunConfig, weights.config).features.gate_bands
+    made_for = from_mapping(RunConfig, weights.config).features
+    if cfg.features.mask_width != made_for.mask_width:                  # maps more or fewer, all that follows is others
+        raise ValueError(f"features.mask_width must be {made_for.mask_width}, as in {path}, "
+                         f"got {cfg.features.mask_width}")
+    gate = made_for.gate_bands
     if cfg.features.gate_bands != gate and (gate or not as_beginning):
         raise ValueError(f"features.gate_bands must be {gate}, as in {path}, got {cfg.features.gate_bands}")
     localizer, state = build_localizer(cfg), weights.state

@@ -302,6 +302,15 @@ def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arr
     return Arrivals(slot, torch.cat((direct_amplitude[..., None], amplitude), -1), early)
 
 
+def direct_arrivals(cfg: RirConfig, scenes: SceneBatch) -> Arrivals:
+    """The first of find_arrivals alone, the direct path: [batch, mic, src, 1]."""
+    offset, direct, _ = nearest_mic(scenes)
+    slot = torch.ceil(direct * (OVERSAMPLING * cfg.sample_rate) / SPEED_OF_SOUND).to(torch.int64)
+    last = slots_in_rir(cfg.sample_rate, scenes.rt60)[:, None, None] - 1
+    amplitude = direct.to(torch.float32).reciprocal() * _direct_gain(cfg, scenes, offset)
+    return Arrivals(torch.minimum(slot, last)[..., None], amplitude[..., None], None)
+
+
 def _offset_to_images(scenes: SceneBatch, images: ImageBatch, nearest: Tensor, closest: Tensor) -> Tensor:
     """From every microphone to every image, [batch, mic, src, image, 3] m, x, y and z apart in memory.
 
@@ -317,15 +326,23 @@ def _pattern_gains(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, offse
                    image_offset: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """Gains of the polar patterns, of the direct path [batch, mic, src] and of the images [batch, mic, src, image]
     float32, or 1; offset, image_offset [..., 3] m: from the microphones to the sources and to the images."""
-    direct = image = 1.0
+    image = 1.0
     if images.src_cosine is not None:
-        direct = _gain(cfg.look_vector, cfg.src_pattern, scenes.src_orientation[:, None], -offset)
         image = pattern_gain(cfg.src_pattern, images.src_cosine)[:, None]
     if cfg.mic_pattern is not Pattern.OMNI:
-        look = scenes.mic_orientation[:, :, None]
-        direct = direct * _gain(cfg.look_vector, cfg.mic_pattern, look, offset)
-        image = image * _gain(cfg.look_vector, cfg.mic_pattern, look[..., None, :], image_offset)
-    return direct, image
+        look = scenes.mic_orientation[:, :, None, None]
+        image = image * _gain(cfg.look_vector, cfg.mic_pattern, look, image_offset)
+    return _direct_gain(cfg, scenes, offset), image
+
+
+def _direct_gain(cfg: RirConfig, scenes: SceneBatch, offset: Tensor) -> Tensor | float:
+    """Gain of the polar patterns on the direct path, [batch, mic, src] float32, or 1; offset as above."""
+    gain = 1.0
+    if cfg.src_pattern is not Pattern.OMNI:
+        gain = _gain(cfg.look_vector, cfg.src_pattern, scenes.src_orientation[:, None], -offset)
+    if cfg.mic_pattern is not Pattern.OMNI:
+        gain = gain * _gain(cfg.look_vector, cfg.mic_pattern, scenes.mic_orientation[:, :, None], offset)
+    return gain
 
 
 def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist: Tensor, closest: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ssl_gpu.directivity import Pattern
 from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
-from ssl_gpu.ism import IsmConfig, check_feasible, render_ism
-from ssl_gpu.rir import (FRA_CHOICES, ImageBatch, Method, RirConfig, add_images, can_add_images, draw_images,
-                         find_arrivals, render_rir)
+from ssl_gpu.ism import IsmConfig, check_feasible, direct_images, render_ism
+from ssl_gpu.rir import (FRA_CHOICES, ImageBatch, Method, RirConfig, add_images, can_add_images, direct_arrivals,
+                         draw_images, find_arrivals, render_rir)
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, slots_in_rir, synthesize, synthesize_added
 
@@ -137,6 +137,21 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
                          find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
     rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
+
+
+def render_direct(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, method: Tensor | None,
+                  fused: bool = False) -> RirBatch:
+    """The direct path alone of what render_rooms renders, as RIRs of the same length: what is left of those of a room
+    without it is reverberation. method: of RoomDraw, where methods are mixed; None: rir.method. Air and octave bands
+    are left out. fused: as for render_rooms. Deterministic, and never waits for the device."""
+    arrivals = direct_arrivals(rir_cfg, scenes)
+    if rir_cfg.method is not Method.FRA:
+        arrivals = Arrivals(*direct_images(cfg, rir_cfg, scenes), None)
+    elif method is not None:
+        walls = Arrivals(*direct_images(cfg, rir_cfg, scenes), None)    # its slots are rounded, those of FRA-RIR up
+        arrivals = _pick(method != METHODS.index(Method.FRA), walls, arrivals)
+    slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
 
 
 def _render_added(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw, slots: Tensor) -> RirBatch:

@@ -23,7 +23,7 @@ from ssl_gpu.ism import IsmConfig, check_feasible, check_law
 from ssl_gpu.mixture import MixtureBatch, MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.pool import check_pool, draw_original_images
 from ssl_gpu.rir import Method, RirConfig
-from ssl_gpu.rooms import RoomDraw, check_drawn, draw_rooms, render_rooms
+from ssl_gpu.rooms import RoomDraw, check_drawn, draw_rooms, render_direct, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, SceneConfig, check_places, original_scenes, sample_scenes
 from ssl_gpu.synthesis import RirBatch
 
@@ -268,14 +268,7 @@ class Simulator:
         Raises ValueError when dry is no tensor or does not belong to the draw, for a draw from a bank that is not the
         one held, or of rooms by another law (rooms.check_drawn), and for simulator.fused on a GPU without Triton.
         """
-        check_tensor(dry)
-        if dry.device != draw.scenes.rt60.device:
-            raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
-        samples = [noise.shape[-1] for noise in (draw.mixture.sensor, draw.mixture.diffuse) if noise is not None]
-        if dry.ndim != 3 or dry.shape[:1] != draw.scenes.rt60.shape or 0 in dry.shape \
-                or any(count != dry.shape[-1] for count in samples):
-            raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample"
-                             f"{f'={samples[0]}' if samples else ''}] for this draw, got {list(dry.shape)}")
+        self._check_dry(dry, draw)
         if draw.rooms is None and draw.bank_name != self.bank_name:
             raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
                              f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
@@ -285,14 +278,12 @@ class Simulator:
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
-        pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
-        chunk, parts = self.config.chunk_on(dry.device, pairs), []
+        chunks, parts = self._chunks(dry, draw), []
         whole = None                                                    # where the parts go, if there are several
-        if len(dry) > chunk:
+        if len(chunks) > 1:
             dtype = torch.promote_types(dry.dtype, torch.float32)       # as of a gain times the speech
             whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1], dtype=dtype)
-        for start in range(0, dry.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in chunks:
             scenes = draw.scenes[part]
             rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], fused)
@@ -303,6 +294,42 @@ class Simulator:
         early = None if parts[0].early is None else torch.cat([part.early for part in parts])
         return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate, draw.mixture.sensor_snr,
                             draw.mixture.diffuse_snr)
+
+    @torch.no_grad()
+    def render_direct(self, dry: Tensor, draw: Draw) -> Tensor:
+        """What reaches the microphones straight from the talkers, [batch, mic, sample] float32: the direct paths in
+        `render(dry, draw).audio`, without reflections and noise, by the same microphones at the same levels; of rooms
+        of a bank of mixed methods each by FRA-RIR's grid, which is up to 1/128 sample off. Deterministic.
+
+        Raises ValueError when dry is no tensor or does not belong to the draw.
+        """
+        self._check_dry(dry, draw)
+        fused = self.config.fused_on(dry.device)
+        fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI      # as in render
+        whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1],
+                              dtype=torch.promote_types(dry.dtype, torch.float32))
+        quiet = replace(draw.mixture, sensor=None, diffuse=None)
+        for part in self._chunks(dry, draw):
+            method = None if draw.rooms is None or draw.rooms.method is None else draw.rooms.method[part]
+            rirs = render_direct(self.ism, self.rir, draw.scenes[part], method, fused)
+            self._mix(dry[part], rirs, draw.scenes[part], quiet[part], fused_mix, whole[part])
+        return whole
+
+    def _check_dry(self, dry: Tensor, draw: Draw) -> None:
+        check_tensor(dry)
+        if dry.device != draw.scenes.rt60.device:
+            raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
+        samples = [noise.shape[-1] for noise in (draw.mixture.sensor, draw.mixture.diffuse) if noise is not None]
+        if dry.ndim != 3 or dry.shape[:1] != draw.scenes.rt60.shape or 0 in dry.shape \
+                or any(count != dry.shape[-1] for count in samples):
+            raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample"
+                             f"{f'={samples[0]}' if samples else ''}] for this draw, got {list(dry.shape)}")
+
+    def _chunks(self, dry: Tensor, draw: Draw) -> list[slice]:
+        """The parts of a batch that are rendered at a time."""
+        pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
+        chunk = self.config.chunk_on(dry.device, pairs)
+        return [slice(start, start + chunk) for start in range(0, len(dry), chunk)]
 
     @torch.no_grad()
     def captured(self, batch: int, num_samples: int, *,

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -67,7 +68,13 @@ def noise_at(run: Run, step: int) -> float:
 
 def draw_batch(run: Run, step: int) -> MixtureBatch:
     """The mixtures of one step."""
-    return run.simulator.render(*draw_examples(run, step))
+    return render(run, *draw_examples(run, step))
+
+
+def render(run: Run, dry: torch.Tensor, draw: Draw) -> MixtureBatch:
+    """The mixtures of a draw, with the direct sound in them where masks are learned from it."""
+    mixture = run.simulator.render(dry, draw)
+    return replace(mixture, direct=run.simulator.render_direct(dry, draw)) if run.localizer.masks else mixture
 
 
 def timed_batches(run: Run, timer: runtime.StepTimer) -> runtime.Ahead:
@@ -100,7 +107,7 @@ def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTi
     def maker(index: int, part: slice) -> Callable[[], MixtureBatch]:
         def make() -> MixtureBatch:
             with timer.section("simulate") if index == 0 else contextlib.nullcontext():
-                return run.simulator.render(dry[part], draw[part])
+                return render(run, dry[part], draw[part])
         return make
 
     parts, valid = slices(len(dry), count), draw.scenes.valid
@@ -115,8 +122,8 @@ def gradients(run: Run, network: torch.nn.Module, mixture: MixtureBatch,
     with section("forward"):
         run.optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(run.device, run.bfloat16):
-            logits = network(mixture.audio)
-        loss = run.localizer.loss(logits, mixture.scenes)
+            heard = network(mixture.audio)
+        loss = run.localizer.training_loss(heard, mixture)
     with section("backward"):
         loss.backward()
     return loss.detach()
@@ -163,7 +170,7 @@ class CapturedStep:
 
     def mixtures(self) -> MixtureBatch:
         """Those of a step, by the generators as they are."""
-        return self.run.simulator.render(*draw_from(self.run, *self.generators, self.noise))
+        return render(self.run, *draw_from(self.run, *self.generators, self.noise))
 
     def step(self) -> torch.Tensor:
         """What is captured."""
@@ -278,7 +285,7 @@ def train(run: Run, log: Log) -> int:
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
     timer = runtime.StepTimer(run.device)
-    lanes = Lanes(network, run.localizer.loss, run.bfloat16)
+    lanes = Lanes(network, run.localizer.training_loss, run.bfloat16)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
                                 most_lanes=cfg.batch_size if separable(network) else 1)
     batches, draws = timed_batches(run, timer), timed_draws(run, timer, lanes)

@@ -176,7 +176,8 @@ def test_a_front_end_that_cannot_be_is_refused_in_one_line(change, rate, spacing
     assert str(error.value) == message
 
 
-CHANGES = dict(window=256, hop=200, num_bands=7, band_hz=(100.0, 7800.0), num_delays=50, gate_bands=6)
+CHANGES = dict(window=256, hop=200, num_bands=7, band_hz=(100.0, 7800.0), num_delays=50, gate_bands=6,
+               mask_width=8)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(FeatureConfig)])

@@ -58,6 +58,8 @@ def test_rooms_drawn_on_the_cpu_sound_the_same(name, scene, fused):
     dry = torch.randn(6, scene.num_src, 16000, generator=seeded(0))
     draw = simulator.draw(6, 16000, generator=seeded(1))
     check_alike(simulator.render(dry.to(GPU), draw.to(GPU)), simulator.render(dry, draw), 1e-5)
+    direct = simulator.render_direct(dry, draw)
+    assert relative(simulator.render_direct(dry.to(GPU), draw.to(GPU)), direct) < 1e-5
 
 
 def test_draws_follow_the_generator_of_the_gpu():
@@ -122,9 +124,10 @@ def steps_of(network, overrides, count, compile=False):
 
 
 @pytest.mark.parametrize("network, overrides", [
-    ("librispeech", []), ("librispeech", ["train.optimizer=adamw"]),
+    ("librispeech", []), ("librispeech", ["features.mask_width=64"]), ("librispeech", ["train.optimizer=adamw"]),
     ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
-    ("original", ["train.precision=bfloat16", "train.warmup=0.1"])], ids=["muon", "adamw", "bare", "original"])
+    ("original", ["train.precision=bfloat16", "train.warmup=0.1"])],
+    ids=["muon", "masks", "adamw", "bare", "original"])
 def test_captured_steps_are_those_of_the_loop(network, overrides):
     """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
     Rooms are added up in any order, and eight steps make more of it."""
@@ -214,7 +217,7 @@ def trained(network, audio, bfloat16=False):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with runtime.autocast(audio.device, bfloat16):
             out = network(audio)
-        out = torch.cat(out) if isinstance(out, tuple) else out
+        out = torch.cat([part.flatten() for part in out]) if isinstance(out, tuple) else out
         out.float().sin().sum().backward()
     return out.detach(), {name: p.grad.cpu() for name, p in network.named_parameters() if p.grad is not None}
 
@@ -243,13 +246,14 @@ def test_transform_is_that_of_the_cpu(samples):
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
 @pytest.mark.parametrize("compile, bfloat16", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("kind", ["original", "small"])
+@pytest.mark.parametrize("kind", ["original", "small", "masks"])
 def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
     """Logits, gradients of all weights, and what batch norms keep."""
     torch.compiler.reset()
     torch.manual_seed(0)
     networks = [SSLModel() if kind == "original" else
-                ConformerLocalizer(ModelConfig(), FeatureConfig(), 16_000, 0.08, 2, 36) for _ in range(2)]
+                ConformerLocalizer(ModelConfig(), FeatureConfig(mask_width=64 if kind == "masks" else 0), 16_000, 0.08,
+                                   2, 36) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     networks[1].to(GPU)
     audio = torch.randn(4, 2, 16_000)

@@ -174,15 +174,18 @@ def test_drawing_and_cutting_speech_never_waits_for_the_gpu(crop, request):
     assert gather_crops(bank, crops, 4000).shape == (4, 2, 4000)
 
 
-@pytest.mark.parametrize("name", ["librispeech", "original"])
-def test_networks_and_losses_never_wait_for_the_gpu(name, request):
+@pytest.mark.parametrize("name, overrides", [
+    ("librispeech", []), ("librispeech", ["features.mask_width=64"]), ("original", [])], ids=["small", "masks", "original"])
+def test_networks_and_losses_never_wait_for_the_gpu(name, overrides, request):
     """From dry speech to the loss, the network being built on the CPU before. The way back needs a GPU, see below."""
-    cfg = load_config(RunConfig, ROOT / "configs" / f"{name}.yaml")
+    cfg = load_config(RunConfig, ROOT / "configs" / f"{name}.yaml", overrides)
     simulator, localizer = Simulator(rir=RirConfig(early=False)), build_localizer(cfg).train().to("meta")
     request.getfixturevalue("fake_gpu")
     localizer.to_empty(device=GPU)
-    mixture = simulator(torch.zeros(2, 2, 16000, device=GPU), generator=FakeGenerator())
-    loss = localizer.loss(localizer(mixture.audio), mixture.scenes)
+    dry = torch.zeros(2, 2, 16000, device=GPU)
+    draw = simulator.draw(2, 16000, generator=FakeGenerator())
+    mixture = replace(simulator.render(dry, draw), direct=simulator.render_direct(dry, draw))
+    loss = localizer.training_loss(localizer(mixture.audio), mixture)
     assert loss.shape == () and loss.device == GPU
 
 

@@ -1,0 +1,268 @@
+"""Direct sound, the masks made of it, the network that learns them, and the maps of delays that they make."""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest without python -m
+
+from ssl_gpu import runtime  # noqa: E402
+from ssl_gpu.config import RunConfig, load_config  # noqa: E402
+from ssl_gpu.directivity import Pattern  # noqa: E402
+from ssl_gpu.features import LEAST_SHARE, DelayMap, FeatureConfig  # noqa: E402
+from ssl_gpu.ism import IsmConfig  # noqa: E402
+from ssl_gpu.localizer import Localizer, TargetConfig  # noqa: E402
+from ssl_gpu.masks import MaskNetwork, mask_loss, told, true_mask  # noqa: E402
+from ssl_gpu.mixture import MixtureConfig  # noqa: E402
+from ssl_gpu.model import ConformerLocalizer, ModelConfig  # noqa: E402
+from ssl_gpu.rir import RirConfig  # noqa: E402
+from ssl_gpu.scene import SceneConfig  # noqa: E402
+from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
+
+SCENE, EYRING = SceneConfig(rt60_s=(0.1, 0.3), rotate=True), IsmConfig("eyring", tail_arrivals=64)
+NOISY = MixtureConfig(level_difference_db=(-5.0, 5.0), sensor_snr_db=(0.0, 10.0), diffuse_snr_db=(0.0, 10.0))
+SMALL = ModelConfig(channels=4, dim=16, depth=1, heads=2)
+FEATURES = FeatureConfig(num_bands=4, num_delays=17, mask_width=8)
+RATE = 16000
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def speech(batch=6, samples=4000):
+    return torch.randn(batch, 2, samples, generator=seeded(1))
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def localizer(features=FEATURES, **target):
+    torch.manual_seed(0)
+    return Localizer(SMALL, features, TargetConfig(**target), SceneConfig(), RATE)
+
+
+# ---- direct sound ----
+
+
+@pytest.mark.parametrize("mixing", [
+    MixtureConfig(), NOISY, replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)], ids=["plain", "noisy", "unlike"])
+@pytest.mark.parametrize("rir", [
+    {}, dict(hybrid_share=0.5), dict(method="hybrid"), dict(hybrid_share=0.3, ism_share=0.3),
+    dict(src_pattern=Pattern.CARDIOID, mic_pattern=Pattern.CARDIOID)],
+    ids=["fra", "mixed", "hybrid", "exact too", "patterns"])
+def test_direct_sound_is_the_early_part_without_reflections(rir, mixing):
+    """Of RIRs whose early window ends a sample and a half behind the direct path: no reflection comes as soon but for
+    some of FRA-RIR's, whose early part is not looked at then."""
+    few = {} if "method" in rir else dict(num_images=(20, 40))
+    cfg, dry = RirConfig(early_window_ms=(-1, 1), **few, **rir), speech()
+    simulator = Simulator(SCENE, cfg, mixing, SimulatorConfig(chunk=4), EYRING)
+    draw = simulator.draw(len(dry), dry.shape[-1], generator=seeded(5))
+    mixture, direct = simulator.render(dry, draw), simulator.render_direct(dry, draw)
+    early = mixture.early.sum(2)
+    errors = ((early - direct).square().sum((1, 2)) / early.square().sum((1, 2))).sqrt()
+    print(errors)
+    assert direct.shape == mixture.audio.shape and (errors < 2e-6).sum() >= 5
+    assert relative(direct, mixture.audio) > 0.1                        # the rest is there
+
+
+def test_direct_sound_is_all_that_is_left_without_images():
+    cfg, dry = RirConfig(num_images=(20, 40), early=False), speech()
+    simulator = Simulator(SCENE, cfg, MixtureConfig(), SimulatorConfig(), EYRING)
+    draw = simulator.draw(len(dry), dry.shape[-1], generator=seeded(5))
+    images = draw.rooms.images
+    alone = replace(draw, rooms=replace(draw.rooms, images=replace(images, active=torch.zeros_like(images.active))))
+    assert_close(simulator.render_direct(dry, draw), simulator.render(dry, alone).audio, rtol=0, atol=1e-7)
+
+
+def test_direct_sound_of_a_bank_and_of_scenes_that_break_their_law():
+    dry, cfg = speech(), RirConfig(num_images=(20, 40), early=False)
+    banked = Simulator(replace(SCENE, bank=4), cfg, NOISY)
+    banked.fill_bank(generator=seeded(2))
+    draw = banked.draw(len(dry), dry.shape[-1], generator=seeded(5))
+    endless = Simulator(SCENE, cfg, NOISY)
+    other = endless.draw(len(dry), dry.shape[-1], generator=seeded(6), scenes=draw.scenes)
+    other = replace(other, mixture=draw.mixture)
+    assert_close(banked.render_direct(dry, draw), endless.render_direct(dry, other))
+    broken = replace(draw, scenes=replace(draw.scenes, valid=torch.arange(len(dry)) != 2))
+    direct = banked.render_direct(dry, broken)
+    assert (direct[2] == 0).all() and torch.equal(direct[3], banked.render_direct(dry, draw)[3])
+
+
+def test_direct_sound_of_other_speech_is_one_line():
+    simulator = Simulator(SCENE, RirConfig(num_images=(20, 40)), NOISY)
+    draw = simulator.draw(6, 4000, generator=seeded(5))
+    with pytest.raises(ValueError, match=r"^dry speech must be \[batch=6, src, sample=4000\] for this draw, got \[5,"):
+        simulator.render_direct(speech(5), draw)
+    with pytest.raises(ValueError, match="^dry speech must be a torch tensor, got numpy.ndarray$"):
+        simulator.render_direct(speech().numpy(), draw)
+
+
+# ---- masks ----
+
+
+def test_true_masks_are_the_fourth_power_of_the_share_of_direct_sound():
+    direct = torch.randn(2, 2, 5, 7, dtype=torch.complex64, generator=seeded(1))
+    rest = 2 * torch.randn(2, 2, 5, 7, dtype=torch.complex64, generator=seeded(2))
+    powers = [x.abs().square().sum(1) for x in (direct, rest)]
+    assert_close(true_mask(direct + rest, direct), (powers[0] / (powers[0] + powers[1])) ** 4, rtol=1e-4, atol=1e-6)
+    assert_close(true_mask(direct, direct), torch.ones(2, 5, 7))
+    assert_close(true_mask(rest, torch.zeros_like(rest)), torch.zeros(2, 5, 7))
+    assert_close(true_mask(torch.zeros_like(rest), torch.zeros_like(rest)), torch.zeros(2, 5, 7))
+
+
+def test_true_masks_of_audio_do_not_depend_on_its_level():
+    front, audio, direct = DelayMap(FEATURES, RATE, 0.1), *torch.randn(2, 3, 2, 4000, generator=seeded(1))
+    mask = front.true_mask(audio + direct, direct)
+    spectra = [front.spectra(x) for x in (audio + direct, direct)]
+    assert mask.shape == (3, 14, front.num_bins) and 0.03 < mask.mean() < 0.5
+    assert_close(mask, true_mask(*spectra), rtol=1e-4, atol=1e-6)
+    assert_close(front.true_mask(1e-9 * (audio + direct), 1e-9 * direct)[0, 0, 0], mask[0, 0, 0], rtol=0.1, atol=0.01)
+    assert_close(front.true_mask(1e-4 * (audio + direct), 1e-4 * direct), mask, rtol=1e-3, atol=1e-5)
+
+
+def test_loss_is_the_cross_entropy_of_clips_that_count():
+    logits, mask = torch.randn(3, 5, 7, generator=seeded(1)), torch.rand(3, 5, 7, generator=seeded(2))
+    p = logits.sigmoid()
+    by_clip = -(mask * p.log() + (1 - mask) * (1 - p).log()).mean((1, 2))
+    assert_close(mask_loss(logits, mask, torch.tensor([1.0, 0.0, 1.0])), (by_clip[0] + by_clip[2]) / 2)
+    assert mask_loss(logits, mask, torch.zeros(3)) == 0
+
+
+def test_maps_of_a_mask_are_those_of_its_bins():
+    """Of a wave in noise: with the wave's bins alone the map peaks as that of the wave; with all, it is GCC-PHAT."""
+    front = DelayMap(FEATURES, RATE, 0.1)
+    noise, wave = torch.randn(2, 1, 2, 8000, generator=seeded(1)), torch.randn(1, 1, 8000, generator=seeded(2))
+    wave = torch.cat((wave, wave), 1)                                   # from broadside
+    heard = front.hear(wave + 2 * noise[0])
+    maps, share = front.masked(heard.phat, torch.ones(heard.phat.shape))
+    assert maps.shape == (1, 4, 30, 17) and share.shape == (1, 4, 30)
+    assert_close(maps * (1 + LEAST_SHARE), heard.maps[:, :4], rtol=1e-4, atol=1e-5)
+    assert_close(share, torch.ones(1, 4, 30))
+    told_so, less = front.masked(heard.phat, front.true_mask(wave + 2 * noise[0], wave))
+    peaks = [x.mean(2)[..., 8].mean() for x in (heard.maps[:, :4], told_so)]
+    assert peaks[1] > 1.5 * peaks[0] > 0.1 and less.amax() < 1
+    assert (front.masked(heard.phat, torch.zeros(heard.phat.shape))[0] == 0).all()
+
+
+# ---- the network ----
+
+
+def test_what_a_bin_is_told():
+    front, audio = DelayMap(FEATURES, RATE, 0.1), torch.randn(2, 2, 8000, generator=seeded(1))
+    audio[1, 1] = audio[1, 0]                                           # one wave, alone
+    heard = front.hear(audio)
+    found = told(heard.spectra, heard.phat)
+    assert found.shape == (2, 5, 30, front.num_bins) and found.dtype == torch.float32
+    assert_close(found[:, 0].mean((1, 2)), torch.zeros(2), rtol=0, atol=1e-5)
+    assert_close(found[:, 1].mean(1), torch.zeros(2, front.num_bins), rtol=0, atol=1e-5)
+    assert_close(found[:, 2].square() + found[:, 3].square(), torch.ones(2, 30, front.num_bins))
+    assert_close(found[1, 4], torch.ones(30, front.num_bins), rtol=0, atol=1e-4)
+    assert 0.1 < found[0, 4].mean() < 0.5
+    louder = front.hear(10 * audio)
+    assert_close(told(louder.spectra, louder.phat), found, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_move_with_the_sound_and_reach_as_far_as_they_say():
+    torch.manual_seed(0)
+    network = MaskNetwork(20, 16)
+    spectra = torch.randn(1, 2, 64, 20, dtype=torch.complex64, generator=seeded(1))
+    phat = torch.polar(torch.ones(1, 64, 20), torch.zeros(1, 64, 20))
+    moved = phat.clone()
+    moved[:, 30, 3] = -1
+    with torch.no_grad():
+        change = (network(spectra, moved) - network(spectra, phat)).abs().amax((0, 2)).nonzero().flatten()
+    assert (int(change[0]), int(change[-1])) == (30 - 16, 30 + 16)      # 1 + 2 + 4 + 8 frames, and a neighbour's one
+    assert network(spectra, phat).shape == (1, 64, 20)
+
+
+def test_products_are_the_convolutions(monkeypatch):
+    """In training on a GPU: the same logits and gradients."""
+    network, heard = MaskNetwork(20, 16), torch.randn(2, 2, 12, 20, dtype=torch.complex64, generator=seeded(1))
+    results = []
+    for on in (False, True):
+        monkeypatch.setattr(runtime, "prefers_products", lambda device: on)
+        network.zero_grad()
+        logits = network(heard, heard[:, 0] / heard[:, 0].abs())
+        logits.square().sum().backward()
+        results.append((logits, *(weight.grad for weight in network.parameters())))
+    for plain, product in zip(*results):
+        assert_close(product, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_told_beside_logits_in_training_alone():
+    network, audio = localizer(), torch.randn(2, 2, 8000, generator=seeded(1))
+    logits, mask = network(audio)
+    assert network.masks and logits.shape == (2, 2, 91) and mask.shape == (2, 30, network.network.front.num_bins)
+    network.eval()
+    assert_close(network(audio), logits)
+    assert network.hear(audio).shape == (2, 2, 91)
+    assert not localizer(replace(FEATURES, mask_width=0)).masks
+
+
+def test_masks_shape_the_answer():
+    """The maps of a mask, and how much of each band it kept, reach the network: with another mask it says otherwise."""
+    network, audio = localizer().eval(), torch.randn(2, 2, 8000, generator=seeded(1))
+    before, seen = network(audio), []
+    network.network.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network.network.level.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.nn.init.constant_(network.network.mask.last.bias, -3.0)
+    assert not torch.allclose(network(audio), before, atol=1e-3)
+    maps, levels = seen
+    assert maps.shape == (2, 12, 30, 17) and levels.shape == (2, 8, 30) and (levels[:, 4:] < 0.5).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_masks_learn_from_angles_too(weight):
+    """Of mask_weight 0 from them alone; the loss is the sum of both."""
+    simulator = Simulator(SCENE, RirConfig(num_images=(20, 40), early=False), NOISY)
+    dry = speech(3, 8000)
+    draw = simulator.draw(3, 8000, generator=seeded(5))
+    mixture = simulator.render(dry, draw)
+    network = localizer(mask_weight=weight)
+    heard = network(mixture.audio)
+    if weight == 0:
+        loss = network.training_loss(heard, replace(mixture, direct=torch.zeros_like(mixture.audio)))
+        assert_close(loss, network.loss(heard[0], mixture.scenes))
+    else:
+        direct = simulator.render_direct(dry, draw)
+        loss = network.training_loss(heard, replace(mixture, direct=direct))
+        mask = network.network.front.true_mask(mixture.audio, direct)
+        assert_close(loss, network.loss(heard[0], mixture.scenes) + mask_loss(heard[1], mask, torch.ones(3)))
+    loss.backward()
+    for name, parameter in network.network.mask.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_masks_are_learned():
+    """In 60 steps from the same few mixtures of noises, each louder in some bins: from the cross-entropy of a constant
+    to less than two thirds of it."""
+    simulator = Simulator(SCENE, RirConfig(num_images=(20, 40), early=False), MixtureConfig())
+    dry = speech(8, 8000) * (torch.rand(8, 2, 80, generator=seeded(3)) ** 4).repeat_interleave(100, -1)
+    draw = simulator.draw(8, 8000, generator=seeded(5))
+    mixture, direct = simulator.render(dry, draw), simulator.render_direct(dry, draw)
+    torch.manual_seed(0)
+    network = ConformerLocalizer(SMALL, replace(FEATURES, mask_width=32), RATE, 0.1, 2, 91)
+    optimizer, losses = torch.optim.AdamW(network.mask.parameters(), lr=1e-2), []
+    mask = network.front.true_mask(mixture.audio, direct)
+    constant = mask_loss(torch.logit(mask.mean()).expand_as(mask), mask, torch.ones(8))
+    heard = network.front.hear(mixture.audio)
+    for _ in range(60):
+        loss = mask_loss(network.mask(heard.spectra, heard.phat), mask, torch.ones(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.66 * constant < losses[0]
+
+
+@pytest.mark.parametrize("change, rule", [
+    (["features.mask_width=-1"], "features.mask_width must be >= 0, got -1"),
+    (["target.mask_weight=-0.5"], "target.mask_weight must be >= 0, got -0.5")])
+def test_settings_that_cannot_be_are_one_line(change, rule):
+    with pytest.raises(ValueError, match=rule):
+        load_config(RunConfig, None, ["train.steps=1", *change])
