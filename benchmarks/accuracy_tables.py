@@ -16,7 +16,10 @@ SHORT = {"e1": "e1: FRA-RIR's rooms", "e1n5": "e1n5: these with diffuse noise at
          "e2": "e2: image-source rooms by pyroomacoustics",
          "e3": "e3: a real room, microphones 9.4 cm apart (trained for 10, told 9.4)"}
 # The runs of docs/results/leak-<run>.json, in order.
-LEAK = {"original-300": "300 of the original's rooms, with e0's 200", "law-300": "300 other rooms of the law"}
+LEAK = {"original-300": "small network, 300 of the original's rooms, with e0's 200",
+        "law-300": "small network, 300 other rooms of the law",
+        "original-h200": "57 M network, the original's 3,000 rooms, with e0's 200",
+        "law-h200": "57 M network, 3,000 other rooms of the law"}
 
 
 def pair(values: list[float], digits: int = 2) -> str:

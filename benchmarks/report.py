@@ -182,11 +182,13 @@ def gpu_short(folder: Path) -> str:
         for row in results["rows"]:
             if "failed" not in row and row["fused"] and not row["compiled"]:
                 rates.setdefault((row["name"], row["batch"]), {})[row["graph"]] = row
-        names = list(dict.fromkeys(name for name, _ in rates))
-        rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in (False, True)),
-                 mebibytes(ways[False]["peak_bytes"] if False in ways else None)]
+        names, measured = list(dict.fromkeys(name for name, _ in rates)), {way for row in rates.values() for way in row}
+        heads = {way: head for way, head in ((False, "by launches"), (True, "one CUDA graph")) if way in measured}
+        rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in heads),
+                 *[mebibytes(ways[False]["peak_bytes"] if False in ways else None)] * (False in measured)]
                 for (name, batch), ways in sorted(rates.items(), key=lambda it: (names.index(it[0][0]), it[0][1]))]
-        machine, head = results["machine"], ["mixtures/s", "batch", "by launches", "one CUDA graph", "MiB, by launches"]
+        machine = results["machine"]
+        head = ["mixtures/s", "batch", *heads.values(), *["MiB, by launches"] * (False in measured)]
         lines += [*table(head, rows), "",
                   f"{machine['device']}, torch {results['versions']['torch']}, commit {results['commit']}, "
                   f"{results['date']}: `{results['command']}`{unfinished(results)}"]

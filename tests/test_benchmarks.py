@@ -565,6 +565,10 @@ def test_mixtures_of_a_gpu_side_by_side(tmp_path):
     assert report.gpu_short(tmp_path).splitlines()[2:5] == [
         "| rooms | 256 | 1,000 | 2,000 | 3 |", "| rooms | 512 | 1,500 | - | 5 |", "| noise | 256 | 900 | - | 3 |"]
     assert report.gpu_short(tmp_path).endswith("`python -m it`")
+    results["rows"] = [row for row in rows if row["graph"]]
+    (tmp_path / "2026-01-20-gpu-simulate.json").write_text(json.dumps(results))
+    assert report.gpu_short(tmp_path).splitlines()[:3] == [
+        "| mixtures/s | batch | one CUDA graph |", "| --- | ---: | ---: |", "| rooms | 256 | 2,000 |"]
 
 
 def result_of(cone, azimuth, rooms=0, talkers=0):
@@ -597,8 +601,8 @@ def test_leak_is_a_table_in_order_or_a_line(tmp_path):
         results = {"e0": result_of(1, e0, rooms=rooms), "e0b": result_of(1, 7)}
         (tmp_path / f"leak-{name}.json").write_text(json.dumps(results))
     lines = accuracy_tables.leak(tmp_path).splitlines()
-    assert lines[2:] == ["| 300 of the original's rooms, with e0's 200 | 6.00 / 6.00, LEAKED | 7.00 / 7.00 | 200 |",
-                         "| 300 other rooms of the law | 9.00 / 9.00 | 7.00 / 7.00 | 0 |", "",
+    assert lines[2:] == ["| small network, 300 of the original's rooms, with e0's 200 | 6.00 / 6.00, LEAKED | 7.00 / 7.00 "
+                         "| 200 |", "| small network, 300 other rooms of the law | 9.00 / 9.00 | 7.00 / 7.00 | 0 |", "",
                          "Floors: 6.6 / 6.7 on e0 and 6.6 / 6.7 on e0b."]
 
 

@@ -21,8 +21,8 @@ def network():
                               2, GRID)
 
 
-def loss(logits, scenes):
-    return localisation_loss(logits, scenes.labels, scenes.valid.float())
+def loss(logits, mixture):
+    return localisation_loss(logits, mixture.scenes.labels, mixture.scenes.valid.float())
 
 
 def clips():
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_the_whole_batch(count):
     """With scenes that do not count, also where a part has none that does. Gradients of nearly 0 differ by roundings of
     the largest, by 2e-6 of it on one CPU."""
     model = network()
-    expected = loss(model(clips()[0]), mixtures(slice(None)).scenes)
+    expected = loss(model(clips()[0]), mixtures(slice(None)))
     expected.backward()
     wanted = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     parts, scale = slices(BATCH, count), max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -153,7 +153,7 @@ def test_parts_need_not_use_the_same_weights_and_gradients_lie_as_weights_do():
             assert model.none.grad is None
             for name, part in (("soft", parts[0]), ("loud", parts[1])):
                 share = clips()[2][part].sum() / clips()[2].sum()
-                wanted, = torch.autograd.grad(share * loss(expected(make(part).audio), make(part).scenes),
+                wanted, = torch.autograd.grad(share * loss(expected(make(part).audio), make(part)),
                                               getattr(expected, name))
                 found = getattr(model, name).grad
                 assert wanted.stride() != found.stride() == getattr(model, name).stride()

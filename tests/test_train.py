@@ -276,6 +276,20 @@ def test_a_gate_may_be_added_to_weights_without_one(tiny, capsys):
             f"error: features.gate_bands must be 5, as in train.init={tiny / 'gated'}, got {bands}")
 
 
+def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
+    """Nor taken away, nor made wider, from a run or a resumed one: the maps behind them are others."""
+    common = ("train.warmup=0", "train.evaluations=1", "features.num_bands=4")
+    assert start("train.out=plain", "train.steps=1", *common) == 0
+    assert start("train.out=masks", "train.steps=1", *common, "features.mask_width=8") == 0
+    for begin, width, had in (("plain", 8, 0), ("masks", 0, 8), ("masks", 16, 8)):
+        capsys.readouterr()
+        assert start("train.out=another", "train.steps=1", *common, f"train.init={begin}",
+                     f"features.mask_width={width}") == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: features.mask_width must be {had}, as in train.init={tiny / begin}, got {width}")
+    assert start("train.out=masks", "train.steps=2", "--resume") == 0
+
+
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
     """One step ahead, as on a GPU: the weights of a run without, also where it stops and goes on."""
     common = ("train.warmup=0", "train.lr_end=1", "train.evaluations=1")
@@ -288,7 +302,8 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
         torch.testing.assert_close(ahead.model[key], value, rtol=0, atol=1e-6)
 
 
-def test_lanes_train_the_same_weights(tiny, monkeypatch):
+@pytest.mark.parametrize("width", [0, 8])
+def test_lanes_train_the_same_weights(width, tiny, monkeypatch):
     """Two and three parts of a batch of four side by side. Adam makes a step of the rounding error of a gradient that
     is zero, so weights are compared as a whole with how far they have gone."""
     class InLanes(train_cli.runtime.ThreadTuner):
@@ -297,7 +312,8 @@ def test_lanes_train_the_same_weights(tiny, monkeypatch):
             super().__init__(device, False)
             self.lanes = count
 
-    common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32")
+    common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32",
+              f"features.mask_width={width}")
     assert start("train.out=plain", *common) == 0
     monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
