@@ -26,7 +26,7 @@ class FeatureConfig:
     gate_bands: likewise spaced bands whose levels the network's gate hears, to weigh the maps of the num_bands at every
         frame; 0: no gate.
     mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
-        maps of those; 0: none.
+        maps in which bins count by that; 0: none.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -81,8 +81,9 @@ def _triangles(num_bands: int, band_hz: tuple[float, float], freq: Tensor) -> Te
 
 
 class Heard(NamedTuple):
-    """What DelayMap makes of a clip: maps and levels, as of its forward; and of the bins in its bands the spectra
-    [batch, mic, frame, freq] and their normalised cross-spectrum phat [batch, frame, freq], complex."""
+    """What DelayMap makes of a clip: maps and levels, as of its forward; and, of the bins in its bands, spectra [batch,
+    mic, frame, freq] complex at a mean power of 1, and phat [batch, frame, freq] complex, their normalised
+    cross-spectrum."""
 
     maps: Tensor
     levels: Tensor
@@ -174,7 +175,7 @@ class DelayMap(nn.Module):
         share = mask @ self.means                                        # [batch, frame, band]
         weighted = torch.view_as_real(phat) * mask[..., None]
         maps = (weighted.flatten(-2) @ self.steering).unflatten(-1, (-1, self.cfg.num_delays))
-        # Without the quotient a map would be as faint as its mask is small, which a tenth of the bins is not.
+        # Without the quotient a map would be as faint as its mask is small, and that has a mean of 0.02 in noise.
         maps = maps / (share + LEAST_SHARE)[..., None]
         return maps.transpose(1, 2), share.transpose(1, 2)
 

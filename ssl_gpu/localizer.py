@@ -43,7 +43,6 @@ class TargetConfig:
     angle: cone or azimuth. labels: soft or hard.
     grid_deg, sigma_deg: spacing of the grid and width of the labels, for soft labels only.
     emd_weight: weight of the squared earth mover's distance beside the cross-entropy.
-    mask_weight: weight of the cross-entropy of masks, with features.mask_width, beside that of angles.
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
         take the mean of both log-probabilities: twice the cost.
@@ -59,7 +58,6 @@ class TargetConfig:
     grid_deg: float = 2.0
     sigma_deg: float = 3.0
     emd_weight: float = 0.0
-    mask_weight: float = 1.0
     decoding: Decoding = Decoding.MEDIAN
     mirror: bool = False
     offsets: int = 1
@@ -71,9 +69,8 @@ class TargetConfig:
             raise ValueError(f"target.grid_deg must divide 180 and be <= 30, got {self.grid_deg}")
         if not self.sigma_deg > 0:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
-        for name in ("emd_weight", "mask_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"target.{name} must be >= 0, got {getattr(self, name)}")
+        if not self.emd_weight >= 0:
+            raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
         if not 1 <= self.offsets <= MOST_OFFSETS:
             raise ValueError(f"target.offsets must be from 1 to {MOST_OFFSETS}, got {self.offsets}")
 
@@ -111,6 +108,9 @@ class Localizer(nn.Module):
         if scene.mic_count != 2:
             raise ValueError(f"scene must have 2 microphones to train a localiser, got {scene.mic_count} "
                              f"(scene.num_mics or scene.mic_array_m)")
+        if features.mask_width and model.kind is ModelKind.ORIGINAL:
+            raise ValueError(f"features.mask_width must be 0 for model.kind=original, which has no masks, "
+                             f"got {features.mask_width}")
         if scene.array_radius_m is not None:
             raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
                              f"spacing, got {scene.array_radius_m}")
@@ -139,13 +139,19 @@ class Localizer(nn.Module):
         return torch.stack(heard, 1) if isinstance(self.network, SSLModel) else heard
 
     def training_loss(self, heard: Tensor | tuple[Tensor, Tensor], mixture: MixtureBatch) -> Tensor:
-        """What training makes small, a scalar: `loss` of what forward heard in train mode in the mixtures' audio, and
-        with masks target.mask_weight times theirs."""
+        """What training makes small, a scalar: `loss` of what forward heard in the mixtures' audio, in train mode, and
+        with masks the cross-entropy of these, in nats a bin, which has no weight: they share no weights with the rest.
+
+        Raises ValueError where masks are learned and heard is not of train mode, or the mixtures are without direct.
+        """
         if not self.masks:
             return self.loss(heard, mixture.scenes)
+        if not isinstance(heard, tuple) or mixture.direct is None:
+            raise ValueError("a localiser that learns masks must be in train mode and have MixtureBatch.direct "
+                             "(Simulator.render_direct) to be trained")
         logits, mask = heard
         of_masks = self.network.mask_loss(mask, mixture.audio, mixture.direct, mixture.scenes.valid.float())
-        return self.loss(logits, mixture.scenes) + self.target.mask_weight * of_masks
+        return self.loss(logits, mixture.scenes) + of_masks
 
     def loss(self, logits: Tensor, scenes: SceneBatch) -> Tensor:
         """Training loss, a scalar; scenes that are not valid do not count."""

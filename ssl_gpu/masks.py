@@ -17,7 +17,7 @@ DILATIONS = (1, 2, 4, 8)  # of the convolutions over frames, in turn: 15 frames,
 POWER = 4                 # of the share of direct sound: most bins are mostly something else, and weigh next to nothing
 NEIGHBOURS = (3, 5)       # frames and bins over which the coherence of the microphones is measured
 PER_BIN = 5               # numbers that the network is told of every bin
-OF_FRAME = 2              # numbers that the convolutions over frames say of every bin
+OF_FRAME = 2              # numbers that the convolutions over frames give every bin
 NEAR_WIDTH = 8            # channels of the convolution over a bin and its neighbours
 
 
@@ -81,7 +81,7 @@ def around(x: Tensor) -> Tensor:
     long on a CPU."""
     for dim, size in zip((1, 2), NEIGHBOURS):
         total = x.clone()
-        for shift in range(1, size // 2 + 1):
+        for shift in range(1, min(size // 2, x.shape[dim] - 1) + 1):
             length = x.shape[dim] - shift
             total.narrow(dim, shift, length).add_(x.narrow(dim, 0, length))
             total.narrow(dim, 0, length).add_(x.narrow(dim, shift, length))

@@ -208,6 +208,7 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
     if differing.pop("features.gate_bands", None) == 0:                # of others load_localizer has a word to say
         print(f"the network gets a gate, features.gate_bands={cfg.features.gate_bands}, which the weights of "
               f"train.init={cfg.train.init} lack")
+    differing.pop("features.mask_width", None)                         # which it refuses
     if others := list(differing):
         print(f"warning: the weights of train.init={cfg.train.init} were trained for another {', '.join(others)}",
               file=sys.stderr)

@@ -162,6 +162,7 @@ class Simulator:
         self.scene, self.rir, self.mixture, self.config, self.ism = scene, rir, mixture, config, ism
         self.bank: tuple[SceneBatch, RirBatch] | None = None
         self.bank_name: str | None = None                               # another one for every other bank
+        self.bank_method: Tensor | None = None                          # of each room, where methods are mixed
         self._compile()
 
     def _compile(self) -> None:
@@ -173,6 +174,7 @@ class Simulator:
         return {name: value for name, value in vars(self).items() if name not in ("_render_rooms", "_mix")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.bank_method = None                                         # which older versions did not keep
         vars(self).update(state)
         if self.bank is not None and "bank_name" not in state:          # of an older version
             self.bank_name = name_of_bank(self.bank[0], self.scene, self.rir, self.ism)
@@ -215,7 +217,8 @@ class Simulator:
         if not scenes.valid.all():
             raise ValueError(f"scene: {int((~scenes.valid).sum())} of scene.bank={self.scene.bank} rooms have no place "
                              f"for the sources, widen scene.src_dist_m={self.scene.src_dist_m} or scene.room_min_m")
-        chunk, rooms = self.config.chunk_on(device, self.scene.mic_count * self.scene.num_src), []
+        chunk = self.config.chunk_on(device, self.scene.mic_count * self.scene.num_src)
+        rooms, methods = [], []
         fused = self.config.fused_on(device)
         for start in range(0, len(scenes), BANK_BLOCK):  # a large bank's images do not fit at once
             block = scenes[start:start + BANK_BLOCK].to(device)
@@ -224,12 +227,14 @@ class Simulator:
                 drawn = RoomDraw(images, None, None, self.rir).to(device)
             else:
                 drawn = draw_rooms(self.ism, self.rir, block, generator=generator)
+            methods.append(drawn.method)
             rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], fused)
                       for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
         self.bank = scenes.to(device), RirBatch(full, early, length, self.rir.sample_rate)
         self.bank_name = name_of_bank(scenes, self.scene, self.rir, self.ism)
+        self.bank_method = None if methods[0] is None else torch.cat(methods)
 
     @torch.no_grad()
     def draw(self, batch: int, num_samples: int, *, generator: torch.Generator,
@@ -268,10 +273,7 @@ class Simulator:
         Raises ValueError when dry is no tensor or does not belong to the draw, for a draw from a bank that is not the
         one held, or of rooms by another law (rooms.check_drawn), and for simulator.fused on a GPU without Triton.
         """
-        self._check_dry(dry, draw)
-        if draw.rooms is None and draw.bank_name != self.bank_name:
-            raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
-                             f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
+        self._check(dry, draw)
         if draw.rooms is not None and self.config.compile and not torch.compiler.is_compiling():
             # Which render_rooms does, but compiled.
             check_drawn(self.rir, draw.scenes, draw.rooms)
@@ -297,25 +299,29 @@ class Simulator:
 
     @torch.no_grad()
     def render_direct(self, dry: Tensor, draw: Draw) -> Tensor:
-        """What reaches the microphones straight from the talkers, [batch, mic, sample] float32: the direct paths in
-        `render(dry, draw).audio`, without reflections and noise, by the same microphones at the same levels; of rooms
-        of a bank of mixed methods each by FRA-RIR's grid, which is up to 1/128 sample off. Deterministic.
+        """What reaches the microphones straight from the talkers, [batch, mic, sample]: the direct paths in
+        `render(dry, draw).audio`, without reflections and noise, by the same microphones at the same levels; but for
+        what air and octave bands take off it, 0.6 % with rir.air=[20, 50]. Deterministic, as `render` is.
 
-        Raises ValueError when dry is no tensor or does not belong to the draw.
+        Raises ValueError as `render` does.
         """
-        self._check_dry(dry, draw)
+        self._check(dry, draw)
+        if draw.rooms is not None and not torch.compiler.is_compiling():
+            check_drawn(self.rir, draw.scenes, draw.rooms)
+        method = draw.rooms.method if draw.rooms is not None else \
+            None if self.bank_method is None else self.bank_method[draw.bank_row]
         fused = self.config.fused_on(dry.device)
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI      # as in render
         whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1],
                               dtype=torch.promote_types(dry.dtype, torch.float32))
         quiet = replace(draw.mixture, sensor=None, diffuse=None)
         for part in self._chunks(dry, draw):
-            method = None if draw.rooms is None or draw.rooms.method is None else draw.rooms.method[part]
-            rirs = render_direct(self.ism, self.rir, draw.scenes[part], method, fused)
+            of_part = None if method is None else method[part]
+            rirs = render_direct(self.ism, self.rir, draw.scenes[part], of_part, fused)
             self._mix(dry[part], rirs, draw.scenes[part], quiet[part], fused_mix, whole[part])
         return whole
 
-    def _check_dry(self, dry: Tensor, draw: Draw) -> None:
+    def _check(self, dry: Tensor, draw: Draw) -> None:
         check_tensor(dry)
         if dry.device != draw.scenes.rt60.device:
             raise ValueError(f"dry speech must be on the draw's {draw.scenes.rt60.device}, got {dry.device}")
@@ -324,6 +330,9 @@ class Simulator:
                 or any(count != dry.shape[-1] for count in samples):
             raise ValueError(f"dry speech must be [batch={len(draw.scenes)}, src, sample"
                              f"{f'={samples[0]}' if samples else ''}] for this draw, got {list(dry.shape)}")
+        if draw.rooms is None and draw.bank_name != self.bank_name:
+            raise ValueError(f"this draw must be of the rooms of the bank that this simulator holds, {self.bank_name}, "
+                             f"got one of {draw.bank_name}: fill_bank came in between, or another simulator drew")
 
     def _chunks(self, dry: Tensor, draw: Draw) -> list[slice]:
         """The parts of a batch that are rendered at a time."""

@@ -138,9 +138,10 @@ def test_captured_steps_are_those_of_the_loop(network, overrides):
     begin = bench_train.prepare(network, 8, GPU, [*STEP, *overrides]).localizer  # from the same seed
     start, there, here = (torch.cat([weight.detach().flatten() for weight in one.parameters()])
                           for one in (begin, plain.localizer, run.localizer))
-    # As a whole, by how far they have gone: where a gradient is zero, Adam makes a step of its rounding error. The bare
-    # ones have been 0.08 and 0.1005 of it apart, another draw as far as they have gone.
-    assert (here - there).norm() < 0.2 * (there - start).norm()
+    # As a whole, by how far they have gone: where a gradient is zero, Adam makes a step of its rounding error. Those
+    # without clipping have been 0.1005 of it apart, once.
+    most = 0.2 if network == "original" or "train.clip_norm=null" in overrides else 0.1
+    assert (here - there).norm() < most * (there - start).norm()
     if run.averaged is not None:
         there, here = (torch.cat([weight.flatten() for weight in one.averaged.model.parameters()])
                        for one in (plain, run))

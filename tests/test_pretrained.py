@@ -2,6 +2,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,7 @@ from ssl_gpu import checkpoint, pretrained
 from ssl_gpu.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ssl_gpu.config import ConfigError, RunConfig, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evaluate import evaluate
-from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_pretrained, main, packed,
+from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_localizer, load_pretrained, main, packed,
                                 read_weights, thinned_log, without_places)
 from ssl_gpu.simulator import SimulatorConfig
 
@@ -157,6 +158,8 @@ def test_packaged_weights_load_and_fit_where_there_are_any():
     assert all(pretrained.OURS.fullmatch(name) for name in sizes)
     assert torch.isfinite(localizer(torch.randn(1, 2, round(cfg.speech.clip_s * cfg.rir.sample_rate)))).all()
     assert without_places(cfg) == cfg
+    recipe = load_config(RunConfig, Path(__file__).parents[1] / "configs" / "librispeech.yaml")
+    load_localizer(read_weights(pretrained.PACKAGED), recipe, "packaged", as_beginning=True)  # to go on with
 
 
 # ---- what it tells ----
