@@ -99,6 +99,7 @@ def true_mask(spectra: Tensor, direct: Tensor) -> Tensor:
 
 
 def mask_loss(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy of logits against a mask, both [batch, frame, freq], in nats a bin; clips weigh `weight` [batch]."""
+    """Cross-entropy of logits against a mask, both [batch, frame, freq], in nats a bin, a scalar; clips weigh `weight`
+    [batch]."""
     loss = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none").mean((1, 2))
     return (loss * weight).sum() / weight.sum().clamp(min=1)

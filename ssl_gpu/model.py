@@ -319,8 +319,8 @@ class ConformerLocalizer(nn.Module):
             maps = torch.addcmul(maps, maps, factor)                     # 1 + factor in bfloat16 would lose small ones
         mask = None if self.mask is None else self.mask(spectra, phat)
         if mask is not None:
-            # Taught by the truth alone: in noise the gradient of the angles is 35 times that of the masks' loss, and masks
-            # taught by both explain 12 % of the true ones after 7,000 mixtures, these 31 (docs/accuracy.md).
+            # Taught by the truth alone: in noise the gradient of the angles is 35 times that of the masks' loss. Masks
+            # taught by both explained 12 % of the true ones after 7,000 mixtures, these 31 (docs/accuracy.md).
             masked, share = self.front.masked(phat, mask.detach().sigmoid())
             maps, levels = torch.cat((maps, masked), 1), torch.cat((levels, share), 1)
         x = rearrange(self._convolved(maps), "b c t d -> b t (c d)")

@@ -122,7 +122,7 @@ def test_training_benchmark_shares_a_step_out(tmp_path):
         assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
         assert 0.8 < sum(share.values()) - share["simulate"] <= 1
     text = report.markdown(results)
-    assert "librispeech, 1.64 M, overlapped | 2 | float32" in text
+    assert "librispeech, 2.42 M, overlapped | 2 | float32" in text
     assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
 
 
@@ -601,9 +601,10 @@ def test_leak_is_a_table_in_order_or_a_line(tmp_path):
         results = {"e0": result_of(1, e0, rooms=rooms), "e0b": result_of(1, 7)}
         (tmp_path / f"leak-{name}.json").write_text(json.dumps(results))
     lines = accuracy_tables.leak(tmp_path).splitlines()
-    assert lines[2:] == ["| small network, 300 of the original's rooms, with e0's 200 | 6.00 / 6.00, LEAKED | 7.00 / 7.00 "
-                         "| 200 |", "| small network, 300 other rooms of the law | 9.00 / 9.00 | 7.00 / 7.00 | 0 |", "",
-                         "Floors: 6.6 / 6.7 on e0 and 6.6 / 6.7 on e0b."]
+    assert lines[2:] == [
+        "| small network, 300 of the original's rooms, with e0's 200 | 6.00 / 6.00, LEAKED | 7.00 / 7.00 | 200 |",
+        "| small network, 300 other rooms of the law | 9.00 / 9.00 | 7.00 / 7.00 | 0 |", "",
+        "Floors: 6.6 / 6.7 on e0 and 6.6 / 6.7 on e0b."]
 
 
 def test_unknown_device_is_one_line(capsys):

@@ -49,7 +49,8 @@ def localizer(features=FEATURES, **target):
 # ---- direct sound ----
 
 
-@pytest.mark.parametrize("mixing", [NOISY, replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)], ids=["alike", "unlike"])
+@pytest.mark.parametrize("mixing", [NOISY, replace(NOISY, mic_gain_db=3.0, mic_phase_deg=20.0)],
+                         ids=["alike", "unlike"])
 @pytest.mark.parametrize("rir", [
     {}, dict(hybrid_share=0.5), dict(method="hybrid"), dict(method="ism"), dict(hybrid_share=0.3, ism_share=0.3),
     dict(src_pattern=Pattern.CARDIOID, mic_pattern=Pattern.CARDIOID)],
@@ -178,7 +179,8 @@ def test_what_a_bin_is_told():
     cross = second * first.conj()
     real, imag, *powers = (torch.nn.functional.avg_pool2d(x[:, None], NEIGHBOURS, 1, (1, 2))[:, 0] for x in (
         cross.real, cross.imag, first.abs().square(), second.abs().square()))
-    assert_close(found[:, 4], (real.square() + imag.square()).sqrt() / (powers[0] * powers[1]).sqrt(), rtol=1e-3, atol=1e-4)
+    coherence = (real.square() + imag.square()).sqrt() / (powers[0] * powers[1]).sqrt()
+    assert_close(found[:, 4], coherence, rtol=1e-3, atol=1e-4)
     louder = front.hear(10 * audio)
     assert_close(told(louder.spectra, louder.phat), found, rtol=1e-3, atol=1e-3)
 
