@@ -21,8 +21,8 @@ class Lanes:
     """Gradients of a batch that is dealt out to threads.
 
     network: audio [batch, mic, sample] -> logits or more; loss: these and the mixtures -> mean over the valid scenes, a
-    scalar; bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none for
-    this: see `separable`.
+    scalar; bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none
+    for this: see `separable`.
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[Any, MixtureBatch], Tensor], bfloat16: bool | None):
