@@ -540,7 +540,23 @@ def test_time_kept_for_the_end_is_not_that_of_a_compilation(compile, tiny, monke
     monkeypatch.setattr(train_cli.runtime, "compiled", lambda network, enabled: network)
     monkeypatch.setattr(train_cli, "progress", lambda run, *args: kept.append(run.step_s) or progress(run, *args))
     assert start("train.out=run", "train.steps=2", f"train.compile={str(compile).lower()}") == 0
-    assert len(kept) == 3 and kept[0] == 0 and (kept[1] == 0) == compile and kept[2] > 0
+    assert len(kept) == 3 + compile and kept[0] == 0 and (kept[1] == 0) == compile and kept[-1] > 0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compilation_is_no_part_of_the_schedule(compile, tiny, monkeypatch):
+    """Of 90 s the first step takes 40, all others 1: of a compilation the warm-up begins behind it."""
+    clock, gradients = [0.0], train_cli.gradients
+    monkeypatch.setattr(train_cli.runtime, "compiled", lambda network, enabled: network)
+    monkeypatch.setattr(train_cli, "elapsed_s", lambda run: clock[0])
+    monkeypatch.setattr(train_cli, "gradients", lambda *args: (
+        clock.__setitem__(0, clock[0] + (1 if clock[0] else 40)), gradients(*args))[1])
+    assert start("train.out=run", "train.steps=null", "train.max_minutes=1.5", "train.warmup=0.5",
+                 f"train.compile={str(compile).lower()}") == 0
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert 40 < len(rates) < 60                                         # neither is longer than it may be
+    assert (rates[1] < 0.1 * max(rates)) == compile and (rates[1] > 0.8 * max(rates)) == (not compile)
 
 
 def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
