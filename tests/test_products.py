@@ -181,7 +181,7 @@ def test_maps_that_are_not_channels_last_are_left_to_the_convolutions(channels_l
 
 
 def test_small_network_is_as_ever_without_gradients(as_on_a_gpu, monkeypatch):
-    """Its maps by convolutions; the depthwise filters are products there, too, to the bit on one CPU and not on another.
+    """Its maps by convolutions; depthwise filters are products there, too, to the bit on one CPU and not on another.
     """
     network, audio = small()
     as_on_a_gpu(False)
