@@ -39,8 +39,8 @@ class Steps:
         """Gradients of a batch at once."""
         mixture = draw_batch(self.run, self.run.step)
         with runtime.autocast(self.run.device, None):
-            logits = self.network(mixture.audio)
-        self.run.localizer.training_loss(logits, mixture).backward()
+            heard = self.network(mixture.audio)
+        self.run.localizer.training_loss(heard, mixture).backward()
 
     def dealt(self) -> None:
         """The same in lanes."""
