@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+# A test is on one thread (tests/conftest.py), and takes the memory of torch; worksteal keeps a file's tests together.
+WORKERS = -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow lint clean
@@ -19,10 +21,10 @@ train: $(VENV)/.installed
 	$(VENV)/bin/python -m ssl_gpu.train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/python -m flake8 $(ARGS)

@@ -30,7 +30,7 @@ class Steps:
     def __init__(self, cores: int, compiled: bool):
         self.cores, self.run = cores, prepare("librispeech", None, torch.device("cpu"), [])
         self.network = runtime.compiled(self.run.localizer, compiled)
-        self.lanes = Lanes(self.network, self.run.localizer.training_loss, None)
+        self.lanes = Lanes(self.network, self.run.localizer.training_losses, None)
         self.timer = runtime.StepTimer(self.run.device)
         self.draws = timed_draws(self.run, self.timer, self.lanes)
         self.done: Counter[Callable[[], object]] = Counter()  # each has its own, for what is drawn ahead
@@ -40,7 +40,7 @@ class Steps:
         mixture = draw_batch(self.run, self.run.step)
         with runtime.autocast(self.run.device, None):
             heard = self.network(mixture.audio)
-        self.run.localizer.training_loss(heard, mixture).backward()
+        self.run.localizer.training_losses(heard, mixture).sum().backward()
 
     def dealt(self) -> None:
         """The same in lanes."""

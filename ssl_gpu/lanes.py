@@ -20,19 +20,19 @@ from ssl_gpu.mixture import MixtureBatch
 class Lanes:
     """Gradients of a batch that is dealt out to threads.
 
-    network: audio [batch, mic, sample] -> logits or more; loss: these and the mixtures -> mean over the valid scenes, a
-    scalar; bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none
+    network: audio [batch, mic, sample] -> logits or more; losses: these and the mixtures -> means over the valid
+    scenes, [loss], whose sum is differentiated; bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none
     for this: see `separable`.
     """
 
-    def __init__(self, network: nn.Module, loss: Callable[[Any, MixtureBatch], Tensor], bfloat16: bool | None):
-        self.network, self.loss, self.bfloat16 = network, loss, bfloat16
+    def __init__(self, network: nn.Module, losses: Callable[[Any, MixtureBatch], Tensor], bfloat16: bool | None):
+        self.network, self.losses, self.bfloat16 = network, losses, bfloat16
         self.weights = [weight for weight in network.parameters() if weight.requires_grad]
         self._pool, self._size = ThreadPoolExecutor(1), 1
         self._used: set[tuple[int, ...]] = set()
 
     def gradients(self, make: Sequence[Callable[[], MixtureBatch]], valid: Sequence[Tensor]) -> Tensor:
-        """Sets .grad of all weights to that of the whole batch, to a few roundings; returns its loss, a scalar.
+        """Sets .grad of all weights to that of the whole batch, to a few roundings; returns its losses, [loss].
 
         make: gives the mixtures of each part; each is called, heard and differentiated in a lane of its own, or, the
         first time that there are parts of these sizes, one after the other in the calling thread. valid: which examples
@@ -62,7 +62,7 @@ class Lanes:
             used.update(had)
         for index, weight in enumerate(self.weights):
             weight.grad = whole[index] if index in used else None
-        return torch.stack([loss for loss, _ in done]).sum()
+        return torch.stack([losses for losses, _ in done]).sum(0)
 
     def beside(self, work: Callable[[], Any]) -> Future:
         """Begins work() in the thread of a lane, on as many threads as torch is set to, while the caller goes on."""
@@ -78,9 +78,9 @@ class Lanes:
         mixture = make()
         with runtime.autocast(mixture.audio.device, self.bfloat16):
             heard = self.network(mixture.audio)
-        loss = share * self.loss(heard, mixture)
+        losses = share * self.losses(heard, mixture)
         # Not backward(): it would add to .grad in several threads at once.
-        return loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
+        return losses.detach(), torch.autograd.grad(losses.sum(), self.weights, allow_unused=True)
 
 
 def separable(network: nn.Module) -> bool:

@@ -96,7 +96,7 @@ def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
 class Localizer(nn.Module):
     """A network with its grid and its decoding: audio [batch, mic=2, sample] -> logits [batch, track, angle].
 
-    Track k speaks of the k-th smallest angle. `training_loss` trains it, `estimate` reads it. With features.mask_width
+    Track k speaks of the k-th smallest angle. `training_losses` trains it, `estimate` reads it. With features.mask_width
     the output in train mode is (logits, logits of the masks).
     Raises ValueError for a scene law that the network cannot serve: it hears two microphones, and the original model
     names two talkers.
@@ -131,27 +131,28 @@ class Localizer(nn.Module):
 
     @property
     def masks(self) -> bool:
-        """Whether it learns masks, for which `training_loss` wants the direct sound in the mixtures."""
+        """Whether it learns masks, for which `training_losses` wants the direct sound in the mixtures."""
         return getattr(self.network, "mask", None) is not None
 
     def forward(self, audio: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         heard = self.network(audio)
         return torch.stack(heard, 1) if isinstance(self.network, SSLModel) else heard
 
-    def training_loss(self, heard: Tensor | tuple[Tensor, Tensor], mixture: MixtureBatch) -> Tensor:
-        """What training makes small, a scalar: `loss` of what forward heard in the mixtures' audio, in train mode, and
-        with masks the cross-entropy of these, in nats a bin, which has no weight: they share no weights with the rest.
+    def training_losses(self, heard: Tensor | tuple[Tensor, Tensor], mixture: MixtureBatch) -> Tensor:
+        """What training makes small the sum of, [1], or with masks [2]: `loss` of what forward heard in the mixtures'
+        audio, in train mode, and the cross-entropy of the masks, in nats a bin. The latter has no weight, since masks
+        share no weights with the rest.
 
         Raises ValueError where masks are learned and heard is not of train mode, or the mixtures are without direct.
         """
         if not self.masks:
-            return self.loss(heard, mixture.scenes)
+            return self.loss(heard, mixture.scenes)[None]
         if not isinstance(heard, tuple) or mixture.direct is None:
             raise ValueError("a localiser that learns masks must be in train mode and have MixtureBatch.direct "
                              "(Simulator.render_direct) to be trained")
         logits, mask = heard
         of_masks = self.network.mask_loss(mask, mixture.audio, mixture.direct, mixture.scenes.valid.float())
-        return self.loss(logits, mixture.scenes) + of_masks
+        return torch.stack((self.loss(logits, mixture.scenes), of_masks))
 
     def loss(self, logits: Tensor, scenes: SceneBatch) -> Tensor:
         """Training loss, a scalar; scenes that are not valid do not count."""

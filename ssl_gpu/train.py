@@ -99,7 +99,7 @@ def timed_draws(run: Run, timer: runtime.StepTimer, lanes: Lanes) -> runtime.Ahe
 
 def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTimer,
              count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
+    """The losses of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
     and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
     run.optimizer.zero_grad(set_to_none=True)
     dry, draw = draws.take(run.step)
@@ -111,22 +111,22 @@ def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTi
         return make
 
     parts, valid = slices(len(dry), count), draw.scenes.valid
-    loss = lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts])
+    losses = lanes.gradients([maker(*pair) for pair in enumerate(parts)], [valid[part] for part in parts])
     draws.prefetch()
-    return loss, valid
+    return losses, valid
 
 
 def gradients(run: Run, network: torch.nn.Module, mixture: MixtureBatch,
               section: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> torch.Tensor:
-    """The loss of a batch, without its autograd graph; gradients are in place. section: StepTimer's, of both halves."""
+    """The losses of a batch, [loss], without their autograd graph; gradients are in place. section: StepTimer's, of both halves."""
     with section("forward"):
         run.optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(run.device, run.bfloat16):
             heard = network(mixture.audio)
-        loss = run.localizer.training_loss(heard, mixture)
+        losses = run.localizer.training_losses(heard, mixture)
     with section("backward"):
-        loss.backward()
-    return loss.detach()
+        losses.sum().backward()
+    return losses.detach()
 
 
 def update(run: Run, average: torch.Tensor | None = None) -> None:
@@ -156,7 +156,7 @@ class CapturedStep:
         self.graphed = runtime.Graphed(self.step, run.device, self.generators)
 
     def take(self, step: int, rate: float) -> torch.Tensor:
-        """That step at that learning rate; its loss, which the next step overwrites."""
+        """That step at that learning rate; its losses, [loss], which the next step overwrites."""
         for generator, stream in zip(self.generators, STREAMS):
             generator.manual_seed(rng.seed_of(self.run.cfg.train.seed, rng.Split.TRAIN, stream, step))
         self.rate.fill_(rate)
@@ -175,10 +175,10 @@ class CapturedStep:
     def step(self) -> torch.Tensor:
         """What is captured."""
         mixture = self.mixtures()
-        loss = gradients(self.run, self.network, mixture)
+        losses = gradients(self.run, self.network, mixture)
         update(self.run, self.average)
         self.invalid.add_((~mixture.scenes.valid).sum())
-        return loss
+        return losses
 
 
 def progress(run: Run, step: int, began: tuple[float, float]) -> float:
@@ -287,7 +287,7 @@ def train(run: Run, log: Log) -> int:
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
     timer = runtime.StepTimer(run.device)
-    lanes = Lanes(network, run.localizer.training_loss, run.bfloat16)
+    lanes = Lanes(network, run.localizer.training_losses, run.bfloat16)
     tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
                                 most_lanes=cfg.batch_size if separable(network) else 1)
     batches, draws = timed_batches(run, timer), timed_draws(run, timer, lanes)
@@ -307,15 +307,15 @@ def train(run: Run, log: Log) -> int:
             torch.manual_seed(rng.seed_of(cfg.seed, rng.Split.TRAIN, rng.Stream.DROPOUT, step))
         step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
         if captured is not None:
-            loss = captured.take(step, rate)
+            losses = captured.take(step, rate)
         else:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             if tuner.lanes > 1:
-                loss, valid = in_lanes(run, lanes, draws, timer, tuner.lanes)
+                losses, valid = in_lanes(run, lanes, draws, timer, tuner.lanes)
             else:
                 mixture = batches.take(step)
-                loss, valid = gradients(run, network, mixture), mixture.scenes.valid
+                losses, valid = gradients(run, network, mixture), mixture.scenes.valid
                 batches.prefetch()                                     # behind what this step has queued
             update(run)
             invalid += (~valid).sum()
@@ -337,14 +337,14 @@ def train(run: Run, log: Log) -> int:
             if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
                 log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
-            log_step(run, log, step, share, rate, loss, invalid, timer.read())
+            log_step(run, log, step, share, rate, losses, invalid, timer.read())
         if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
             evaluated = math.floor(share * cfg.evaluations)
             log_evaluation(run, log, step, share)
             timer.restart()
             tuner.restart()
         if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
-            check_loss(loss, step)                                     # or a good checkpoint would be overwritten
+            check_losses(losses, step)                                 # or a good checkpoint would be overwritten
             try:
                 save(run, step)
             except CheckpointError as error:
@@ -355,24 +355,26 @@ def train(run: Run, log: Log) -> int:
     return step
 
 
-def check_loss(loss: torch.Tensor, step: int) -> float:
-    """The loss as a number. Raises FloatingPointError when it is not finite."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}: lower train.lr or set train.clip_norm")
-    return value
+def check_losses(losses: torch.Tensor, step: int) -> list[float]:
+    """The losses as numbers. Raises FloatingPointError when their sum is not finite."""
+    values = losses.tolist()
+    if not math.isfinite(sum(values)):
+        raise FloatingPointError(f"the loss is {sum(values)} at step {step}: lower train.lr or set train.clip_norm")
+    return values
 
 
-def log_step(run: Run, log: Log, step: int, share: float, rate: float, loss: torch.Tensor, invalid: torch.Tensor,
+def log_step(run: Run, log: Log, step: int, share: float, rate: float, losses: torch.Tensor, invalid: torch.Tensor,
              times: runtime.StepTimes) -> None:
-    """One line of metrics.jsonl and the numbers behind the progress bar. Reading the loss is the interval's one sync.
-    Of steps that are a CUDA graph, in which there are no marks for a timer, no simulate_share is told.
+    """One line of metrics.jsonl and the numbers behind the progress bar. Reading the losses is the interval's one sync:
+    what is told is their sum and, where there are masks, theirs. Of steps that are a CUDA graph, in which there are no
+    marks for a timer, no simulate_share is told.
 
     Raises FloatingPointError when the loss is not finite any more.
     """
-    value = check_loss(loss, step)
+    value, *of_masks = check_losses(losses, step)
+    value = math.fsum((value, *of_masks))
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
-    log.write({"step": step, "loss": value, "lr": rate, "examples_per_s": speed,
+    log.write({"step": step, "loss": value, **({"mask_loss": of_masks[0]} if of_masks else {}), "lr": rate, "examples_per_s": speed,
                **({} if run.graph else {"simulate_share": simulate}), "invalid_scenes": int(invalid),
                "elapsed_s": elapsed_s(run)}, share)
     log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s"

@@ -21,8 +21,11 @@ def network():
                               2, GRID)
 
 
-def loss(logits, mixture):
-    return localisation_loss(logits, mixture.scenes.labels, mixture.scenes.valid.float())
+def losses(logits, mixture):
+    valid = mixture.scenes.valid.float()
+    powers = logits.square().mean((1, 2))
+    return torch.stack((localisation_loss(logits, mixture.scenes.labels, valid),
+                        (powers * valid).sum() / valid.sum().clamp(min=1)))
 
 
 def clips():
@@ -43,11 +46,11 @@ def test_gradients_are_those_of_the_whole_batch(count):
     """With scenes that do not count, also where a part has none that does. Gradients of nearly 0 differ by roundings of
     the largest, by 2e-6 of it on one CPU."""
     model = network()
-    expected = loss(model(clips()[0]), mixtures(slice(None)))
-    expected.backward()
+    expected = losses(model(clips()[0]), mixtures(slice(None)))
+    expected.sum().backward()
     wanted = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     parts, scale = slices(BATCH, count), max(float(gradient.abs().max()) for gradient in wanted.values())
-    lanes = Lanes(model, loss, False)
+    lanes = Lanes(model, losses, False)
     for _ in range(2):                                                  # the first time one by one, then side by side
         found = lanes.gradients([lambda part=part: mixtures(part) for part in parts],
                                 [clips()[2][part] for part in parts])
@@ -64,7 +67,7 @@ def test_lanes_run_side_by_side_after_their_first_call_and_on_torchs_number_of_t
     """That first call is made where gradients() is called."""
     barrier, threads, before = threading.Barrier(2), [], torch.get_num_threads()
     model, parts = network(), slices(BATCH, 2)
-    lanes = Lanes(model, loss, False)
+    lanes = Lanes(model, losses, False)
 
     def make(part, wait):
         threads.append(torch.get_num_threads())
@@ -85,7 +88,7 @@ def test_lanes_run_side_by_side_after_their_first_call_and_on_torchs_number_of_t
 
 
 def test_work_beside_the_caller_has_a_thread_and_torchs_number_of_threads():
-    lanes, begin, before = Lanes(network(), loss, False), threading.Event(), torch.get_num_threads()
+    lanes, begin, before = Lanes(network(), losses, False), threading.Event(), torch.get_num_threads()
 
     def work():
         assert begin.wait(10)
@@ -105,7 +108,7 @@ def test_work_beside_the_caller_has_a_thread_and_torchs_number_of_threads():
 
 
 def test_an_error_in_a_lane_is_raised():
-    lanes = Lanes(network(), loss, False)
+    lanes = Lanes(network(), losses, False)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             lanes.gradients([lambda: mixtures(slice(0, 3)), lambda: 1 / 0], [clips()[2][:3], clips()[2][3:]])
@@ -147,13 +150,13 @@ def test_parts_need_not_use_the_same_weights_and_gradients_lie_as_weights_do():
 
     parts = [slice(0, 4), slice(4, 7)]
     for order in (parts, parts[::-1]):
-        lanes = Lanes(model, loss, False)
+        lanes = Lanes(model, losses, False)
         for _ in range(2):                                              # one by one, then side by side
             lanes.gradients([lambda part=part: make(part) for part in order], [clips()[2][part] for part in order])
             assert model.none.grad is None
             for name, part in (("soft", parts[0]), ("loud", parts[1])):
                 share = clips()[2][part].sum() / clips()[2].sum()
-                wanted, = torch.autograd.grad(share * loss(expected(make(part).audio), make(part)),
+                wanted, = torch.autograd.grad(share * losses(expected(make(part).audio), make(part)).sum(),
                                               getattr(expected, name))
                 found = getattr(model, name).grad
                 assert wanted.stride() != found.stride() == getattr(model, name).stride()
@@ -163,7 +166,7 @@ def test_parts_need_not_use_the_same_weights_and_gradients_lie_as_weights_do():
 def test_frozen_weights_get_no_gradient():
     model = network()
     model.fold.requires_grad_(False)
-    Lanes(model, loss, False).gradients([lambda: mixtures(slice(None))], [clips()[2]])
+    Lanes(model, losses, False).gradients([lambda: mixtures(slice(None))], [clips()[2]])
     assert model.fold.weight.grad is None and model.head[0].weight.grad is not None
 
 
@@ -183,7 +186,7 @@ def test_a_compiled_network_is_dealt_out_too():
     """Also with parts of two sizes, each compiled on its first call, and called side by side from then on."""
     model, plain = network(), network()
     compiled, parts = runtime.compiled(model, True), slices(BATCH, 2)
-    lanes, reference = Lanes(compiled, loss, False), Lanes(plain, loss, False)
+    lanes, reference = Lanes(compiled, losses, False), Lanes(plain, losses, False)
     for _ in range(3):
         for each in (lanes, reference):
             each.gradients([lambda part=part: mixtures(part) for part in parts], [clips()[2][part] for part in parts])

@@ -250,7 +250,7 @@ def test_masks_learn_from_the_truth_alone():
     heard = network(mixture.audio)
     mask = network.network.front.true_mask(mixture.audio, direct)
     of_angles, of_masks = network.loss(heard[0], mixture.scenes), mask_loss(heard[1], mask, torch.ones(3))
-    assert_close(network.training_loss(heard, mixture), of_angles + of_masks)
+    assert_close(network.training_losses(heard, mixture), torch.stack((of_angles, of_masks)))
     weights = list(network.network.mask.parameters())
     assert all(x is None for x in torch.autograd.grad(of_angles, weights, retain_graph=True, allow_unused=True))
     assert all(x.abs().sum() > 0 for x in torch.autograd.grad(of_masks, weights))
@@ -261,10 +261,10 @@ def test_masks_are_not_learned_without_the_truth():
     mixture = simulator(speech(2, 8000), generator=seeded(5))
     rule = "^a localiser that learns masks must be in train mode and have MixtureBatch.direct"
     with pytest.raises(ValueError, match=rule):
-        network.training_loss(network(mixture.audio), mixture)
+        network.training_losses(network(mixture.audio), mixture)
     network.eval()
     with pytest.raises(ValueError, match=rule):
-        network.training_loss(network(mixture.audio), replace(mixture, direct=mixture.audio))
+        network.training_losses(network(mixture.audio), replace(mixture, direct=mixture.audio))
 
 
 def test_masks_are_learned():

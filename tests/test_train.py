@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,16 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"error: features.mask_width must be {had}, as in train.init={tiny / begin}, got {width}")
     assert start("train.out=masks", "train.steps=2", "--resume") == 0
+
+
+def test_the_loss_of_masks_is_told_beside_the_sum(tiny):
+    for width in (8, 0):
+        assert start("train.out=run", "train.steps=2", f"features.mask_width={width}") == 0
+        lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        assert len(steps) == 2 and all(("mask_loss" in line) == (width > 0) for line in steps)
+        assert all(0 < line.get("mask_loss", 0.1) < line["loss"] for line in steps)
+        shutil.rmtree(tiny / "run")
 
 
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
