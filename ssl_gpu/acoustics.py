@@ -6,6 +6,7 @@ from torch import Tensor
 
 SPEED_OF_SOUND = 340.0  # m/s, the reference's value; 343 would move every arrival by 0.9 %
 DISTANCE_EPSILON = 1e-3  # m^2, added under the root of every distance by the reference: 0.2 m reads 0.2025 m
+SABINE = 0.16  # s/m, the reference's rounding of 24 ln(10) / c
 
 LEAST_COEFFICIENT = 1e-8  # the least but 0 that float64 leaves of sqrt(1 - alpha^2)
 
@@ -25,5 +26,5 @@ def reflection_coefficient(room_dim: Tensor, rt60: Tensor) -> Tensor:
     LEAST_COEFFICIENT: in a hall of 300 m with an RT60 of 0.15 s alpha rounds to 1, and the logarithm of 0 is no number.
     """
     volume_over_surface = 0.5 / room_dim.reciprocal().sum(-1)
-    alpha = 1 - torch.exp(-0.16 * volume_over_surface / rt60)
+    alpha = 1 - torch.exp(-SABINE * volume_over_surface / rt60)
     return torch.sqrt(1 - alpha * alpha).clamp(min=LEAST_COEFFICIENT)

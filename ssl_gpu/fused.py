@@ -16,6 +16,7 @@ from ssl_gpu import runtime
 
 BLOCK = 64  # arrivals to a program: with 16 taps each 1,024 additions, eight for each of its threads
 IMAGES = 128  # to a program that finds them: one for each thread. With 64 half of the threads did the same as others
+PAIRS = 128  # of a source and a microphone to a program that makes the tables of their images
 FREQS = 512  # to a program that filters
 
 
@@ -77,13 +78,98 @@ def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tenso
 
 
 @triton.jit
+def image_tables_program(places, rooms, mic_pos, src_pos, room_dim, rt60, chosen, numbers, pairs, srcs, slots_per_s,
+                         mics: tl.constexpr, has_chosen: tl.constexpr, block: tl.constexpr):
+    """What images have in common, by `block` pairs [batch, mic, src] of a source and a microphone, in float64.
+
+    places [batch, mic, src, 5] m: from the microphone to that nearest to the source, x, y, z, the distance of the
+    source to that one, and to this one. rooms [batch, 5]: reflections per metre, less the first; log2 of the reflection
+    coefficient; the last slot, -1 for scenes that are not chosen [batch] uint8; two of the numbers: DISTANCE_EPSILON,
+    slots per metre. Their like in torch: rir.nearest_mic, rir.image_amplitude, acoustics.reflection_coefficient.
+
+    numbers: rir.image_numbers, since as float64 Triton has numbers only from memory."""
+    pair = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = pair < pairs
+    pair = tl.where(inside, pair, 0)
+    batch, mic, src = pair // (mics * srcs), pair // srcs % mics, pair % srcs
+    epsilon, slots_per_m, speed = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    at = src_pos + 3 * (batch * srcs + src)
+    src_x, src_y, src_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    at = mic_pos + 3 * (batch * mics + mic)
+    x, y, z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    direct = tl.sqrt((src_x - x) * (src_x - x) + (src_y - y) * (src_y - y) + (src_z - z) * (src_z - z) + epsilon)
+    # The first microphone, and then whichever is nearer than those before it: argmin has the first of equals, too.
+    at = mic_pos + 3 * batch * mics
+    near_x, near_y, near_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    closest = tl.sqrt((src_x - near_x) * (src_x - near_x) + (src_y - near_y) * (src_y - near_y)
+                      + (src_z - near_z) * (src_z - near_z) + epsilon)
+    for other in range(1, mics):
+        at = mic_pos + 3 * (batch * mics + other)
+        to_x, to_y, to_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        dist = tl.sqrt((src_x - to_x) * (src_x - to_x) + (src_y - to_y) * (src_y - to_y)
+                       + (src_z - to_z) * (src_z - to_z) + epsilon)
+        nearer = dist < closest
+        near_x, near_y, near_z = tl.where(nearer, to_x, near_x), tl.where(nearer, to_y, near_y), tl.where(
+            nearer, to_z, near_z)
+        closest = tl.where(nearer, dist, closest)
+    place = places + pair * 5
+    tl.store(place, near_x - x, mask=inside)
+    tl.store(place + 1, near_y - y, mask=inside)
+    tl.store(place + 2, near_z - z, mask=inside)
+    tl.store(place + 3, closest, mask=inside)
+    tl.store(place + 4, direct, mask=inside)
+
+    # Of the room, by its first pair.
+    first = inside & (mic == 0) & (src == 0)
+    one, sabine, least, log2_1000 = (tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5),
+                                     tl.load(numbers + 6))
+    seconds, at = tl.load(rt60 + batch), room_dim + 3 * batch
+    reach = speed * seconds
+    alpha = one - tl.exp(sabine / (one / tl.load(at) + one / tl.load(at + 1) + one / tl.load(at + 2)) / seconds)
+    log2_coefficient = tl.log2(tl.maximum(tl.sqrt(one - alpha * alpha), least))
+    reflections = (tl.log2(reach) - log2_1000) / log2_coefficient
+    last = tl.ceil(seconds.to(tl.float32) * slots_per_s).to(tl.float64) - one
+    if has_chosen:
+        last = tl.where(tl.load(chosen + batch) != 0, last, -one)
+    room = rooms + batch * 5
+    tl.store(room, (reflections - one) / reach, mask=first)
+    tl.store(room + 1, log2_coefficient, mask=first)
+    tl.store(room + 2, last, mask=first)
+    tl.store(room + 3, epsilon, mask=first)
+    tl.store(room + 4, slots_per_m, mask=first)
+
+
+@library.triton_op("ssl_gpu::image_tables", mutates_args=())
+def image_tables_fused(mic_pos: Tensor, src_pos: Tensor, room_dim: Tensor, rt60: Tensor, chosen: Optional[Tensor],
+                       numbers: Tensor, slots_per_s: float) -> tuple[Tensor, Tensor]:
+    """places [batch, mic, src, 5] and rooms [batch, 5] float64 as of image_tables_program, of scenes' mic_pos [batch,
+    mic, 3], src_pos [batch, src, 3], room_dim [batch, 3] m and rt60 [batch] s, float64; chosen [batch] bool."""
+    with runtime.current_device(rt60.device):
+        return launch_tables(library.wrap_triton(image_tables_program), mic_pos, src_pos, room_dim, rt60, chosen,
+                             numbers, slots_per_s)
+
+
+def launch_tables(program, mic_pos: Tensor, src_pos: Tensor, room_dim: Tensor, rt60: Tensor, chosen: Optional[Tensor],
+                  numbers: Tensor, slots_per_s: float) -> tuple[Tensor, Tensor]:
+    """Runs image_tables_program, or the same in Triton's interpreter, over all pairs."""
+    (batch, mics, _), srcs = mic_pos.shape, src_pos.shape[1]
+    places, rooms = rt60.new_empty(batch, mics, srcs, 5), rt60.new_empty(batch, 5)
+    flags = rt60 if chosen is None else chosen.to(torch.uint8).contiguous()  # never read where there is none
+    pairs = batch * mics * srcs
+    program[(triton.cdiv(pairs, PAIRS),)](
+        places, rooms, mic_pos.contiguous(), src_pos.contiguous(), room_dim.contiguous(), rt60.contiguous(), flags,
+        numbers, pairs, srcs, slots_per_s, mics=mics, has_chosen=chosen is not None, block=PAIRS)
+    return places, rooms
+
+
+@triton.jit
 def add_images_program(total, table, places, rooms, direction, ratio, perturbation, active, images, blocks, mics, srcs,
                        axis_stride, row_length, parts_apart, perturbation_exponent, full_range: tl.constexpr,
                        phase_bits: tl.constexpr, taps: tl.constexpr, main_taps: tl.constexpr, block: tl.constexpr):
     """`block` images of one source at one microphone, the direct path the first of them: rir.find_arrivals and
     rir.image_amplitude, and add_kernels_program at once.
 
-    places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables; direction [3, batch, src,
+    places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables_program; direction [3, batch, src,
     image], its axes axis_stride apart, ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     image = (tl.program_id(0) % blocks) * block + tl.arange(0, block) - 1

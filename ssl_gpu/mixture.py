@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ssl_gpu import runtime
+from ssl_gpu import rng, runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checks import check_fields
 from ssl_gpu.convolve import convolve_blocks, convolve_sources
@@ -115,10 +115,7 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
         raise ValueError(f"noise_share * mixture.noise_probability must be in [0, 1], got {noise_share} * "
                          f"{cfg.noise_probability}")
 
-    def uniform(shape, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
-
-    gain_db = uniform((batch, num_src), *cfg.level_difference_db)
+    gain_db = rng.uniform((batch, num_src), *cfg.level_difference_db, generator=generator)
     gain_db[:, 0] = 0
     noises, snrs = [], []
     for snr_db in (cfg.sensor_snr_db, cfg.diffuse_snr_db):
@@ -126,7 +123,7 @@ def draw_mixture(cfg: MixtureConfig, batch: int, num_src: int, num_mics: int, nu
             noises.append(None)
             snrs.append(torch.full((batch,), torch.inf, dtype=torch.float32, device=device))
             continue
-        snr = uniform((batch,), *snr_db)
+        snr = rng.uniform((batch,), *snr_db, generator=generator)
         noisy = torch.rand((batch,), generator=generator, dtype=torch.float32, device=device) < probability
         snrs.append(torch.where(noisy, snr, torch.inf))
         noises.append(torch.randn((batch, num_mics, num_samples), generator=generator, dtype=torch.float32,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance, reflection_coefficient
+from ssl_gpu.acoustics import (DISTANCE_EPSILON, LEAST_COEFFICIENT, SABINE, SPEED_OF_SOUND, distance,
+                               reflection_coefficient)
 from ssl_gpu.bands import air_absorption_db, band_gain, decay_rate, join_bands, octave_centres
 from ssl_gpu.checks import check_fields
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
@@ -233,7 +234,7 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     closest = direct.gather(1, nearest[:, None]).squeeze(1)
     span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)
     place = uniform(0, 1) if cfg.decay is Decay.MEASURED else rounded_root(uniform(0, 1))
-    ratio = 1 + span[..., None] * place
+    ratio = place.mul_(span[..., None]).add_(1)
     azimuth = uniform(-math.pi, math.pi)
     sphere = cfg.image_directions is ImageDirections.SPHERE
     polar = torch.acos(uniform(-1, 1)) if sphere else uniform(-math.pi / 2, math.pi / 2)
@@ -242,7 +243,7 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
     if cfg.src_pattern is not Pattern.OMNI:
         src_cosine = uniform(-1, 1) if cfg.src_directions is SrcDirections.SPHERE else \
             torch.cos(uniform(-math.pi, math.pi)) * torch.cos(uniform(-math.pi, math.pi))
-    active = torch.arange(most, device=device) < count
+    active = runtime.indices(most, device) < count
     return ImageBatch(unit_from_polar(azimuth, polar), ratio, perturbation, src_cosine, active,
                       draw_band_ratio(cfg, batch, generator=generator))
 
@@ -271,8 +272,12 @@ def image_span(cfg: RirConfig, rt60: Tensor, closest: Tensor) -> Tensor:
 
 def unit_from_polar(azimuth: Tensor, polar: Tensor) -> Tensor:
     """Azimuth and polar angle from +z [...] rad -> unit vector [..., 3], in their dtype, its axes apart in memory."""
-    sin = torch.sin(polar)
-    return torch.stack((torch.cos(azimuth) * sin, torch.sin(azimuth) * sin, torch.cos(polar))).movedim(0, -1)
+    axes = torch.empty(3, *azimuth.shape, dtype=azimuth.dtype, device=azimuth.device)  # no copies to put them together
+    torch.cos(azimuth, out=axes[0])
+    torch.sin(azimuth, out=axes[1])
+    axes[:2].mul_(torch.sin(polar))
+    torch.cos(polar, out=axes[2])
+    return axes.movedim(0, -1)
 
 
 def find_arrivals(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch) -> Arrivals:
@@ -415,35 +420,23 @@ def can_add_images(cfg: RirConfig, scenes: SceneBatch) -> bool:
 
 def add_images(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, total: Tensor, table: Tensor,
                chosen: Tensor | None = None) -> None:
-    """find_arrivals and scatter.add_kernels in one kernel, where can_add_images: adds to total [2, batch, mic, src,
+    """find_arrivals and scatter.add_kernels in two kernels, where can_add_images: adds to total [2, batch, mic, src,
     sample], of the scenes that are chosen [batch] bool (None: all); table [phase, tap]."""
-    from ssl_gpu.fused import add_images_fused  # Triton is not everywhere where torch is
-    places, rooms = image_tables(cfg, scenes, chosen)
-    add_images_fused(total, table, places, rooms, images.direction, images.ratio, images.perturbation, images.active,
-                     cfg.perturbation_exponent, cfg.image_range is ImageRange.FULL, MAIN_TAPS)
+    from ssl_gpu import fused  # Triton is not everywhere where torch is
+    places, rooms = fused.image_tables_fused(
+        scenes.mic_pos, scenes.src_pos, scenes.room_dim, scenes.rt60, chosen,
+        image_numbers(cfg.sample_rate, scenes.rt60.device), float(OVERSAMPLING * cfg.sample_rate))
+    fused.add_images_fused(total, table, places, rooms, images.direction, images.ratio, images.perturbation,
+                           images.active, cfg.perturbation_exponent, cfg.image_range is ImageRange.FULL, MAIN_TAPS)
 
 
-def image_tables(cfg: RirConfig, scenes: SceneBatch, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What all images of a source at a microphone, and all of a room, have in common.
-
-    places [batch, mic, src, 5] float64 m: from the microphone to that nearest to the source, x, y, z, the distance of
-    the source to that one, and to this one. rooms [batch, 5] float64: reflections per metre, less the first; log2 of
-    the reflection coefficient; the last slot, -1 for scenes that are not chosen; DISTANCE_EPSILON, slots per metre.
-    """
-    _, direct, nearest = nearest_mic(scenes)
-    closest = direct.gather(1, nearest[:, None])
-    to_nearest = scenes.mic_pos.gather(1, nearest[..., None].expand(-1, -1, 3))[:, None] - scenes.mic_pos[:, :, None]
-    places = torch.cat((to_nearest, closest.expand_as(direct)[..., None], direct[..., None]), -1)
-    reach = SPEED_OF_SOUND * scenes.rt60
-    coefficient = reflection_coefficient(scenes.room_dim, scenes.rt60)
-    max_reflections = (torch.log10(reach) - 3) / torch.log10(coefficient)
-    last = (slots_in_rir(cfg.sample_rate, scenes.rt60) - 1).to(reach.dtype)
-    if chosen is not None:
-        last = torch.where(chosen, last, -1.0)
-    # As float64 Triton has numbers only from memory.
-    slots_per_m = OVERSAMPLING * cfg.sample_rate / SPEED_OF_SOUND
-    fixed = (torch.full_like(last, value) for value in (DISTANCE_EPSILON, slots_per_m))
-    return places, torch.stack(((max_reflections - 1) / reach, torch.log2(coefficient), last, *fixed), -1)
+@runtime.constant
+def image_numbers(sample_rate: int, device: torch.device) -> Tensor:
+    """What fused.image_tables_program reckons with, [7] float64 on the device: DISTANCE_EPSILON; slots per metre;
+    SPEED_OF_SOUND; 1; the factor of 1 / (1 / x + 1 / y + 1 / z) / RT60, which is twice that of V / S / RT60, in the
+    exponent of reflection_coefficient; LEAST_COEFFICIENT; log2 of 1000."""
+    return torch.tensor((DISTANCE_EPSILON, OVERSAMPLING * sample_rate / SPEED_OF_SOUND, SPEED_OF_SOUND, 1.0,
+                         -0.5 * SABINE, LEAST_COEFFICIENT, math.log2(1000)), dtype=torch.float64).to(device)
 
 
 def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arrivals: Arrivals, slots: Tensor,

@@ -61,13 +61,14 @@ def seed_of(seed: int, split: Split, stream: Stream, step: int, rank: int = 0) -
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.Generator) -> torch.Tensor:
-    """Uniform numbers from low to high, float32 on the generator's device."""
+def uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.Generator,
+            dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Uniform numbers from low to high, on the generator's device."""
     device = generator.device
     if device.type != "cpu":                                            # one pass over memory instead of three
-        return torch.empty(shape, dtype=torch.float32, device=device).uniform_(low, high, generator=generator)
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(low, high, generator=generator)
     # On a CPU in these steps, by whose roundings evaluation sets are known.
-    return torch.rand(shape, generator=generator, dtype=torch.float32, device=device).mul_(high - low).add_(low)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=device).mul_(high - low).add_(low)
 
 
 def _check_member(name: str, value: object, choices: type[IntEnum]) -> None:

@@ -172,6 +172,17 @@ def constant(function: Compilable) -> Compilable:
     return look_up
 
 
+@constant
+def _arange(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, device=device)
+
+
+def indices(count: int, device: torch.device) -> torch.Tensor:
+    """torch.arange(count) on the device, of a table that is kept, which is a kernel less for every batch. Tables have
+    powers of two, so that however many counts are asked for, all of them take what twice the longest does."""
+    return _arange(1 << max(count - 1, 0).bit_length(), device)[:count]
+
+
 def is_gpu(device: torch.device) -> bool:
     """Whether it is one that our kernels for GPUs run on."""
     return device.type == "cuda"

@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ssl_gpu import geometry, runtime
+from ssl_gpu import geometry, rng, runtime
 from ssl_gpu.acoustics import DISTANCE_EPSILON, SPEED_OF_SOUND, distance
 from ssl_gpu.checks import check_fields
 from ssl_gpu.original import NUM_IMAGES, RADIUS, RT60_S, replay
@@ -291,6 +291,8 @@ def _linear_array(num_mics: int, spacing_m: float, device: torch.device) -> Tens
 
 
 def _uniform(shape: Sequence[int], low: Tensor | float, high: Tensor | float, generator: torch.Generator) -> Tensor:
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return rng.uniform(shape, low, high, generator=generator, dtype=torch.float64)
     draw = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return low + (high - low) * draw
 
@@ -320,7 +322,7 @@ def _draw_array(cfg: SceneConfig, batch: int, generator: torch.Generator) -> Ten
 
 
 def _orientation(angles_deg: tuple[float, float] | None, shape: tuple[int, int], device: torch.device) -> Tensor:
-    angles = _table(tuple(angles_deg or (0.0, 0.0)), device) * (math.pi / 180)
+    angles = _table(tuple(angle * (math.pi / 180) for angle in angles_deg or (0.0, 0.0)), device)
     return angles.expand(*shape, 2).clone()
 
 

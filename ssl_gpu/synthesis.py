@@ -63,8 +63,8 @@ def slots_in_rir(sample_rate: int, rt60: Tensor) -> Tensor:
 
 
 def taps_in_rir(slots: Tensor) -> Tensor:
-    """Slots [...] int64 -> taps: two decimations by 8, each rounding up."""
-    return ((slots + 7) // 8 + 7) // 8
+    """Slots [...] int64 -> taps: two decimations by 8, each rounding up, which is one by 64 rounding up."""
+    return (slots + 63) // 64
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,17 @@ def rir_kernel(sample_rate: int) -> Kernel:
 
 @constant
 def _kernel_on(sample_rate: int, device: torch.device) -> Tensor:
-    """Main part and remainder of the kernel side by side, [16, 64] float32, on the device."""
+    """Main part and remainder of the kernel side by side, [tap=16, phase=64] float32, on the device."""
     kernel = rir_kernel(sample_rate)
     table = np.concatenate((kernel.main, kernel.remainder), 1).T
     return torch.tensor(table, dtype=torch.float32, device=device)
+
+
+@constant
+def _kernel_by_phase(sample_rate: int, device: torch.device) -> Tensor:
+    """The same, [phase=64, tap=16]: in a row the taps that an arrival adds."""
+    kernel = rir_kernel(sample_rate)
+    return torch.tensor(np.concatenate((kernel.main, kernel.remainder), 1), dtype=torch.float32, device=device)
 
 
 @constant
@@ -162,7 +169,7 @@ def synthesize_added(sample_rate: int, shape: tuple[int, int, int], add: Callabl
     total [2, *shape, sample] for shape batch, mic, src, table [phase, tap]."""
     taps, device = taps_for(sample_rate, max_rt60), slots.device
     train = torch.zeros(2, *shape, _fft_length(sample_rate, taps, device), dtype=torch.float32, device=device)
-    add(train, _kernel_on(sample_rate, device).T.contiguous())
+    add(train, _kernel_by_phase(sample_rate, device))
     return _filter(sample_rate, train[..., None, :], taps, slots, fused=True)
 
 
@@ -190,7 +197,7 @@ def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor, fused: bo
     n_fft = train.shape[-1]
     main, rest = _response_on(sample_rate, n_fft, train.device)
     length = taps_in_rir(slots)
-    inside = torch.arange(taps, device=train.device) < length[:, None, None, None]
+    inside = runtime.indices(taps, train.device) < length[:, None, None, None]
 
     def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, sample]
         spectrum, other = (torch.fft.rfft(part).contiguous() for part in (train[0], train[1]))

@@ -1,11 +1,13 @@
 """Adding up the kernels of arrivals: against a loop, and the Triton kernel against the plain path, without a GPU."""
 import importlib
+import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +19,7 @@ from ssl_gpu.directivity import Pattern
 from ssl_gpu.ism import IsmConfig
 from ssl_gpu.laws import Decay, ImageRange
 from ssl_gpu.mixture import MixtureConfig
-from ssl_gpu.rir import RirConfig, can_add_images, draw_images, find_arrivals, image_tables
+from ssl_gpu.rir import RirConfig, can_add_images, draw_images, find_arrivals, image_numbers
 from ssl_gpu.scatter import add_kernels
 from ssl_gpu.scene import SceneConfig, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig, triton_problem
@@ -88,6 +90,45 @@ def test_triton_kernel_writes_nowhere_else(interpreted):
     assert_close(found, only.squeeze(-2), rtol=0, atol=0)
 
 
+def tables(cfg, scenes, chosen, interpreted):
+    fused, program = interpreted
+    return fused.launch_tables(program("image_tables_program"), scenes.mic_pos, scenes.src_pos, scenes.room_dim,
+                               scenes.rt60, chosen, image_numbers(cfg.sample_rate, torch.device("cpu")),
+                               64.0 * cfg.sample_rate)
+
+
+@pytest.mark.parametrize("mics, srcs", [(1, 1), (3, 2), (4, 5)])
+@pytest.mark.parametrize("some", [False, True])
+def test_triton_kernel_makes_the_tables_of_images(mics, srcs, some, interpreted):
+    """Against loops in float64, in more pairs than a program takes, with a microphone that is there twice, of which the
+    first counts, and a hall so dead that its coefficient is the least."""
+    cfg = replace(REFERENCE, sample_rate=8000)
+    scenes = sample_scenes(SceneConfig(array_radius_m=0.4, num_mics=mics, num_src=srcs), 40,
+                           generator=torch.Generator().manual_seed(0))
+    scenes.mic_pos[3, -1] = scenes.mic_pos[3, 0]
+    scenes.room_dim[5], scenes.rt60[5] = 300.0, 0.15
+    chosen = torch.arange(40) % 3 > 0
+    places, rooms = tables(cfg, scenes, chosen if some else None, interpreted)
+    assert places.dtype == rooms.dtype == torch.float64
+    for batch in range(40):
+        mic_pos, src_pos = scenes.mic_pos[batch], scenes.src_pos[batch]
+        for mic in range(mics):
+            for src in range(srcs):
+                dist = [math.sqrt(float((place - src_pos[src]).square().sum()) + 1e-3) for place in mic_pos]
+                nearest = dist.index(min(dist))
+                expected = (*(mic_pos[nearest] - mic_pos[mic]).tolist(), dist[nearest], dist[mic])
+                assert places[batch, mic, src].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        rt60, reach = float(scenes.rt60[batch]), 340 * float(scenes.rt60[batch])
+        x, y, z = scenes.room_dim[batch].tolist()
+        alpha = 1 - math.exp(-0.16 * x * y * z / (2 * (x * y + y * z + z * x)) / rt60)
+        coefficient = max(math.sqrt(1 - alpha * alpha), 1e-8)
+        most = (math.log10(reach) - 3) / math.log10(coefficient)
+        last = math.ceil(float(np.float32(rt60) * np.float32(64 * 8000))) - 1
+        last = -1 if some and not chosen[batch] else last
+        expected = ((most - 1) / reach, math.log2(coefficient), last, 1e-3, 64 * 8000 / 340)
+        assert rooms[batch].tolist() == pytest.approx(expected, rel=1e-11)
+
+
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("cfg, scene", [
     (REFERENCE, SceneConfig()),
@@ -106,7 +147,7 @@ def test_triton_kernel_finds_the_images_and_adds_them(cfg, scene, some, interpre
         expected[:, ~chosen] = 0
     found = torch.zeros_like(expected)
     fused.launch_images(program("add_images_program"), found, table.T.contiguous(),
-                        *image_tables(cfg, scenes, chosen if some else None), images.direction, images.ratio,
+                        *tables(cfg, scenes, chosen if some else None, interpreted), images.direction, images.ratio,
                         images.perturbation, images.active, cfg.perturbation_exponent,
                         cfg.image_range is ImageRange.FULL, MAIN_TAPS)
     assert_close(found, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
@@ -136,6 +177,8 @@ def test_fused_rooms_are_those_of_the_plain_path(changes, interpreted, monkeypat
     monkeypatch.setattr(rir_module, "can_add_images", lambda *_: True)
     monkeypatch.setattr(rooms, "can_add_images", lambda *_: True)
     monkeypatch.setattr(SimulatorConfig, "fused_on", lambda self, device: bool(self.fused))
+    monkeypatch.setattr(fused, "image_tables_fused", lambda *a: fused.launch_tables(
+        program("image_tables_program"), *a))
     monkeypatch.setattr(fused, "add_images_fused", lambda *a: (asked.append("images"), fused.launch_images(
         program("add_images_program"), *a)))
     monkeypatch.setattr(fused, "add_kernels_fused", lambda *a: (asked.append("kernels"), fused.launch(
@@ -167,6 +210,10 @@ PROGRAMS = {  # name -> module, kinds of arguments, constants, shared memory in 
         "active": "*u8", "images": "i32", "blocks": "i32", "mics": "i32", "srcs": "i32", "axis_stride": "i32",
         "row_length": "i32", "parts_apart": "i32", "perturbation_exponent": "fp32"},
         {**PHASES, "full_range": True, "block": 128}, 1024),
+    "image_tables_program": ("fused", {
+        **dict.fromkeys(("places", "rooms", "mic_pos", "src_pos", "room_dim", "rt60"), "*fp64"), "chosen": "*u8",
+        "numbers": "*fp64", **dict.fromkeys(("pairs", "srcs"), "i32"), "slots_per_s": "fp32"},
+        {"mics": 4, "has_chosen": True, "block": 128}, None),
     "filter_program": ("fused", {
         **dict.fromkeys(("first", "second", "first_response", "second_response"), "*fp32"), "freqs": "i32",
         "count": "i32"}, {"block": 512}, None),

@@ -156,6 +156,33 @@ def test_simulation_never_waits_for_the_gpu(law, request):
     assert mixture.scenes.cone_angle.device == GPU
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations, but for those that only look at memory or ask for some."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        if not (function.is_view or function.namespace == "prim" or "empty" in name or name == "scalar_tensor"):
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_batch_is_few_launches(request):
+    """With our own kernels, of a batch of the default law, FFTs included: what a small batch on a GPU waits for."""
+    simulator = Simulator(rir=RirConfig(early=False), config=SimulatorConfig(fused=True))
+    request.getfixturevalue("fake_gpu")
+    dry = torch.zeros(256, 2, 48000, device=GPU)
+    simulator(dry, generator=FakeGenerator())                           # finds out that Triton works
+    with Launches() as launches:
+        simulator(dry, generator=FakeGenerator())
+    assert launches.names.count("image_tables") == launches.names.count("add_images") == 1
+    assert len(launches.names) <= 90, launches.names
+
+
 def test_exact_rooms_wait_as_they_say(request):
     simulator = Simulator(rir=RirConfig(method="ism"), ism=IsmConfig("eyring"))
     request.getfixturevalue("fake_gpu")
