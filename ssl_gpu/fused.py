@@ -169,8 +169,9 @@ def add_images_program(total, table, places, rooms, direction, ratio, perturbati
     """`block` images of one source at one microphone, the direct path the first of them: rir.find_arrivals and
     rir.image_amplitude, and add_kernels_program at once.
 
-    places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables_program; direction [3, batch, src,
-    image], its axes axis_stride apart, ratio, perturbation [batch, src, image] float32; active [batch, image] uint8."""
+    places [batch, mic, src, 5] float64 and rooms [batch, 5] float64 as of image_tables_program; direction [3, batch,
+    src, image], its axes axis_stride apart, ratio, perturbation [batch, src, image] float32; active [batch, image]
+    uint8."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     image = (tl.program_id(0) % blocks) * block + tl.arange(0, block) - 1
     batch, src = row // (mics * srcs), row % srcs

@@ -21,8 +21,8 @@ class Lanes:
     """Gradients of a batch that is dealt out to threads.
 
     network: audio [batch, mic, sample] -> logits or more; losses: these and the mixtures -> means over the valid
-    scenes, [loss], whose sum is differentiated; bfloat16: as for runtime.autocast. A network whose examples know of each other, as by batch norm, is none
-    for this: see `separable`.
+    scenes, [loss], whose sum is differentiated; bfloat16: as for runtime.autocast. A network whose examples know of
+    each other, as by batch norm, is none for this: see `separable`.
     """
 
     def __init__(self, network: nn.Module, losses: Callable[[Any, MixtureBatch], Tensor], bfloat16: bool | None):

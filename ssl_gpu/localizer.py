@@ -96,8 +96,8 @@ def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
 class Localizer(nn.Module):
     """A network with its grid and its decoding: audio [batch, mic=2, sample] -> logits [batch, track, angle].
 
-    Track k speaks of the k-th smallest angle. `training_losses` trains it, `estimate` reads it. With features.mask_width
-    the output in train mode is (logits, logits of the masks).
+    Track k speaks of the k-th smallest angle. `training_losses` trains it, `estimate` reads it. With
+    features.mask_width the output in train mode is (logits, logits of the masks).
     Raises ValueError for a scene law that the network cannot serve: it hears two microphones, and the original model
     names two talkers.
     """

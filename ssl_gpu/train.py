@@ -99,8 +99,8 @@ def timed_draws(run: Run, timer: runtime.StepTimer, lanes: Lanes) -> runtime.Ahe
 
 def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTimer,
              count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses of one step and which of its scenes are valid; gradients are in place. The batch goes through simulation
-    and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
+    """The losses of one step and which of its scenes are valid; gradients are in place. The batch goes through
+    simulation and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
     run.optimizer.zero_grad(set_to_none=True)
     dry, draw = draws.take(run.step)
 
@@ -118,7 +118,8 @@ def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTi
 
 def gradients(run: Run, network: torch.nn.Module, mixture: MixtureBatch,
               section: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> torch.Tensor:
-    """The losses of a batch, [loss], without their autograd graph; gradients are in place. section: StepTimer's, of both halves."""
+    """The losses of a batch, [loss], without their autograd graph; gradients are in place. section:
+    StepTimer's, of both halves."""
     with section("forward"):
         run.optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(run.device, run.bfloat16):
@@ -374,9 +375,9 @@ def log_step(run: Run, log: Log, step: int, share: float, rate: float, losses: t
     value, *of_masks = check_losses(losses, step)
     value = math.fsum((value, *of_masks))
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
-    log.write({"step": step, "loss": value, **({"mask_loss": of_masks[0]} if of_masks else {}), "lr": rate, "examples_per_s": speed,
-               **({} if run.graph else {"simulate_share": simulate}), "invalid_scenes": int(invalid),
-               "elapsed_s": elapsed_s(run)}, share)
+    log.write({"step": step, "loss": value, **({"mask_loss": of_masks[0]} if of_masks else {}), "lr": rate,
+               "examples_per_s": speed, **({} if run.graph else {"simulate_share": simulate}),
+               "invalid_scenes": int(invalid), "elapsed_s": elapsed_s(run)}, share)
     log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s"
              + ("" if run.graph else f", {100 * simulate:.0f} % simulating"))
 
