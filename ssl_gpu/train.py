@@ -100,7 +100,8 @@ def timed_draws(run: Run, timer: runtime.StepTimer, lanes: Lanes) -> runtime.Ahe
 def in_lanes(run: Run, lanes: Lanes, draws: runtime.Ahead, timer: runtime.StepTimer,
              count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of one step and which of its scenes are valid; gradients are in place. The batch goes through
-    simulation and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by then."""
+    simulation and network in `count` parts side by side, the first of which is timed; the next batch is being drawn by
+    then."""
     run.optimizer.zero_grad(set_to_none=True)
     dry, draw = draws.take(run.step)
 
