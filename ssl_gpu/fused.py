@@ -78,6 +78,14 @@ def launch(program, total: Tensor, table: Tensor, slot: Tensor, amplitude: Tenso
 
 
 @triton.jit
+def _distance(x, y, z, epsilon, one):
+    """acoustics.distance of the offset x, y, z, to the bit. Compilers give a product and its sum one rounding (FMA),
+    where torch has two, and of two microphones that are equally near another would then be the nearest, which moves all
+    images. Times `one`, a 1 that they do not know, products are rounded before, and it changes nothing."""
+    return tl.sqrt(x * x * one + y * y * one + z * z * one + epsilon)
+
+
+@triton.jit
 def image_tables_program(places, rooms, mic_pos, src_pos, room_dim, rt60, chosen, numbers, pairs, srcs, slots_per_s,
                          mics: tl.constexpr, has_chosen: tl.constexpr, block: tl.constexpr):
     """What images have in common, by `block` pairs [batch, mic, src] of a source and a microphone, in float64.
@@ -92,22 +100,21 @@ def image_tables_program(places, rooms, mic_pos, src_pos, room_dim, rt60, chosen
     inside = pair < pairs
     pair = tl.where(inside, pair, 0)
     batch, mic, src = pair // (mics * srcs), pair // srcs % mics, pair % srcs
-    epsilon, slots_per_m, speed = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    epsilon, slots_per_m, speed, one = (tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2),
+                                        tl.load(numbers + 3))
     at = src_pos + 3 * (batch * srcs + src)
     src_x, src_y, src_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     at = mic_pos + 3 * (batch * mics + mic)
     x, y, z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    direct = tl.sqrt((src_x - x) * (src_x - x) + (src_y - y) * (src_y - y) + (src_z - z) * (src_z - z) + epsilon)
-    # The first microphone, and then whichever is nearer than those before it: argmin has the first of equals, too.
+    direct = _distance(src_x - x, src_y - y, src_z - z, epsilon, one)
+    # The first microphone, and then whichever is nearer than those before it, so that of equals it is the first.
     at = mic_pos + 3 * batch * mics
     near_x, near_y, near_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    closest = tl.sqrt((src_x - near_x) * (src_x - near_x) + (src_y - near_y) * (src_y - near_y)
-                      + (src_z - near_z) * (src_z - near_z) + epsilon)
+    closest = _distance(src_x - near_x, src_y - near_y, src_z - near_z, epsilon, one)
     for other in range(1, mics):
         at = mic_pos + 3 * (batch * mics + other)
         to_x, to_y, to_z = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-        dist = tl.sqrt((src_x - to_x) * (src_x - to_x) + (src_y - to_y) * (src_y - to_y)
-                       + (src_z - to_z) * (src_z - to_z) + epsilon)
+        dist = _distance(src_x - to_x, src_y - to_y, src_z - to_z, epsilon, one)
         nearer = dist < closest
         near_x, near_y, near_z = tl.where(nearer, to_x, near_x), tl.where(nearer, to_y, near_y), tl.where(
             nearer, to_z, near_z)
@@ -121,8 +128,7 @@ def image_tables_program(places, rooms, mic_pos, src_pos, room_dim, rt60, chosen
 
     # Of the room, by its first pair.
     first = inside & (mic == 0) & (src == 0)
-    one, sabine, least, log2_1000 = (tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5),
-                                     tl.load(numbers + 6))
+    sabine, least, log2_1000 = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
     seconds, at = tl.load(rt60 + batch), room_dim + 3 * batch
     reach = speed * seconds
     alpha = one - tl.exp(sabine / (one / tl.load(at) + one / tl.load(at + 1) + one / tl.load(at + 2)) / seconds)

@@ -271,7 +271,8 @@ def image_span(cfg: RirConfig, rt60: Tensor, closest: Tensor) -> Tensor:
 
 
 def unit_from_polar(azimuth: Tensor, polar: Tensor) -> Tensor:
-    """Azimuth and polar angle from +z [...] rad -> unit vector [..., 3], in their dtype, its axes apart in memory."""
+    """Azimuth and polar angle from +z [...] rad, of one shape -> unit vector [..., 3], in their dtype, its axes apart
+    in memory; without gradients."""
     axes = torch.empty(3, *azimuth.shape, dtype=azimuth.dtype, device=azimuth.device)  # no copies to put them together
     torch.cos(azimuth, out=axes[0])
     torch.sin(azimuth, out=axes[1])

@@ -174,7 +174,7 @@ def constant(function: Compilable) -> Compilable:
 
 @constant
 def _arange(count: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(count, device=device)
+    return torch.arange(count).to(device)                               # complete for every stream, when it returns
 
 
 def indices(count: int, device: torch.device) -> torch.Tensor:

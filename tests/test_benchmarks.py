@@ -408,6 +408,7 @@ def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd)
     assert capfd.readouterr().err == f"error: --out must be a folder, cannot make {results}: File exists\n"
 
 
+@pytest.mark.alone
 def test_part_that_takes_too_long_is_ended_and_keeps_its_rows(tmp_path, monkeypatch, capfd):
     program = ("import json, sys, time; open(sys.argv[-1], 'w').write(json.dumps({'rows': [1]})); "
                "print('written', flush=True); time.sleep(600)")

@@ -133,7 +133,7 @@ def test_captured_steps_are_those_of_the_loop(network, overrides):
     Rooms are added up in any order, and eight steps make more of it."""
     expected, plain = steps_of(network, [*overrides, "train.graph=false"], 8)
     found, run = steps_of(network, [*overrides, "train.graph=true"], 8)
-    assert run.graph and not plain.graph and len(expected.unique()) == 8
+    assert run.graph and not plain.graph and len(expected.unique(dim=0)) == 8
     assert_close(found, expected, rtol=1e-2 if network == "original" else 1e-3, atol=0)
     begin = bench_train.prepare(network, 8, GPU, [*STEP, *overrides]).localizer  # from the same seed
     start, there, here = (torch.cat([weight.detach().flatten() for weight in one.parameters()])

@@ -26,6 +26,7 @@ from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.localizer import Localizer
 from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
@@ -291,14 +292,24 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
     assert start("train.out=masks", "train.steps=2", "--resume") == 0
 
 
-def test_the_loss_of_masks_is_told_beside_the_sum(tiny):
+def test_the_loss_of_masks_is_told_beside_the_sum(tiny, monkeypatch):
+    found, real = [], Localizer.training_losses
+    monkeypatch.setattr(Localizer, "training_losses", lambda *args: found.append(real(*args)) or found[-1])
     for width in (8, 0):
         assert start("train.out=run", "train.steps=2", f"features.mask_width={width}") == 0
         lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if "loss" in line]
-        assert len(steps) == 2 and all(("mask_loss" in line) == (width > 0) for line in steps)
-        assert all(0 < line.get("mask_loss", 0.1) < line["loss"] for line in steps)
+        steps, losses = [line for line in lines if "loss" in line], [loss.tolist() for loss in found]
+        assert [line["loss"] for line in steps] == pytest.approx([sum(values) for values in losses], rel=1e-6)
+        assert [[line["mask_loss"]] if "mask_loss" in line else [] for line in steps] == [x[1:] for x in losses]
+        assert all(len(values) == 1 + (width > 0) for values in losses)
         shutil.rmtree(tiny / "run")
+        found.clear()
+
+
+@pytest.mark.parametrize("losses", [[1.0, math.nan], [math.nan, 1.0], [math.inf]])
+def test_a_loss_that_is_not_finite_ends_the_run(losses):
+    with pytest.raises(FloatingPointError, match="^the loss is (nan|inf) at step 3: lower train.lr"):
+        train_cli.check_losses(torch.tensor(losses), 3)
 
 
 def test_batches_made_ahead_are_the_same_and_resume(tiny):
@@ -499,6 +510,7 @@ def test_every_kind_of_run_ends_with_finite_numbers(tiny, change):
     assert KEYS <= set(result) and all(np.isfinite(np.ravel(result[key])).all() for key in KEYS)
 
 
+@pytest.mark.alone
 def test_budget_of_minutes_is_kept(tiny):
     """Wall-clock from the start of the process to result.json, imports included; the schedule reaches its end."""
     began = time.time()
