@@ -104,6 +104,7 @@ def ablations(path: Path) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
+    "ablations-masks": lambda: ablations(DOCS / "ablations-masks.jsonl"),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
     "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),
     "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS),

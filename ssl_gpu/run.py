@@ -4,12 +4,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import re
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -61,6 +63,7 @@ class Run:
     step_s: float = 0.0        # what a step takes, the slowest of late
     bfloat16: bool = False     # what train.precision has come to
     graph: bool = False        # what train.graph has come to
+    settings: str = ""         # of a resumed run: which it goes on with
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations
 
@@ -158,11 +161,37 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     steps, done = cfg.train.steps, resumed.step - resumed.extra.get("first", 0)
     by_time = steps is None or done < steps
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
-    before = dict(walk_fields(from_mapping(RunConfig, resumed.config)))
-    changed = [key for key, value in walk_fields(cfg) if key not in WHICH_RUN and value != before[key]]
+    changed = list(changes(cfg, resumed))
     whatever = f", whatever {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} now" if changed else ""
     return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{whatever}. Go on with {more}, or "
             f"begin a new run with train.init={out}")
+
+
+def changes(cfg: RunConfig, resumed: Checkpoint) -> Iterator[str]:
+    """The keys, but those of WHICH_RUN, whose values are others than in the run that goes on."""
+    before = dict(walk_fields(from_mapping(RunConfig, resumed.config)))
+    return (key for key, value in walk_fields(cfg) if key not in WHICH_RUN and value != before[key])
+
+
+def settings(cfg: RunConfig, resumed: Checkpoint) -> str:
+    """With which settings a resumed run goes on, told to the user."""
+    before, now = (dict(walk_fields(some)) for some in (from_mapping(RunConfig, resumed.config), cfg))
+    changed = [f"{key}={told(now[key])} (was {told(before[key])})" for key in changes(cfg, resumed)]
+    return "the settings of its checkpoint" + (f", but {', '.join(changed)}" if changed else "")
+
+
+def told(value: Any) -> str:
+    """A value as a configuration has it."""
+    value = value.value if isinstance(value, Enum) else value
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def check_steps_left(train: TrainConfig, resumed: Checkpoint) -> None:
+    """Raises ValueError for train.steps that a run which is not over has more of."""
+    done = resumed.step - resumed.extra.get("first", 0)
+    if train.steps is not None and done > train.steps:
+        raise ValueError(f"train.steps must be >= {done}, the steps that the run to --resume has taken, "
+                         f"got {train.steps}")
 
 
 def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
@@ -279,6 +308,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
 def restore(run: Run, resumed: Checkpoint) -> None:
     """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
     check_rooms_kept(resumed.config, run.cfg.scene)
+    run.settings = settings(run.cfg, resumed)
     run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
     run.first, run.first_examples = (resumed.extra.get(name, 0) for name in ("first", "first_examples"))
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)

@@ -31,7 +31,8 @@ from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
 from ssl_gpu.pretrained import log_lines
 from ssl_gpu.report import result_table
-from ssl_gpu.run import Run, claim_folder, elapsed_s, evaluate_now, prepare, save, setup, told_finished
+from ssl_gpu.run import (Run, check_steps_left, claim_folder, elapsed_s, evaluate_now, prepare, save, setup,
+                         told_finished)
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
 
@@ -424,6 +425,8 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
     if finished is not None:
         print(finished)
         return None
+    if resumed is not None:
+        check_steps_left(cfg.train, resumed)
     run = prepare(cfg, out, resumed)
     if resumed is None:
         claim_folder(run)
@@ -519,8 +522,7 @@ def headline(run: Run) -> str:
             f"{'synthetic ' if run.cfg.speech.train is None else ''}talkers, "
             f"{run.speech.duration_s / 3600:.2f} h of speech"
             + (f"; its steps count on from the {run.first} of train.init={run.cfg.train.init}" if run.first else "")
-            + (f"; it goes on from step {run.step} with the settings of its checkpoint"
-               if run.step > run.first else ""))
+            + (f"; it goes on from step {run.step} with {run.settings}" if run.step > run.first else ""))
 
 
 if __name__ == "__main__":

@@ -380,3 +380,18 @@ def test_a_resumed_run_says_where_and_with_which_settings_it_goes_on(tiny, capsy
     assert "goes on from" not in capsys.readouterr().out
     assert start("train.out=run", "train.steps=2", "--resume") == 0
     assert "; it goes on from step 1 with the settings of its checkpoint\n" in capsys.readouterr().out
+    assert start("train.out=run", "train.steps=3", "--resume", "train.lr=0.1", "target.decoding=argmax",
+                 "train.ema=null") == 0
+    assert ("; it goes on from step 2 with the settings of its checkpoint, but target.decoding=argmax (was median), "
+            "train.lr=0.1 (was 0.001), train.ema=null (was 0.99)\n") in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_over_is_not_cut_short_by_fewer_steps(tiny, capsys):
+    """Which would have called it finished."""
+    assert start("train.out=run", "train.steps=3") == 0
+    (tiny / "run" / "result.json").unlink()
+    capsys.readouterr()
+    assert start("train.out=run", "train.steps=2", "--resume") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: train.steps must be >= 3, the steps that the run to --resume has taken, got 2")
+    assert not (tiny / "run" / "result.json").exists()
