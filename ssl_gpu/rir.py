@@ -434,7 +434,7 @@ def add_images(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, total: Te
 @runtime.constant
 def image_numbers(sample_rate: int, device: torch.device) -> Tensor:
     """What fused.image_tables_program reckons with, [7] float64 on the device: DISTANCE_EPSILON; slots per metre;
-    SPEED_OF_SOUND; 1; the factor of 1 / (1 / x + 1 / y + 1 / z) / RT60, which is twice that of V / S / RT60, in the
+    SPEED_OF_SOUND; 1; the factor of 1 / (1 / x + 1 / y + 1 / z) / RT60, which is half that of V / S / RT60, in the
     exponent of reflection_coefficient; LEAST_COEFFICIENT; log2 of 1000."""
     return torch.tensor((DISTANCE_EPSILON, OVERSAMPLING * sample_rate / SPEED_OF_SOUND, SPEED_OF_SOUND, 1.0,
                          -0.5 * SABINE, LEAST_COEFFICIENT, math.log2(1000)), dtype=torch.float64).to(device)
