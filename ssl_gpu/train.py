@@ -374,13 +374,12 @@ def log_step(run: Run, log: Log, step: int, share: float, rate: float, losses: t
 
     Raises FloatingPointError when the loss is not finite any more.
     """
-    value, *of_masks = check_losses(losses, step)
-    value = math.fsum((value, *of_masks))
+    values = check_losses(losses, step)
     speed, simulate = run.cfg.train.batch_size / times.step_s, times.share.get("simulate", 0.0)
-    log.write({"step": step, "loss": value, **({"mask_loss": of_masks[0]} if of_masks else {}), "lr": rate,
+    log.write({"step": step, "loss": sum(values), **({"mask_loss": values[1]} if len(values) > 1 else {}), "lr": rate,
                "examples_per_s": speed, **({} if run.graph else {"simulate_share": simulate}),
                "invalid_scenes": int(invalid), "elapsed_s": elapsed_s(run)}, share)
-    log.show(f"step {step}, loss {value:.3f}, {speed:.0f} examples/s"
+    log.show(f"step {step}, loss {sum(values):.3f}, {speed:.0f} examples/s"
              + ("" if run.graph else f", {100 * simulate:.0f} % simulating"))
 
 
