@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from ssl_gpu import rng, runtime
 from ssl_gpu.checks import shown
 from ssl_gpu.clips import Digest, Truth, without_audio
@@ -250,4 +250,4 @@ def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

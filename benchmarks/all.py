@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from benchmarks.report import WAYS
 from ssl_gpu.checkpoint import write_text
 
@@ -255,4 +255,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

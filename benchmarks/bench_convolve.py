@@ -1,7 +1,6 @@
 """Convolution of sources with their RIRs: at once, each source kept, in blocks, and by torchaudio for comparison."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import fftconvolve
 
-from benchmarks import common
+from benchmarks import command, common
 from benchmarks.bench_rir import render_chunks
 from ssl_gpu.convolve import convolve_blocks, convolve_sources
 from ssl_gpu.rir import RirConfig, draw_images
@@ -77,4 +76,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

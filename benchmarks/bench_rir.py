@@ -1,7 +1,6 @@
 """Room impulse responses: scenes and images drawn, RIRs rendered, with and without the early part."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from ssl_gpu import runtime
 from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
@@ -91,4 +90,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -9,7 +9,6 @@ Rows that are captured (train.graph) have steps that are one CUDA graph each, si
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from ssl_gpu import runtime
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.mixture import MixtureBatch
@@ -178,4 +177,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

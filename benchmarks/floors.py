@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.clips import Truth
@@ -69,4 +68,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import common
+from benchmarks import command, common
 from benchmarks.bench_train import prepare
 from ssl_gpu import runtime
 from ssl_gpu.lanes import Lanes
@@ -84,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

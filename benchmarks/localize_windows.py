@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import command, common
 from ssl_gpu import runtime
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
@@ -135,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import command
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.baselines import BAND_HZ, HOP, N_FFT
@@ -147,4 +148,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -10,7 +10,6 @@ takes part as one of them.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import command, common
 from benchmarks.bench_rir import render_chunks
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
@@ -392,4 +391,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

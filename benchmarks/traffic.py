@@ -7,7 +7,6 @@ simulator.fused=false. Views count nothing.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import common
+from benchmarks import command, common
 from benchmarks.bench_simulate import RIR, SAMPLES
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 
@@ -68,4 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

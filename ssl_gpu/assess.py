@@ -18,8 +18,7 @@ from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
 from ssl_gpu.metrics import Chance, chance
-from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, import_pyroomacoustics,
-                              num_blocks)
+from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, measured, num_blocks)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
 
 BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
@@ -58,7 +57,7 @@ def spacing_told(name: str, options: SetOptions) -> float:
     """Spacing in m that stands, at 340 m/s, for the travel time between the microphones of a set."""
     if name != "e3":
         return LAW.aperture
-    place = options.measured[1][0]
+    place = measured(options)[1][0]
     return place["mic_spacing_m"] * SPEED_OF_SOUND / place["speed_of_sound"]
 
 
@@ -143,11 +142,3 @@ def check_model(cfg: RunConfig) -> None:
     if cfg.scene.num_src != LAW.num_src:
         raise ValueError(f"the evaluation sets have {LAW.num_src} talkers, the model's scene.num_src is "
                          f"{cfg.scene.num_src}")
-
-
-def check_set(name: str, options: SetOptions) -> None:
-    """Raises ValueError at once for what a set will need and has not got."""
-    if name == "e2":
-        import_pyroomacoustics()
-    if name == "e3":
-        _ = options.measured  # reads and checks the folder, here rather than after minutes, and keeps it for the set

@@ -11,13 +11,14 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -182,6 +183,20 @@ def walk_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk_fields(value, _join(path, name))
         else:
             yield _join(path, name), value
+
+
+def told_changes(before: Any, now: Any, counts: Callable[[str], bool]) -> str:
+    """The values, of the keys for which counts(key), that are others in one configuration than in another of its class:
+    "model.dim=8 (was 16), ..."; "" where there are none."""
+    old = dict(walk_fields(before))
+    return ", ".join(f"{key}={_told(value)} (was {_told(old[key])})" for key, value in walk_fields(now)
+                     if counts(key) and value != old[key])
+
+
+def _told(value: Any) -> str:
+    """A value as a configuration has it."""
+    value = value.value if isinstance(value, Enum) else value
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _fields_of(config: Any) -> list[tuple[str, Any]]:

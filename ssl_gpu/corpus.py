@@ -65,12 +65,14 @@ class Corpus:
 
 
 def load_corpus(
-    folder: str | os.PathLike, *, sample_rate: int, min_duration_s: float, cache_dir: str | None, progress: bool
+    folder: str | os.PathLike, *, sample_rate: int, min_duration_s: float, cache_dir: str | None, progress: bool,
+    called: str = "speech folder"
 ) -> Corpus:
     """Every audio file below `folder` as int16 at `sample_rate` (Hz), from the cache when the contents are unchanged.
 
     Files that are unreadable, empty, shorter than `min_duration_s` (s) or not finite are skipped, with one warning for
     all of them. A cache that is damaged is rebuilt; one that cannot be written costs a warning.
+    called: what errors call the folder.
     Raises SpeechError when the folder is missing, holds no audio or none that is usable, or has to be resampled without
     torchaudio.
     """
@@ -78,11 +80,11 @@ def load_corpus(
         raise SpeechError(f"sample rate must be >= 1 Hz, got {sample_rate}")
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise SpeechError(f"speech folder must be an existing folder, got {str(folder)!r}")
+        raise SpeechError(f"{called} must be an existing folder, got {str(folder)!r}")
     root = root.resolve()
-    names = audio_files(root)
+    names = audio_files(root, called)
     if not names:
-        raise SpeechError(f"speech folder must hold audio ({', '.join(AUDIO_SUFFIXES)}), found none in {str(folder)!r}")
+        raise SpeechError(f"{called} must hold audio ({', '.join(AUDIO_SUFFIXES)}), found none in {str(folder)!r}")
     files = sorted((talker_label(root, name), name) for name in names)
     with ThreadPoolExecutor(_workers()) as pool:
         digests = pool.map(lambda item: _file_digest(root / item[1]), files)
@@ -96,7 +98,7 @@ def load_corpus(
             _write_cache(path, corpus)
     if not corpus.names:
         raise SpeechError(
-            f"speech folder must hold usable audio, skipped all {corpus.skipped} files of {str(folder)!r}; "
+            f"{called} must hold usable audio, skipped all {corpus.skipped} files of {str(folder)!r}; "
             f"first: {corpus.first_skipped}"
         )
     if corpus.skipped:
@@ -107,14 +109,14 @@ def load_corpus(
     return corpus
 
 
-def audio_files(root: Path) -> list[str]:
+def audio_files(root: Path, called: str = "speech folder") -> list[str]:
     """Relative names of the audio files below `root`, sorted; hidden names (and so macOS's "._x.flac") are left out.
 
     Links to folders are followed, since corpora are often linked together; a link back up is not entered twice.
     """
 
     def refuse(error: OSError) -> None:
-        raise SpeechError(f"speech folder must be readable, got {error.filename!r}: {error.strerror}")
+        raise SpeechError(f"{called} must be readable, got {error.filename!r}: {error.strerror}")
 
     names, entered = [], set()
     for where, folders, files in os.walk(root, onerror=refuse, followlinks=True):

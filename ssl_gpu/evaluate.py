@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.assess import Assessment, assess, check_model, check_set, write_manifest
+from ssl_gpu.assess import Assessment, assess, check_model, write_manifest
 from ssl_gpu.checkpoint import write_json, write_text
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
@@ -32,7 +32,7 @@ from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
-from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in
+from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics, read_measured
 from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
@@ -47,7 +47,8 @@ def eval_speech(cfg: RunConfig) -> SpeechBank:
     Raises SpeechError for a folder that cannot be used.
     """
     if cfg.speech.eval is not None:
-        return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu")
+        return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu",
+                         called="speech.eval")
     generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
     with announced("making synthetic voices for the evaluation"):
         return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
@@ -131,11 +132,15 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
             text.startswith("speech.eval=") for text in overrides):
         raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
                          f"the weights has {speech_dir!r}")
-    speech = eval_speech(cfg)
+    if "e2" in names:
+        import_pyroomacoustics()
+    measured = read_measured(folders[-1] if folders else None) if "e3" in names else None
     localizer = None
     if weights is not None:
         check_model(cfg)
         localizer = load_localizer(weights, cfg, path).to(device).eval()
+    speech = eval_speech(cfg)                                           # last: it may take minutes
+    if weights is not None:
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
                  "parameters": sum(p.numel() for p in localizer.parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech)}
@@ -145,9 +150,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         tell_spacing(localizer, cfg, spacing)
         return localizer
 
-    options = SetOptions(speech, device, count, folders[-1] if folders else None)
-    for name in names:
-        check_set(name, options)
+    options = SetOptions(speech, device, count, measured)
     found = dict(assess(names, options, None if weights is None else localizer_for))
     trained = None if weights is None else from_mapping(SceneConfig, weights.config.get("scene", {}), "scene")
     for name, assessment in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,10 @@ class SceneLaw:
     constants: Chance
 
 
+@lru_cache(maxsize=8)
 def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
-    """Monte Carlo of a scene law on the CPU. Raises ValueError where the law has no angles, as with one microphone."""
+    """Monte Carlo of a scene law on the CPU, done once for each. Raises ValueError where the law has no angles, as with
+    one microphone."""
     check_places(cfg)
     generator = rng.generator(seed, rng.Split.TRAIN, rng.Stream.ANGLE_MAP, 0)
     scenes = sample_scenes(cfg, LAW_SAMPLES, generator=generator)

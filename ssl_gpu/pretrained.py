@@ -33,7 +33,8 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
-from ssl_gpu.config import ConfigError, RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml
+from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml,
+                            told_changes)
 from ssl_gpu.features import DelayMap
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.model import ModelKind
@@ -93,8 +94,15 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     try:
         localizer.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the configuration: {str(error).splitlines()[-1].strip()}") from error
+        reshaped = told_changes(from_mapping(RunConfig, weights.config), cfg, shapes_weights)
+        raise ValueError(f"{path} does not fit the configuration: {reshaped or str(error).splitlines()[-1].strip()}"
+                         ) from error
     return localizer
+
+
+def shapes_weights(key: str) -> bool:
+    """Whether the shapes of a localiser's weights follow from a key of the configuration, among others."""
+    return key in ("target.labels", "target.grid_deg", "scene.num_src") or key.startswith(("model.", "features."))
 
 
 def tell_spacing(localizer: Localizer, cfg: RunConfig, spacing_m: float) -> None:

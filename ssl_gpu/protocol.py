@@ -20,7 +20,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,28 +51,31 @@ REFERENCE = RirConfig(early=False)
 NOISE_E1N5 = MixtureConfig(diffuse_snr_db=(5.0, 5.0))
 CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16
 MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
+NO_RIRS = "e3 needs a folder of measured RIRs: e3.dir=DIR"
 
 
 @dataclass(frozen=True, eq=False)
 class SetOptions:
     """What a set is made with: speech, its tensors on the CPU; device to render on; count: of clips, None for all;
-    folder: of measured RIRs, for e3; split: TEST; or VALIDATION for sets of the same kinds e1, e1p, e1n5 and e2 that
+    measured: of read_measured, for e3; split: TEST; or VALIDATION for sets of the same kinds e1, e1p, e1n5 and e2 that
     share no scene with these, to choose by."""
 
     speech: SpeechBank
     device: torch.device
     count: int | None = None
-    folder: str | None = None
+    measured: tuple[Tensor, list[dict[str, Any]]] | None = None
     split: rng.Split = rng.Split.TEST
 
     def limit(self, number: int) -> int:
         """Clips of a set that has `number`."""
         return number if self.count is None else min(number, self.count)
 
-    @cached_property
-    def measured(self) -> tuple[Tensor, list[dict[str, Any]]]:
-        """read_measured of the folder, read once."""
-        return read_measured(self.folder)
+
+def measured(options: SetOptions) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Those of the options. Raises ValueError where there are none."""
+    if options.measured is None:
+        raise ValueError(NO_RIRS)
+    return options.measured
 
 
 def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
@@ -304,7 +306,7 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
     The clusters of a clip are its two loudspeaker positions. RIRs of one angle and distance are of one position,
     whatever the configuration of the room: what is hard about it may stay. Without distances, angles alone count.
     """
-    rirs, places = options.measured
+    rirs, places = measured(options)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SCENE, 0)
     pairs = _draw_pairs(places, generator)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)
@@ -361,7 +363,7 @@ def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
     Raises ValueError, in one line that names entry and key, for a folder that is none of this.
     """
     if folder is None:
-        raise ValueError("e3 needs a folder of measured RIRs: e3.dir=DIR")
+        raise ValueError(NO_RIRS)
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_bytes())

@@ -4,14 +4,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -19,7 +17,8 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, holding, load_checkpoint, save_checkpoint
-from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, to_mapping, walk_fields
+from ssl_gpu.config import (RunConfig, apply_overrides, from_mapping, load_config, to_mapping, told_changes,
+                            walk_fields)
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.features import FeatureConfig
@@ -27,8 +26,8 @@ from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, trained_examples,
-                                trained_talkers)
+from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, shapes_weights,
+                                trained_examples, trained_talkers)
 from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
 from ssl_gpu.scene import SceneConfig
@@ -175,15 +174,8 @@ def changes(cfg: RunConfig, resumed: Checkpoint) -> Iterator[str]:
 
 def settings(cfg: RunConfig, resumed: Checkpoint) -> str:
     """With which settings a resumed run goes on, told to the user."""
-    before, now = (dict(walk_fields(some)) for some in (from_mapping(RunConfig, resumed.config), cfg))
-    changed = [f"{key}={told(now[key])} (was {told(before[key])})" for key in changes(cfg, resumed)]
-    return "the settings of its checkpoint" + (f", but {', '.join(changed)}" if changed else "")
-
-
-def told(value: Any) -> str:
-    """A value as a configuration has it."""
-    value = value.value if isinstance(value, Enum) else value
-    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    changed = told_changes(from_mapping(RunConfig, resumed.config), cfg, lambda key: key not in WHICH_RUN)
+    return "the settings of its checkpoint" + (f", but {changed}" if changed else "")
 
 
 def check_steps_left(train: TrainConfig, resumed: Checkpoint) -> None:
@@ -219,7 +211,7 @@ def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
             bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
     else:
         bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
-                         free_bytes=runtime.free_bytes(device))
+                         free_bytes=runtime.free_bytes(device), called="speech.train")
     if bank.num_speakers < cfg.scene.num_src:
         raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers, one per source, "
                           f"got {bank.num_speakers}")
@@ -297,8 +289,12 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         try:
             restore(run, resumed)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
-                             f"{str(error).strip().splitlines()[-1].strip()}") from error
+            reshaped = ""
+            if isinstance(error, RuntimeError):                        # torch's, which knows no keys
+                reshaped = told_changes(from_mapping(RunConfig, resumed.config), cfg, shapes_weights)
+            reason = reshaped or str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: {reason}"
+                             ) from error
     if cfg.train.max_minutes is not None:
         with announced("a first evaluation, for the time it takes"):
             evaluate_now(run)                                           # which is what the end of the run needs
@@ -327,7 +323,7 @@ def elapsed_s(run: Run) -> float:
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Metrics of the averaged weights, or of the weights themselves where none are averaged."""
     begin = time.perf_counter()
-    with runtime.cpu_threads(run.threads):  # as when it was timed first, whatever steps take (runtime.ThreadTuner)
+    with runtime.cpu_threads(run.threads):  # as when it was timed first, whatever steps take (lanes.ThreadTuner)
         metrics = score_model(run.eval_set, run.localizer if run.averaged is None else run.averaged.model)
     run.eval_s = max(run.eval_s, time.perf_counter() - begin)
     return metrics

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import platform
 import re
@@ -516,71 +515,6 @@ class Graphed:
             line = (str(first).strip().splitlines() or [type(first).__name__])[0]
             raise CaptureError(f"this cannot be captured as a CUDA graph: {line}") from error
         self._graph = graph
-
-
-class ThreadTuner:
-    """How to use the CPU's cores in a training step, found by trying: call `step` after every step.
-
-    All cores on every operation is good on an idle machine and the worst choice on a busy one: a step has a thousand
-    parallel regions, each of which then waits for a thread that something else has pushed off its core. On two cores
-    under load, two threads trained on 5 examples/s where one trained on 35. `lanes` says how many parts of the batch
-    are to go through the step side by side (ssl_gpu.lanes), each on as many threads as torch is set to. All ways to
-    deal the cores out, and half and one of the threads, are timed for PROBE_STEPS steps each, at the start and every
-    EVERY_S seconds; the quickest serves until the next trial. The very first step of each does not count: threads are
-    made in it, and lanes run one after the other (Lanes.gradients).
-    It changes rounding, so a run that must repeat to the bit does without it (enabled=False).
-    """
-
-    PROBE_STEPS = 3
-    EVERY_S = 60.0
-
-    def __init__(self, device: torch.device, enabled: bool = True, most_lanes: int = 1):
-        most = torch.get_num_threads()
-        dealt = [(most // lanes, lanes) for lanes in range(1, min(most, most_lanes) + 1) if most % lanes == 0]
-        self.choices = list(dict.fromkeys([*dealt, ((most + 1) // 2, 1), (1, 1)]))  # threads, lanes
-        self.enabled = enabled and device.type == "cpu" and most > 1
-        self.lanes, self._known = 1, set()
-        self.restart()
-        self._probe()
-
-    def restart(self) -> None:
-        """Forgets when the last step ended, after a pause that belongs to no step."""
-        self._last = None
-
-    def step(self) -> None:
-        """Counts a step, and moves on to another number of threads when it is time to."""
-        if not self.enabled:
-            return
-        now = time.perf_counter()
-        took, self._last = None if self._last is None else now - self._last, now
-        if not self._waiting and now >= self._next_probe:
-            self._probe()
-        elif self._waiting and took is not None:
-            self._spent.append(took)
-            # A choice that has already lost is not tried to the end: under load its steps take seconds.
-            lost = self._means and sum(self._spent) > 2 * self.PROBE_STEPS * min(self._means.values())
-            if lost or len(self._spent) == self.PROBE_STEPS:
-                self._finish_choice()
-
-    def _probe(self) -> None:
-        self._waiting, self._means, self._spent = list(self.choices), {}, []
-        self._next_probe = math.inf
-        if self.enabled:
-            self._use(self._waiting[0])
-
-    def _finish_choice(self) -> None:
-        self._means[self._waiting.pop(0)] = sum(self._spent) / len(self._spent)
-        self._spent = []
-        if not self._waiting:
-            self._next_probe = time.perf_counter() + self.EVERY_S
-        self._use(self._waiting[0] if self._waiting else min(self._means, key=self._means.get))
-
-    def _use(self, choice: tuple[int, int]) -> None:
-        threads, self.lanes = choice
-        torch.set_num_threads(threads)
-        if choice not in self._known:
-            self._known.add(choice)
-            self.restart()
 
 
 def _read(path: str) -> str:

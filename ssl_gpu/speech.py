@@ -144,12 +144,14 @@ def load_bank(
     device: torch.device | str,
     free_bytes: int | None = None,
     progress: bool = True,
+    called: str = "speech folder",
 ) -> SpeechBank:
     """The folder's speech at `sample_rate` (Hz), decoded or from the cache, ready to be cropped onto `device`.
 
     Speakers are those of LibriSpeech's layout, `<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac`; any other file
     counts as a speaker of its own, so two crops of a batch then differ in file but perhaps not in voice.
     free_bytes: what the device has left (None: plenty). A bank of more than half of it stays in pinned host memory.
+    called: what errors call the folder.
     Raises SpeechError when the folder is missing, holds no audio, or holds no usable audio.
     """
     device = torch.device(device)
@@ -159,6 +161,7 @@ def load_bank(
         min_duration_s=cfg.min_duration_s,
         cache_dir=cfg.cache_dir,
         progress=progress,
+        called=called,
     )
     order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
     speaker = torch.tensor([order[label] for label in corpus.talker])
@@ -250,6 +253,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     hours = len(corpus.samples) / args.sample_rate / 3600
     print(
         f"{len(corpus.names)} utterances, {len(set(corpus.talker))} speakers, {hours:.2f} hours, "

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -12,7 +11,6 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Callable, Sequence
 
 if __name__ == "__main__":
@@ -21,20 +19,19 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from tqdm import tqdm
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json, write_text
+from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
 from ssl_gpu.config import save_yaml
-from ssl_gpu.lanes import Lanes, separable, slices
+from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
-from ssl_gpu.pretrained import log_lines
 from ssl_gpu.report import result_table
 from ssl_gpu.run import (Run, check_steps_left, claim_folder, elapsed_s, evaluate_now, prepare, save, setup,
                          told_finished)
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
+from ssl_gpu.trainlog import Log
 
 
 STREAMS = (rng.Stream.SPEECH, rng.Stream.SCENE)  # that the examples of a step are drawn from
@@ -222,77 +219,14 @@ def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | 
             f"{'was time for only' if over else 'is time for about'} {count} step{'s' * (count > 1)}")
 
 
-class Log:
-    """metrics.jsonl, the progress bar, and TensorBoard events where TensorBoard is installed."""
-
-    def __init__(self, out: Path, share: float = 0.0, step: int = 0):
-        """share: of the run, that is over as it begins, or goes on; step: done by then. What was logged of later ones,
-        which a run that was killed did and that will be done again, is taken out, and so is the last evaluation of a
-        run that ended before it had written its result."""
-        path = out / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in log_lines(path.read_text(encoding="utf-8", errors="replace"))
-                    if line["step"] < step or (line["step"] == step and (share < 1 or "loss" in line))]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
-        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
-                        bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.events = None
-        else:
-            self.events = SummaryWriter(out, purge_step=step + 1 if step else None)
-
-    def write(self, values: dict[str, Any], share: float) -> None:
-        """One line of metrics; numbers become TensorBoard scalars. A line that cannot be written is told of once: a
-        disk that is full must not end a run."""
-        try:
-            self.file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            if not self.full:
-                self.warn(f"cannot write {self.file.name}: {error.strerror}; training goes on")
-            self.full = True
-        self.bar.update(100 * min(share, 1.0) - self.bar.n)
-        if self.events is not None and not self.full:
-            try:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self.events.add_scalar(name, value, values["step"])
-            except OSError as error:
-                self.full = True
-                self.warn(f"cannot write TensorBoard's events: {error.strerror}; training goes on")
-
-    def show(self, text: str) -> None:
-        """What stands behind the progress bar."""
-        self.bar.set_postfix_str(text)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        self.bar.write(text)
-
-    def warn(self, text: str) -> None:
-        """The same on stderr, as a warning."""
-        self.bar.write(f"warning: {text}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Closes the files and leaves the bar on the screen."""
-        self.bar.close()
-        with contextlib.suppress(OSError):                             # of which write has told
-            self.file.close()
-        if self.events is not None:
-            with contextlib.suppress(OSError):
-                self.events.close()
-
-
 def train(run: Run, log: Log) -> int:
     """Train until the run is over or interrupted; returns the steps done. Everything is in the order it happens."""
     cfg = run.cfg.train
     network = runtime.compiled(run.localizer, cfg.compile)
     timer = runtime.StepTimer(run.device)
     lanes = Lanes(network, run.localizer.training_losses, run.bfloat16)
-    tuner = runtime.ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
-                                most_lanes=cfg.batch_size if separable(network) else 1)
+    tuner = ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
+                        most_lanes=cfg.batch_size if separable(network) else 1)
     batches, draws = timed_batches(run, timer), timed_draws(run, timer, lanes)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     begun, ready_s = step, 0.0

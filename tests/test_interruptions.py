@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_train import TINY
 
-from ssl_gpu import checkpoint, runtime
+from ssl_gpu import checkpoint, runtime, trainlog
 from ssl_gpu import run as run_setup
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, clear_unfinished, holding, load_checkpoint, write_text
@@ -178,7 +178,7 @@ def test_a_resumption_that_cannot_begin_keeps_the_result(tiny, monkeypatch, caps
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_cli, "write_text", full)
+        patch.setattr(trainlog, "write_text", full)
         assert start("train.out=run", "train.steps=4", "--resume") == 2
     assert errors(capsys) == ["error: cannot write to run: No space left on device"]
     assert (tiny / "run" / "result.json").read_bytes() == before and len(logged(tiny / "run")) == 4

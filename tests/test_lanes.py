@@ -1,5 +1,6 @@
-"""Gradients of a batch dealt out to threads: those of the whole, and side by side."""
+"""Gradients of a batch dealt out to threads: those of the whole, and side by side; how many threads and lanes."""
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ from torch import nn
 from ssl_gpu import runtime
 from ssl_gpu.doa import localisation_loss
 from ssl_gpu.features import FeatureConfig
-from ssl_gpu.lanes import Lanes, separable, slices
+from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.model import ConformerLocalizer, ModelConfig, SSLModel
 
 BATCH, GRID = 7, 10
+CPU = torch.device("cpu")
 
 
 def network():
@@ -194,3 +196,72 @@ def test_a_compiled_network_is_dealt_out_too():
     for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
         if expected.grad is not None:
             torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-4 * scale)
+
+
+class Machine:
+    """A clock and a number of threads for ThreadTuner; `pace` gives the seconds of a step by its threads."""
+
+    def __init__(self, monkeypatch, threads, pace):
+        self.now, self.threads, self.pace, self.used = 0.0, threads, pace, []
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def run(self, tuner, steps):
+        for _ in range(steps):
+            self.used.append(self.threads)
+            self.now += self.pace[self.threads]
+            tuner.step()
+
+
+def test_idle_machine_uses_all_threads_and_busy_machine_fewer(monkeypatch):
+    machine = Machine(monkeypatch, 4, {4: 0.1, 2: 0.2, 1: 0.4})
+    tuner = ThreadTuner(CPU)
+    machine.run(tuner, 40)
+    assert set(machine.used) == {4, 2, 1} and machine.used[-20:] == [4] * 20
+    machine.pace = {4: 6.0, 2: 3.0, 1: 0.8}
+    machine.now += 60
+    machine.run(tuner, 40)
+    assert machine.used[-25:] == [1] * 25
+
+
+def test_threads_are_tried_again_and_a_choice_that_lost_is_not_tried_to_the_end(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 0.1, 1: 9.0})
+    tuner = ThreadTuner(CPU)
+    machine.run(tuner, 20)
+    assert machine.used.count(1) == 2                                   # the very first does not count
+    machine.now += tuner.EVERY_S
+    machine.run(tuner, 20)
+    assert machine.used.count(1) == 3 and machine.threads == 2
+
+
+def test_a_pause_is_no_step(monkeypatch):
+    machine = Machine(monkeypatch, 2, {2: 0.1, 1: 0.2})
+    tuner = ThreadTuner(CPU)
+    machine.run(tuner, 2)
+    machine.now += 500
+    tuner.restart()
+    machine.run(tuner, 20)
+    assert machine.threads == 2
+
+
+def test_cores_are_dealt_out_to_lanes_where_that_is_quicker(monkeypatch):
+    machine, used = Machine(monkeypatch, 4, {}), []
+    tuner = ThreadTuner(CPU, most_lanes=3)
+    assert tuner.choices == [(4, 1), (2, 2), (2, 1), (1, 1)]           # three lanes would leave a core over
+    pace = {(4, 1): 0.3, (2, 2): 0.2, (2, 1): 0.5, (1, 1): 0.9}
+    for _ in range(40):
+        used.append((machine.threads, tuner.lanes))
+        first = used.count(used[-1]) == 1 and tuner.lanes > 1           # in which lanes run one after the other
+        machine.pace = {machine.threads: (2 if first else 1) * pace[used[-1]]}
+        machine.run(tuner, 1)
+    assert set(used) == set(tuner.choices) and used[-15:] == [(2, 2)] * 15
+    assert ThreadTuner(CPU, most_lanes=32).choices == [(4, 1), (2, 2), (1, 4), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("device, enabled, threads", [(CPU, False, 2), (CPU, True, 1),
+                                                      (torch.device("cuda", 0), True, 2)])
+def test_threads_are_left_alone(monkeypatch, device, enabled, threads):
+    machine = Machine(monkeypatch, threads, {2: 0.1, 1: 0.01})
+    machine.run(ThreadTuner(device, enabled), 50)
+    assert set(machine.used) == {threads}

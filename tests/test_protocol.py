@@ -109,7 +109,8 @@ def test_sets_differ_in_what_they_say_they_differ_in(speech):
 
 def test_digest_is_of_speech_before_arithmetic_and_of_the_seed_of_the_noise(speech, folder):
     """A sum over samples, and normal numbers, have other last bits on another CPU: neither is hashed."""
-    [clean], [noisy], [real] = (all_clips(name, speech, 3, folder=str(folder)) for name in ("e1", "e1n5", "e3"))
+    rirs = read_measured(str(folder))
+    [clean], [noisy], [real] = (all_clips(name, speech, 3, measured=rirs) for name in ("e1", "e1n5", "e3"))
     for clips in (clean, noisy, real):
         whole = clips.draws[0] * 32768
         assert torch.equal(whole, whole.round()) and whole.abs().max() > 1000
@@ -204,7 +205,7 @@ def folder(tmp_path):
 
 def test_measured_rooms_are_heard_as_their_index_says(folder, speech):
     """The only pairs are of the first three RIRs; each clip is two utterances of equal power through two of them."""
-    [clips] = all_clips("e3", speech, 12, folder=str(folder))
+    [clips] = all_clips("e3", speech, 12, measured=read_measured(str(folder)))
     assert clips.audio.shape == (12, 2, NUM_SAMPLES)
     assert set(map(tuple, torch.rad2deg(clips.cone).round().tolist())) <= {
         (a, b) for a in (0.0, 60.0, 90.0) for b in (0.0, 60.0, 90.0) if a != b}
@@ -224,7 +225,7 @@ def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, spe
     for rir, configuration, cone, distance in zip(index["rirs"], "aabb", (30, 60, 30, 30), (1, 1, 1, 2)):
         rir.update(configuration=configuration, cone_deg=cone, distance_m=distance)
     (folder / "index.json").write_text(json.dumps(index))
-    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    [clips] = all_clips("e3", speech, 40, measured=read_measured(str(folder)))
     position = [[["0.wav", "1.wav", "2.wav", "3.wav"].index(file) for file in entry["rirs"]] for entry in clips.entries]
     assert clips.scene.shape == (40, 2)
     numbers = {}
@@ -236,7 +237,7 @@ def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, spe
     for rir in index["rirs"]:
         del rir["distance_m"]
     (folder / "index.json").write_text(json.dumps(index))
-    [clips] = all_clips("e3", speech, 40, folder=str(folder))
+    [clips] = all_clips("e3", speech, 40, measured=read_measured(str(folder)))
     assert len(clips.scene.unique()) == 2
 
 
@@ -301,7 +302,7 @@ def test_null_in_an_index_is_as_good_as_nothing(folder, speech):
         for number in range(4):
             (folder / "null" / f"{number}.wav").write_bytes((folder / f"{number}.wav").read_bytes())
         (folder / "null" / "index.json").write_text(json.dumps(index))
-        found += all_clips("e3", speech, 12, folder=str(folder / "null"))
+        found += all_clips("e3", speech, 12, measured=read_measured(str(folder / "null")))
     without, null = found
     assert torch.equal(without.audio, null.audio) and digest_of([without]) == digest_of([null])
     assert null.conditions["distance_m"].isnan().all() and null.conditions["t20_s"].isnan().all()

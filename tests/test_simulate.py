@@ -509,7 +509,7 @@ def test_readme_and_help_name_every_file():
     (["--num-scenes", 1, "scene.pool=original", "scene.bank=5", "rir.num_images=[1024, 4096]"],
      "scene.pool must be law, others are for training; give other rooms by --scenes FILE, got original"),
     (["--num-scenes", 1, "--wav", "scene.num_src=5"], "speech must have at least 5 speakers, one per source, got 3"),
-    (["--num-scenes", 1, "--wav", "speech.eval=nowhere"], "speech folder must be an existing folder, got 'nowhere'"),
+    (["--num-scenes", 1, "--wav", "speech.eval=nowhere"], "speech.eval must be an existing folder, got 'nowhere'"),
     (["--num-scenes", 99, "scene.room_max_m=[3, 3, 2.5]", "scene.src_dist_m=[1.5, 5]"], "scene "),
     (["--scenes", "none.json"], "cannot read scene list none.json: No such file or directory"),
     (["--scenes", "one.json", "--num-scenes", 2], "--num-scenes must be <= 1, the scenes in one.json, got 2"),

@@ -589,6 +589,13 @@ def test_info_counts_what_is_there(tmp_path, capsys):
     assert len(cache_files(tmp_path)) == 1
 
 
+def test_errors_name_the_setting_that_names_the_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, rule in (("nowhere", "be an existing folder"), ("empty", "hold audio")):
+        with pytest.raises(SpeechError, match=f"^speech.train must {rule}"):
+            load_bank(tmp_path / name, config(tmp_path), sample_rate=16000, device="cpu", called="speech.train")
+
+
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
     """In a process of its own, as a user sees it: no traceback, no warning from running a module."""
     done = run_cli("info", str(tmp_path / "nowhere"))

@@ -244,7 +244,7 @@ def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, c
 
 
 @pytest.mark.parametrize("change, rule", [
-    (["model.dim=8"], "error: train.init={run} does not fit the configuration: size mismatch"),
+    (["model.dim=8"], "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
     (["train.init=nowhere"], "error: cannot read checkpoint {run.parent}/nowhere: No such file"),
     (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
 ])
@@ -328,7 +328,7 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
 def test_lanes_train_the_same_weights(width, tiny, monkeypatch):
     """Two and three parts of a batch of four side by side. Adam makes a step of the rounding error of a gradient that
     is zero, so weights are compared as a whole with how far they have gone."""
-    class InLanes(train_cli.runtime.ThreadTuner):
+    class InLanes(train_cli.ThreadTuner):
         def __init__(self, device, enabled, most_lanes):
             assert most_lanes == 4
             super().__init__(device, False)
@@ -337,7 +337,7 @@ def test_lanes_train_the_same_weights(width, tiny, monkeypatch):
     common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32",
               f"features.mask_width={width}")
     assert start("train.out=plain", *common) == 0
-    monkeypatch.setattr(train_cli.runtime, "ThreadTuner", InLanes)
+    monkeypatch.setattr(train_cli, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
     begin = build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
     moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
@@ -397,13 +397,16 @@ def test_averages_can_begin_at_a_resumption(tiny):
     assert start("train.out=run", "train.steps=3", "train.ema=0.9", "--resume") == 0
 
 
-@pytest.mark.parametrize("change", [("model.dim=8",), ("train.optimizer=adam",),
-                                    ("model.dim=64", "train.optimizer=muon")])
-def test_what_does_not_fit_the_checkpoint_is_one_line(tiny, change, capsys):
+@pytest.mark.parametrize("change, reason", [
+    (("model.dim=8",), "model.dim=8 (was 16)\n"),
+    (("train.optimizer=adam",), ""),
+    (("model.dim=64", "train.optimizer=muon"), "")])
+def test_what_does_not_fit_the_checkpoint_is_one_line(tiny, change, reason, capsys):
     assert start("train.out=run", "train.steps=2", *change[:-1]) == 0                  # all but the last were so before
     assert start("train.out=run", "train.steps=3", *change, "--resume") == 2
     error = capsys.readouterr().err
     assert "error: the checkpoint in run does not fit" in error and "Traceback" not in error
+    assert error.endswith(f" and the overrides: {reason}" if reason else "\n")
 
 
 def test_resume_is_not_led_astray_by_a_longer_name(tiny):
