@@ -46,8 +46,9 @@ SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
 BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
-# Relative; beyond it a line advises to train. The packaged weights, told of them, have 1.5 / 1.9 and 1.9 / 2.1 degrees
-# at spacings 20 % off, 1.4 / 1.9 at their own, 5.6 / 6.0 at half of it (python -m benchmarks.localize_windows).
+# Relative; beyond it a line advises to train. The packaged weights, told of them, have 1.4 / 1.8 and 1.7 / 2.3 degrees
+# at spacings 20 % off, 1.4 / 1.9 at their own, 2.1 / 2.6 at 30 % less, 3.6 / 3.4 at half of it
+# (python -m benchmarks.localize_windows).
 SPACING_TOLERANCE = 0.2
 LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is five times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB

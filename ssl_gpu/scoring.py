@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -144,17 +145,24 @@ def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:
     azimuths under the scene law, by Monte Carlo: of each talker, the azimuths of the 300 sampled sources nearest in
     (cone angle, 15 ln distance); of the pair, the medians of the smaller and the larger.
     """
-    generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)
-    scenes = sample_scenes(cfg, FLOOR_SAMPLES // cfg.num_src, generator=generator)
-    scenes = scenes[scenes.valid.nonzero().squeeze(-1)]
-
-    def place(cone: Tensor, distance: Tensor) -> Tensor:
-        return torch.stack((torch.rad2deg(cone), DISTANCE_WEIGHT_DEG * distance.log()), -1).flatten(0, 1).float()
-
-    samples, azimuth = place(scenes.cone_angle, scenes.distance), scenes.azimuth.abs().flatten().float()
+    samples, azimuth = _sampled_sources(cfg)
     nearest = [azimuth[torch.cdist(part, samples).topk(NEIGHBOURS, largest=False).indices]
-               for part in place(truth.cone, truth.conditions["distance_m"]).split(200)]
+               for part in _place(truth.cone, truth.conditions["distance_m"]).split(200)]
     grid = torch.linspace(0, math.pi, 721)
     near = torch.cat(nearest).sort(-1).values.view(*truth.cone.shape, -1)
     cdf = torch.searchsorted(near, grid.expand(*near.shape[:2], -1).contiguous(), right=True) / NEIGHBOURS
     return grid[(order_statistics(cdf) < 0.5).sum(-1).clamp(max=len(grid) - 1)].double()
+
+
+@lru_cache(maxsize=2)
+def _sampled_sources(cfg: SceneConfig) -> tuple[Tensor, Tensor]:
+    """_place and azimuth of sources of a law, [sample, 2] and [sample] rad."""
+    generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)
+    scenes = sample_scenes(cfg, FLOOR_SAMPLES // cfg.num_src, generator=generator)
+    scenes = scenes[scenes.valid.nonzero().squeeze(-1)]
+    return _place(scenes.cone_angle, scenes.distance), scenes.azimuth.abs().flatten().float()
+
+
+def _place(cone: Tensor, distance: Tensor) -> Tensor:
+    """What two microphones and a tape measure know of sources [scene, src], [scene * src, 2]."""
+    return torch.stack((torch.rad2deg(cone), DISTANCE_WEIGHT_DEG * distance.log()), -1).flatten(0, 1).float()
