@@ -262,6 +262,9 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         localizer = build_localizer(cfg)
     else:
         localizer = load_localizer(initial, cfg, f"train.init={cfg.train.init}", as_beginning=True)
+    if resumed is not None:
+        with fitting(cfg, out, resumed):                               # or it would be told after minutes
+            localizer.load_state_dict(resumed.model)
     speech = training_speech(cfg, device)
     before = [] if initial is None else initial.talkers
     if resumed is not None:
@@ -286,19 +289,26 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         run.step = run.first = initial.step
         run.examples = run.first_examples = initial.examples
     if resumed is not None:
-        try:
+        with fitting(cfg, out, resumed):
             restore(run, resumed)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reshaped = ""
-            if isinstance(error, RuntimeError):                        # torch's, which knows no keys
-                reshaped = told_changes(from_mapping(RunConfig, resumed.config), cfg, shapes_weights)
-            reason = reshaped or str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: {reason}"
-                             ) from error
     if cfg.train.max_minutes is not None:
         with announced("a first evaluation, for the time it takes"):
             evaluate_now(run)                                           # which is what the end of the run needs
     return run
+
+
+@contextlib.contextmanager
+def fitting(cfg: RunConfig, out: Path, resumed: Checkpoint) -> Iterator[None]:
+    """Makes one line, a ValueError, of what goes wrong in the `with` block with a checkpoint that does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reshaped = ""
+        if isinstance(error, RuntimeError):                            # torch's, which knows no keys
+            reshaped = told_changes(from_mapping(RunConfig, resumed.config), cfg, shapes_weights)
+        reason = reshaped or str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: {reason}"
+                         ) from error
 
 
 def restore(run: Run, resumed: Checkpoint) -> None:
