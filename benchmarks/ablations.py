@@ -137,7 +137,9 @@ def one(name: str, seed: int, steps: int, overrides: Sequence[str], sets: Sets, 
         arguments = [str(CONFIG), *QUIET, *overrides, *VARIANTS[name], f"train.seed={seed}", f"train.out={run}"]
         batch = load_config(RunConfig, CONFIG, arguments[1:]).train.batch_size
         arguments.append(f"train.steps={steps * BATCH // batch}")
-        if train(arguments):
+        if (status := train(arguments)) == 130:                        # Ctrl-C, of which it has told
+            raise KeyboardInterrupt
+        if status:
             raise RuntimeError(f"training of {name!r} failed")
         minutes = (time.time() - begin) / 60
         readings = {"": ()} if VARIANTS[name] or plain else READINGS

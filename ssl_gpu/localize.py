@@ -50,7 +50,7 @@ BLOCK = 1 << 18              # samples of a file in float64, or in all its chann
 # 20 % less than that of their training, 1.4 / 1.9 at it, 1.7 / 2.0 at half as much more, the widest tried; but 2.1 and
 # 2.6 at 30 % less, 3.6 / 3.4 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
 SPACING_TOLERANCE = (-0.21, 0.51)
-LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is five times that in 3 s
+LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is three to five times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median

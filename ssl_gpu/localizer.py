@@ -85,6 +85,7 @@ class SceneLaw:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or what is kept could never be trained through
 def scene_law(cfg: SceneConfig, seed: int) -> SceneLaw:
     """Monte Carlo of a scene law on the CPU, done once for each. Raises ValueError where the law has no angles, as with
     one microphone."""

@@ -94,14 +94,23 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     try:
         localizer.load_state_dict(state)
     except RuntimeError as error:
-        reshaped = told_changes(from_mapping(RunConfig, weights.config), cfg, shapes_weights)
-        raise ValueError(f"{path} does not fit the configuration: {reshaped or str(error).splitlines()[-1].strip()}"
-                         ) from error
+        raise ValueError(f"{path} does not fit the configuration: {misfit(error, weights.config, cfg)}") from error
     return localizer
 
 
+def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig) -> str:
+    """Why weights of a run of the configuration `before` do not fit: the keys that differ where load_state_dict has
+    found other shapes, else the last line of the error."""
+    last, changed = str(error).strip().splitlines()[-1].strip(), ""
+    if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
+        changed = told_changes(from_mapping(RunConfig, before), cfg, shapes_weights)
+    return changed or last
+
+
 def shapes_weights(key: str) -> bool:
-    """Whether the shapes of a localiser's weights follow from a key of the configuration, among others."""
+    """Whether the shapes of a localiser's weights may follow from a key of the configuration."""
+    if key in ("model.dropout", "model.channels_last", "features.band_hz"):
+        return False
     return key in ("target.labels", "target.grid_deg", "scene.num_src") or key.startswith(("model.", "features."))
 
 

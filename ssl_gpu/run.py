@@ -26,7 +26,7 @@ from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, packaged, read_weights, shapes_weights,
+from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, misfit, packaged, read_weights,
                                 trained_examples, trained_talkers)
 from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
@@ -303,12 +303,8 @@ def fitting(cfg: RunConfig, out: Path, resumed: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reshaped = ""
-        if isinstance(error, RuntimeError):                            # torch's, which knows no keys
-            reshaped = told_changes(from_mapping(RunConfig, resumed.config), cfg, shapes_weights)
-        reason = reshaped or str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: {reason}"
-                         ) from error
+        raise ValueError(f"the checkpoint in {out} does not fit its configuration and the overrides: "
+                         f"{misfit(error, resumed.config, cfg)}") from error
 
 
 def restore(run: Run, resumed: Checkpoint) -> None:

@@ -155,6 +155,7 @@ def bayes_azimuth(cfg: SceneConfig, truth: Truth) -> Tensor:
 
 
 @lru_cache(maxsize=2)
+@torch.inference_mode(False)  # or what is kept could never be trained through
 def _sampled_sources(cfg: SceneConfig) -> tuple[Tensor, Tensor]:
     """_place and azimuth of sources of a law, [sample, 2] and [sample] rad."""
     generator = rng.generator(0, rng.Split.TEST, rng.Stream.ANGLE_MAP, 0)

@@ -227,7 +227,7 @@ def gather_crops(bank: SpeechBank, crops: CropBatch, num_samples: int) -> Tensor
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """The command line; 0, or 2 after one line of error."""
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssl_gpu.speech", description="Fetch and inspect speech.")
     commands = parser.add_subparsers(dest="command", required=True)
     download = commands.add_parser("download", help="fetch a subset of LibriSpeech")
