@@ -132,12 +132,13 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
             text.startswith("speech.eval=") for text in overrides):
         raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
                          f"the weights has {speech_dir!r}")
+    if weights is not None:
+        check_model(cfg)
     if "e2" in names:
         import_pyroomacoustics()
     measured = read_measured(folders[-1] if folders else None) if "e3" in names else None
     localizer = None
     if weights is not None:
-        check_model(cfg)
         localizer = load_localizer(weights, cfg, path).to(device).eval()
     speech = eval_speech(cfg)                                           # last: it may take minutes
     if weights is not None:

@@ -308,13 +308,13 @@ def fitting(cfg: RunConfig, out: Path, resumed: Checkpoint) -> Iterator[None]:
 
 
 def restore(run: Run, resumed: Checkpoint) -> None:
-    """Put a run back to where its checkpoint was saved. Raises whatever torch raises for one that does not fit."""
+    """Put a run that has the checkpoint's weights back to where it was saved. Raises whatever torch raises for one that
+    does not fit."""
     check_rooms_kept(resumed.config, run.cfg.scene)
     run.settings = settings(run.cfg, resumed)
     run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
     run.first, run.first_examples = (resumed.extra.get(name, 0) for name in ("first", "first_examples"))
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
-    run.localizer.load_state_dict(resumed.model)
     restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
         run.averaged.model.load_state_dict(resumed.ema or resumed.model)

@@ -399,14 +399,15 @@ def test_averages_can_begin_at_a_resumption(tiny):
 
 @pytest.mark.parametrize("change, reason", [
     (("model.dim=8",), "model.dim=8 (was 16)\n"),
-    (("train.optimizer=adam",), ""),
-    (("model.dim=64", "train.optimizer=muon"), "")])
+    (("train.optimizer=adam",), None),
+    (("model.dim=64", "train.optimizer=muon"), None)])
 def test_what_does_not_fit_the_checkpoint_is_one_line(tiny, change, reason, capsys):
     assert start("train.out=run", "train.steps=2", *change[:-1]) == 0                  # all but the last were so before
     assert start("train.out=run", "train.steps=3", *change, "--resume") == 2
     error = capsys.readouterr().err
     assert "error: the checkpoint in run does not fit" in error and "Traceback" not in error
-    assert error.endswith(f" and the overrides: {reason}" if reason else "\n")
+    said = error.split(" and the overrides: ")[1]                        # of the optimiser's, whatever torch says
+    assert said == reason if reason else len(said) > 20 and "model.dim" not in said
 
 
 def test_resume_is_not_led_astray_by_a_longer_name(tiny):
@@ -667,9 +668,9 @@ def test_real_speech_folders_are_heard(tiny):
 
 
 MISTAKES = {
-    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "nowhere"),
+    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "speech.train must be an existing folder"),
     "one folder only": (["speech.train=nowhere"], "speech.eval"),
-    "empty folder": (["speech.train=empty", "speech.eval=empty"], "empty"),
+    "empty folder": (["speech.train=empty", "speech.eval=empty"], "speech.train must hold audio"),
     "nothing readable": (["speech.train=broken", "speech.eval=broken"], "skipped all 2 files"),
     "one speaker": (["speech.train=alone", "speech.eval=alone"], "at least 2 speakers"),
     "small room": (["scene.room_min_m=[1, 1, 1]"], "scene.room_min_m"),
