@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import rng, runtime
 from ssl_gpu.checks import shown
 from ssl_gpu.clips import Digest, Truth, without_audio
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, load_config, load_yaml
 from ssl_gpu.evaluate import NO_RUN, eval_speech
 from ssl_gpu.localizer import scene_law
@@ -206,10 +207,9 @@ def append(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of every run: speech.train=DIR "
-                        "speech.eval=DIR, and speech.* alone for the clips that it is judged on")
+    parser = Parser(prog="python -m benchmarks.ablations", description=__doc__)
+    parser.add_overrides("of every run: speech.train=DIR speech.eval=DIR, and speech.* alone for the clips that it is "
+                         "judged on")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per run")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of such a file")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -252,4 +252,4 @@ def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -11,7 +11,6 @@ summary is of all of the day's files for this device in the folder.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,9 +23,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from benchmarks.report import WAYS
 from ssl_gpu.checkpoint import write_text
+from ssl_gpu.commandline import Parser, end_with
 
 SCENES_PER_S, LEAST_BATCH = 150_000, 512
 MEMORY_GB, MEMORY_BATCH = 8.0, 1024
@@ -220,8 +220,7 @@ def summary(name: str, outcomes: dict[str, tuple[bool, float]], found: list[Verd
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.all", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--threads", type=common.positive, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
@@ -255,4 +254,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torchaudio.functional import fftconvolve
 
-from benchmarks import command, common
+from benchmarks import common
 from benchmarks.bench_rir import render_chunks
+from ssl_gpu.commandline import end_with
 from ssl_gpu.convolve import convolve_blocks, convolve_sources
 from ssl_gpu.rir import RirConfig, draw_images
 from ssl_gpu.scene import SceneConfig, sample_scenes
@@ -76,4 +77,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import runtime
+from ssl_gpu.commandline import end_with
 from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, sample_scenes
 from ssl_gpu.simulator import SimulatorConfig
@@ -90,4 +91,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

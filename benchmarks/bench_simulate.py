@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import runtime
+from ssl_gpu.commandline import end_with
 from ssl_gpu.mixture import MixtureConfig
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import SceneConfig
@@ -112,4 +113,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import runtime
+from ssl_gpu.commandline import end_with
 from ssl_gpu.config import RunConfig, load_config
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import Averaged, build_optimizer
@@ -177,4 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

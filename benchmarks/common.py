@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 from benchmarks.report import markdown
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import write_json
+from ssl_gpu.commandline import Parser
 from ssl_gpu.outputs import output_file
 from ssl_gpu.rir import ImageBatch
 from ssl_gpu.scene import SceneBatch
@@ -159,7 +161,7 @@ def relative_l2(actual: Tensor, expected: np.ndarray) -> float:
 
 def parser(name: str, description: str, seconds: float | None = 3.0) -> argparse.ArgumentParser:
     """The options that every benchmark has; seconds None: no --seconds."""
-    result = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.partition("\n\n")[0])
+    result = Parser(prog=f"python -m benchmarks.{name}", description=description.partition("\n\n")[0])
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     result.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: torch's choice)")
     if seconds is not None:
@@ -190,6 +192,20 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[dict[str, bool]
     fused = CHOICES[args.fused] if args.fused else (SimulatorConfig().fused_on(device),)
     return [{"compiled": compiled, "fused": fuse, **captured} for compiled, fuse, captured in
             product(CHOICES[args.compile], fused, graphs)]
+
+
+def told_command(benchmark: str, arguments: Sequence[str] | None) -> str:
+    """The command line of a benchmark as its results have it: without --json, and of files and folders the last name.
+    arguments: as main's."""
+    words, told = list(sys.argv[1:] if arguments is None else arguments), []
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.rpartition("=")
+        if word == "--json":
+            del words[:1]
+        elif key != "--json":
+            told.append(key + equals + os.path.basename(os.path.realpath(value)) if os.path.exists(value) else word)
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *told])
 
 
 def refuse(problem: str) -> NoReturn:
@@ -244,14 +260,12 @@ class Results:
     def __init__(self, benchmark: str, device: torch.device, arguments: Sequence[str] | None, path: str | None,
                  **more: Any):
         """arguments: as main's; path: of the file, if there is to be one; more: further keys of it."""
-        words = " ".join(sys.argv[1:] if arguments is None else arguments)
-        words = re.sub(r"\s*--json[ =]\S+", "", f" {words}".rstrip())
         name = runtime.device_name(device)
         machine = {"device": name, "slug": slug(name), "gpu": runtime.is_gpu(device), "cores": os.cpu_count(),
                    "threads": torch.get_num_threads()}
         self.path, self.device, self._checks = path, device, []
         self.rows: list[dict[str, Any]] = []
-        self.content = {"benchmark": benchmark, "command": f"python -m benchmarks.{benchmark}{words}",
+        self.content = {"benchmark": benchmark, "command": told_command(benchmark, arguments),
                         "date": date.today().isoformat(), "machine": machine, "versions": runtime.versions(),
                         "commit": commit(), "workload": WORKLOAD, "complete": False, **more, "rows": self.rows}
 

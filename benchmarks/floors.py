@@ -7,17 +7,17 @@ one who also knows the distances (ssl_gpu.scoring.bayes_azimuth).
 """
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.clips import Truth
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.doa import sorted_angles
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.outputs import output_file, write_each
@@ -40,8 +40,7 @@ def truth_of(seed: int) -> Truth:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.floors", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.floors", description=__doc__)
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(arguments)
@@ -62,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                             else f"{v[0]:.2f}" for v in zip(*values)))
     if target is None:
         return 0
-    content = {"command": f"python -m benchmarks.floors --draws {args.draws}", "azimuth_class_mae_deg": found,
+    content = {"command": common.told_command("floors", arguments), "azimuth_class_mae_deg": found,
                "scenes_per_draw": NUM_CLIPS}
     return write_each([(args.json, partial(write_json, target, content))])
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -6,7 +6,6 @@ The three take turns in one process, with --compile also with a compiled network
 """
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import Counter
@@ -14,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import command, common
+from benchmarks import common
 from benchmarks.bench_train import prepare
 from ssl_gpu import runtime
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.lanes import Lanes
 from ssl_gpu.train import draw_batch, in_lanes, timed_draws
 
@@ -59,8 +59,7 @@ class Steps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lanes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.lanes", description=__doc__)
     parser.add_argument("--cores", type=common.positive, default=torch.get_num_threads())
     parser.add_argument("--steps", type=common.positive, default=12, help="of each, after a warm-up (default 12)")
     parser.add_argument("--compile", action="store_true", help="measure a compiled network (train.compile), too")
@@ -83,4 +82,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -13,7 +13,6 @@ zeros up to a clip of the training; longer ones need speech as long, of speech.e
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import command, common
+from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.checkpoint import write_json
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.doa import sorted_angles
 from ssl_gpu.evalset import build_eval_set
@@ -107,10 +107,9 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.localize_windows", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.localize_windows", description=__doc__)
     parser.add_argument("weights", nargs="?", help="as of evaluate; the packaged ones where they are left out")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example speech.eval=DIR")
+    parser.add_overrides("for example speech.eval=DIR")
     parser.add_argument("--clips", type=common.positive, default=512, metavar="N", help="of a row, 512 by default")
     parser.add_argument("--windows", type=float, nargs="+", default=WINDOWS_S, metavar="SECONDS")
     parser.add_argument("--json", metavar="FILE")
@@ -130,9 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table("off, %", spacing), "", table("window, s", window), sep="\n")
     if target is None:
         return 0
-    content = {"steps": found.step, "clips": args.clips, "spacing": spacing, "window": window}
+    content = {"command": common.told_command("localize_windows", arguments), "steps": found.step, "clips": args.clips,
+               "spacing": spacing, "window": window}
     return write_each([(args.json, partial(write_json, target, content))])
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -15,7 +15,6 @@ likelihood: cross-spectra weighed by direct / (rest (2 direct + rest)): of direc
 """
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import command
+from benchmarks.common import told_command
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.baselines import BAND_HZ, HOP, N_FFT
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.clips import Truth
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping
 from ssl_gpu.doa import angle_grid, sorted_angles
 from ssl_gpu.evaluate import NO_RUN, eval_speech
@@ -37,7 +37,7 @@ from ssl_gpu.localizer import scene_law
 from ssl_gpu.mixture import MixtureConfig, mix
 from ssl_gpu.outputs import output_file, write_each
 from ssl_gpu.protocol import (LAW, NOISE_E1N5, SAMPLE_RATE, SEEDS, FraDraw, SetOptions, draw_fresh, fra_draws,
-                              num_blocks)
+                              num_clips)
 from ssl_gpu.rir import RirConfig, render_rir
 from ssl_gpu.scoring import score_angles
 
@@ -106,9 +106,11 @@ def angles(drawn: FraDraw, device: torch.device) -> dict[str, Tensor]:
 def measure(name: str, options: SetOptions) -> dict[str, dict[str, object]]:
     """By every weighting the errors on a set, as ssl_gpu.scoring has them."""
     parts, truth = [], []
-    for drawn in tqdm(draws_of(name, options), name, num_blocks(name, options), unit="block"):
-        parts.append(angles(drawn, options.device))
-        truth.append(drawn.rooms)
+    with tqdm(desc=name, total=num_clips(name, options), unit="clip") as bar:
+        for drawn in draws_of(name, options):
+            parts.append(angles(drawn, options.device))
+            truth.append(drawn.rooms)
+            bar.update(len(drawn.rooms))
     azimuth, cone = (torch.cat([getattr(rooms, key) for rooms in truth]).double() for key in ("azimuth", "cone_angle"))
     true, law = Truth(sorted_angles(azimuth), sorted_angles(cone), torch.arange(len(cone)), {}), scene_law(LAW, 0)
     rows = {}
@@ -121,9 +123,8 @@ def measure(name: str, options: SetOptions) -> dict[str, dict[str, object]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.masks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="speech.eval=DIR, train.device=cuda")
+    parser = Parser(prog="python -m benchmarks.masks", description=__doc__)
+    parser.add_overrides("speech.eval=DIR, train.device=cuda")
     parser.add_argument("--sets", nargs="+", choices=("e1", "e1p", "e1n5"), default=["e1", "e1n5"])
     parser.add_argument("--clips", type=int, metavar="N", help="the first N of each set (default: all 2,000)")
     parser.add_argument("--json", metavar="FILE")
@@ -142,10 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for weighting, row in rows.items():
             print(f"{name}, {weighting}: cone MAE {' / '.join(f'{x:.2f}' for x in row['cone_mae_deg'])}, within 10 "
                   f"degrees {100 * row['acc_at_10']:.1f} %")
-    content = {"command": "python -m benchmarks.masks speech.eval=DIR"
-               + (f" --clips {args.clips}" if args.clips else "") + f" --sets {' '.join(sets)}", "sets": sets}
+    content = {"command": told_command("masks", arguments), "sets": sets}
     return write_each([(str(path), lambda: write_json(path, content))] if path else [])
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

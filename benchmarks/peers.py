@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import command, common
+from benchmarks import common
 from benchmarks.bench_rir import render_chunks
 from ssl_gpu import runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
+from ssl_gpu.commandline import end_with
 from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.ism import IsmConfig, check_feasible
 from ssl_gpu.mixture import MixtureConfig, draw_mixture
@@ -391,4 +392,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

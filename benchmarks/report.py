@@ -9,7 +9,6 @@ names in benchmarks.accuracy_tables.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command
 from ssl_gpu.checkpoint import write_text
+from ssl_gpu.commandline import Parser, end_with
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
@@ -219,8 +218,7 @@ def insert(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", metavar="DIR", type=Path, default=RESULTS, help="default benchmarks/results")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--write", metavar="FILE", type=Path, nargs="+", help="put the tables between their markers")
@@ -246,4 +244,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

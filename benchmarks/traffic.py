@@ -6,7 +6,6 @@ simulator.fused=false. Views count nothing.
 """
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import command, common
+from benchmarks import common
 from benchmarks.bench_simulate import RIR, SAMPLES
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 
 
@@ -54,7 +54,7 @@ def count(scenes: int) -> Traffic:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks.traffic", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--scenes", type=common.positive, default=512, help="in one chunk (default 512)")
     args = parser.parse_args(arguments)
     traffic = count(args.scenes)
@@ -67,4 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    end_with(main)

@@ -18,7 +18,7 @@ from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
 from ssl_gpu.metrics import Chance, chance
-from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, measured, num_blocks)
+from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, measured, num_clips)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
 
 BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
@@ -67,14 +67,16 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     spacing = spacing_told(name, options)
     localizer = None if localizer_for is None else localizer_for(spacing)
     digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES.values())}
-    for clips in tqdm(clips_of(name, options), name, num_blocks(name, options), unit="block"):
-        digest.add(clips)
-        audio = clips.audio.to(options.device)
-        if localizer is not None:
-            heard["model"].append(localizer.estimate(audio, law))
-        for pooling, cone in _gcc(audio, clips, spacing).items():
-            heard[BASELINES[pooling]].append((law.angle_map.cone_to_azimuth(cone), cone))
-        parts.append(without_audio(clips))
+    with tqdm(desc=name, total=num_clips(name, options), unit="clip") as bar:
+        for clips in clips_of(name, options):
+            digest.add(clips)
+            audio = clips.audio.to(options.device)
+            if localizer is not None:
+                heard["model"].append(localizer.estimate(audio, law))
+            for pooling, cone in _gcc(audio, clips, spacing).items():
+                heard[BASELINES[pooling]].append((law.angle_map.cone_to_azimuth(cone), cone))
+            parts.append(without_audio(clips))
+            bar.update(len(audio))
     truth = Truth.of(parts)
     estimates = {key: tuple(torch.cat(column).cpu() for column in zip(*columns))
                  for key, columns in heard.items() if columns}

@@ -7,7 +7,6 @@ A field may be an int, float, bool, str, Enum (written as its value), a tuple of
 """
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import difflib
@@ -28,6 +27,7 @@ import yaml
 
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.checks import check_fields, is_enum, item_kinds, member_of, shown, values_of, without_none
+from ssl_gpu.commandline import Parser
 from ssl_gpu.evalset import EvalConfig
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.ism import IsmConfig
@@ -386,11 +386,11 @@ def described(config: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.config",
-                                     description="Prints all keys of a configuration with their values, as YAML, and "
-                                                 "where each section is described.")
+    parser = Parser(prog="python -m ssl_gpu.config",
+                    description="Prints all keys of a configuration with their values, as YAML, and where each section "
+                                "is described.")
     parser.add_argument("config", help="a YAML file, for example configs/librispeech.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_overrides("for example rir.sample_rate=48000")
     args = parser.parse_intermixed_args(arguments)
     try:
         print(described(load_config(RunConfig, args.config, args.overrides)), end="")

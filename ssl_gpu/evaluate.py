@@ -26,6 +26,7 @@ import torch
 from ssl_gpu import rng, runtime
 from ssl_gpu.assess import Assessment, assess, check_model, write_manifest
 from ssl_gpu.checkpoint import write_json, write_text
+from ssl_gpu.commandline import Parser
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
@@ -162,12 +163,10 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ssl_gpu.evaluate", description=__doc__)
     parser.add_argument("checkpoint", nargs="?", help="checkpoint.pt of a run, the run's folder, or one of "
                         "ssl_gpu.pretrained; with --sets the packaged weights where it is left out")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu, e3.dir=DIR")
+    parser.add_overrides("for example speech.eval=DIR, eval.num_clips=2000, train.device=cpu, e3.dir=DIR")
     parser.add_argument("--sets", metavar="NAME,...", help=f"of {', '.join(SETS)}")
     parser.add_argument("--baselines", action="store_true", help="with --sets: no model, the classical baselines alone")
     parser.add_argument("--clips", type=int, metavar="N", help="with --sets: only the first N clips of each")

@@ -6,12 +6,12 @@ minute on a core, and matplotlib.
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
 
 from ssl_gpu.choices import CHOICES
+from ssl_gpu.commandline import Parser
 from ssl_gpu.methods import method
 from ssl_gpu.plots import require_matplotlib
 
@@ -35,8 +35,7 @@ def draw(name: str, path: Path, rooms: int, seed: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.fidelity", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ssl_gpu.fidelity", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder for the figures")
     parser.add_argument("--rooms", type=int, default=100, metavar="N", help="draws per point (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all draws (default: %(default)s)")

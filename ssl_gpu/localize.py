@@ -9,6 +9,10 @@ is not found out: it is the one of the training, two by default, and all are ass
 is a cone angle, between the talker's direction and the line through the microphones: 0 degrees lie on the line beyond
 the second of the two channels, 180 beyond the first, 90 across. Front and back, above and below sound the same to two
 microphones. The labels of the training are Gaussians (target.sigma_deg), which the spread never gets much below.
+
+--json has for every window start_s and end_s, level_db (relative to full scale, of the sum of both channels' powers),
+angle_deg and spread_deg of each talker, and counts, which is false where the window is 40 dB quieter than the loudest:
+it is then left out of median_deg.
 """
 from __future__ import annotations
 
@@ -30,7 +34,8 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.config import RunConfig
+from ssl_gpu.commandline import Parser
+from ssl_gpu.config import RunConfig, is_override
 from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
 from ssl_gpu.localizer import Localizer, Target
@@ -249,6 +254,10 @@ def read_tracks(localizer: Localizer, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def localize(args: argparse.Namespace) -> dict[str, Any]:
     """Does what the command line says; the content of --json. Raises ValueError with a line for the user."""
+    for word in (args.recording, args.checkpoint):
+        if word is not None and is_override(word):
+            raise ValueError(f"a recording and weights are needed, no section.key=value, got {word}; how weights are "
+                             f"read is said where they are exported, by ssl_gpu.pretrained")
     localizer, cfg, about = load_pretrained(args.checkpoint)
     rate, clip = cfg.rir.sample_rate, round(cfg.speech.clip_s * cfg.rir.sample_rate)
     spacing = cfg.scene.aperture if args.spacing is None else args.spacing
@@ -321,8 +330,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.localize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ssl_gpu.localize", description=__doc__)
     parser.add_argument("recording", help="an audio file of two or more channels")
     parser.add_argument("checkpoint", nargs="?",
                         help="a run, its checkpoint.pt, or a folder of ssl_gpu.pretrained (default: the weights in the "

@@ -13,13 +13,12 @@ evaluation.json       with --evaluation: a copy of a JSON file, for example of w
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
+from ssl_gpu.commandline import Parser
 from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml,
                             told_changes)
 from ssl_gpu.features import DelayMap
@@ -80,30 +80,31 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     changes nothing until it is trained.
     Raises ValueError, in one line that names the path, where they do not fit.
     """
-    made_for = from_mapping(RunConfig, weights.config).features
-    if cfg.features.mask_width != made_for.mask_width:                  # maps more or fewer, all that follows is others
-        raise ValueError(f"features.mask_width must be {made_for.mask_width}, as in {path}, "
-                         f"got {cfg.features.mask_width}")
-    gate = made_for.gate_bands
-    if cfg.features.gate_bands != gate and (gate or not as_beginning):
-        raise ValueError(f"features.gate_bands must be {gate}, as in {path}, got {cfg.features.gate_bands}")
     localizer, state = build_localizer(cfg), weights.state
-    if cfg.features.gate_bands != gate:
+    if as_beginning and gets_gate(weights, cfg):
         state = copy(state)                                              # which keeps what torch hangs on it
         state.update({name: own for name, own in localizer.state_dict().items() if name.startswith("network.gate.")})
     try:
         localizer.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the configuration: {misfit(error, weights.config, cfg)}") from error
+        added = ("features.gate_bands",) if as_beginning and gets_gate(weights, cfg) else ()
+        why = misfit(error, weights.config, cfg, added)
+        raise ValueError(f"{path} does not fit the configuration: {why}") from error
     return localizer
 
 
-def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig) -> str:
-    """Why weights of a run of the configuration `before` do not fit: the keys that differ where load_state_dict has
-    found other shapes, else the last line of the error."""
+def gets_gate(weights: Weights, cfg: RunConfig) -> bool:
+    """Whether the network of a configuration has a gate, and the weights have none."""
+    return cfg.features.gate_bands > 0 and from_mapping(RunConfig, weights.config).features.gate_bands == 0
+
+
+def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig, fine: Collection[str] = ()) -> str:
+    """Why weights of a run of the configuration `before` do not fit: the keys that differ, but those that may (fine),
+    where load_state_dict has found other shapes, else the last line of the error."""
     last, changed = str(error).strip().splitlines()[-1].strip(), ""
     if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
-        changed = told_changes(from_mapping(RunConfig, before), cfg, shapes_weights)
+        changed = told_changes(from_mapping(RunConfig, before), cfg,
+                               lambda key: shapes_weights(key) and key not in fine)
     return changed or last
 
 
@@ -160,6 +161,10 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if (path / WEIGHTS).is_file():
         return _read_folder(path)
+    if not os.path.lexists(path) or path.suffix in (".yaml", ".yml"):
+        there = "that is a configuration" if os.path.lexists(path) else "there is nothing of that name"
+        raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
+                              f"{path}: {there}")
     path = path / "checkpoint.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
     _check_stored(checkpoint.config, path)
@@ -327,11 +332,9 @@ def _read_json(path: Path) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.pretrained", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ssl_gpu.pretrained", description=__doc__)
     parser.add_argument("run", help="the folder of a finished run")
-    parser.add_argument("overrides", nargs="*", metavar="target.key=value",
-                        help=f"how the network is to be read: {', '.join(READING)}")
+    parser.add_overrides(f"how the network is to be read: {', '.join(READING)}", metavar="target.key=value")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help=f"a new or empty folder; ssl_gpu.localize looks into ssl_gpu/{PACKAGED.name}")
     parser.add_argument("--evaluation", metavar="FILE", help="a JSON file to put beside the weights")

@@ -91,10 +91,10 @@ def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
     return SETS[name](options)
 
 
-def num_blocks(name: str, options: SetOptions) -> int:
-    """How many times clips_of gives some clips."""
+def num_clips(name: str, options: SetOptions) -> int:
+    """How many clips a set has."""
     size = {"e0": len(options.speech.length), "e2": NUM_CLIPS_E2, "e3": NUM_CLIPS_E3}.get(name, NUM_CLIPS)
-    return math.ceil(options.limit(size) / BLOCK)
+    return options.limit(size)
 
 
 def eval_rooms_trained_in(name: str, scene: SceneConfig) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Iterator, Mapping
 import torch
 
 from ssl_gpu import rng, runtime
-from ssl_gpu.checkpoint import Checkpoint, holding, load_checkpoint, save_checkpoint
+from ssl_gpu.checkpoint import Checkpoint, CheckpointError, holding, load_checkpoint, save_checkpoint
 from ssl_gpu.config import (RunConfig, apply_overrides, from_mapping, load_config, to_mapping, told_changes,
                             walk_fields)
 from ssl_gpu.evalset import EvalSet, score_model
@@ -26,7 +26,7 @@ from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import (Weights, build_localizer, load_localizer, misfit, packaged, read_weights,
+from ssl_gpu.pretrained import (Weights, build_localizer, gets_gate, load_localizer, misfit, packaged, read_weights,
                                 trained_examples, trained_talkers)
 from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
@@ -207,7 +207,7 @@ def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
         raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
     if cfg.speech.train is None:
         generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
-        with announced("making synthetic voices to train with"):
+        with announced("making synthetic voices to train with, as speech.train names no speech"):
             bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
     else:
         bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
@@ -222,18 +222,27 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
     """The weights that train.init names. Raises ValueError for some that cannot be read or hide a leak."""
     if cfg.train.init is None:
         return None
-    weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
+    try:
+        weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
+    except CheckpointError as error:
+        raise ValueError(f"train.init={cfg.train.init}: {error}") from error
     check_rooms_kept(weights.config, cfg.scene)
-    differing = {name: made_for for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
-                 if made_for != asked}
-    if differing.pop("features.gate_bands", None) == 0:                # of others load_localizer has a word to say
+    return weights
+
+
+def begun_from(weights: Weights, cfg: RunConfig) -> Localizer:
+    """The localiser of a run that starts from weights of train.init, and a line about what is not theirs. Raises
+    ValueError where they do not fit."""
+    localizer = load_localizer(weights, cfg, f"train.init={cfg.train.init}", as_beginning=True)
+    if gets_gate(weights, cfg):
         print(f"the network gets a gate, features.gate_bands={cfg.features.gate_bands}, which the weights of "
               f"train.init={cfg.train.init} lack")
-    differing.pop("features.mask_width", None)                         # which it refuses
-    if others := list(differing):
+    others = [name for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
+              if made_for != asked and name != "features.gate_bands"]
+    if others:
         print(f"warning: the weights of train.init={cfg.train.init} were trained for another {', '.join(others)}",
               file=sys.stderr)
-    return weights
+    return localizer
 
 
 def _meanings(first: RunConfig, second: RunConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -258,10 +267,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     device = runtime.pick_device(cfg.train.device)
     uses_graph(cfg, device, None)                                      # before anything that takes long
     initial = initial_weights(cfg) if resumed is None else None
-    if initial is None:
-        localizer = build_localizer(cfg)
-    else:
-        localizer = load_localizer(initial, cfg, f"train.init={cfg.train.init}", as_beginning=True)
+    localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)
     if resumed is not None:
         with fitting(cfg, out, resumed):                               # or it would be told after minutes
             localizer.load_state_dict(resumed.model)

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from ssl_gpu import plots, rng, runtime
 from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
+from ssl_gpu.commandline import Parser
 from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
@@ -253,7 +254,7 @@ def simulate(args: argparse.Namespace) -> str:
         warn_of_methods(args.scenes, entries)
     num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
     ratios = [t20 / entry["rt60"] for entry in entries for row in entry["t20"] for t20 in row if t20 is not None]
-    why = " (rir.decay)" if cfg.rir.method is Method.FRA else ""
+    why = f" (rir.decay={cfg.rir.decay.value})" if cfg.rir.method is Method.FRA else ""
     decay = f", T20 {np.median(ratios):.2f} x rt60 in the median{why}" if ratios else ""
     return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
             f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB{decay}")
@@ -261,11 +262,9 @@ def simulate(args: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.simulate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ssl_gpu.simulate", description=__doc__)
     parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="for example scene.num_mics=4 rir.sample_rate=48000")
+    parser.add_overrides("for example scene.num_mics=4 rir.sample_rate=48000")
     parser.add_argument("--num-scenes", type=int, metavar="N",
                         help="how many scenes to draw; with --scenes, how many of them to render (default: all)")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder, filled when all is done")

@@ -4,7 +4,6 @@
     python -m ssl_gpu.speech info FOLDER            what is in a folder; decodes it into the cache
 """
 
-import argparse
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.checks import check_fields
+from ssl_gpu.commandline import Parser
 from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
 
@@ -228,8 +228,8 @@ def gather_crops(bank: SpeechBank, crops: CropBatch, num_samples: int) -> Tensor
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.speech", description="Fetch and inspect speech.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="python -m ssl_gpu.speech", description="Fetch and inspect speech.")
+    commands = parser.add_subparsers(dest="command", metavar="download|info", required=True)
     download = commands.add_parser("download", help="fetch a subset of LibriSpeech")
     download.add_argument("subset", help="dev-clean (338 MB, 5.4 hours), train-clean-100 (6.4 GB), ...")
     download.add_argument("--out", default="data/librispeech", help="folder to put it in (default: %(default)s)")

@@ -22,6 +22,7 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
+from ssl_gpu.commandline import Parser
 from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
@@ -402,10 +403,9 @@ def interrupted(run: Run, args: argparse.Namespace) -> tuple[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssl_gpu.train", description=__doc__)
+    parser = Parser(prog="python -m ssl_gpu.train", description=__doc__)
     parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="for example speech.train=DIR speech.eval=DIR train.max_minutes=20")
+    parser.add_overrides("for example speech.train=DIR speech.eval=DIR train.max_minutes=20")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration, with "
                              "the settings that it holds, which overrides alone change")

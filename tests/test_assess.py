@@ -412,7 +412,8 @@ def test_a_checkpoint_may_have_an_equals_sign_in_its_name(name, checkpoint, tmp_
     assert run("r=2", "--sets", "e1", "--clips", 2) == 2
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == [
         f"error: --baselines takes no checkpoint, got {name}/checkpoint.pt",
-        "error: cannot read checkpoint r=2: No such file or directory"]
+        "error: weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got r=2: there is nothing "
+        "of that name"]
 
 
 def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):

@@ -1,6 +1,8 @@
 """Every benchmark from end to end in this process, as small as it gets: what it promises to write, and the tables."""
 import importlib
 import json
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who call pytest 
 
 from benchmarks import all as benchmark_all  # noqa: E402
 from benchmarks import (ablations, accuracy_tables, bench_convolve, bench_rir, bench_simulate,  # noqa: E402
-                        bench_train, command, common, floors, lanes, localize_windows, peers, report, traffic)
+                        bench_train, common, floors, lanes, localize_windows, peers, report, traffic)
 from ssl_gpu import runtime, synthesis, train  # noqa: E402
 from ssl_gpu.checkpoint import save_checkpoint  # noqa: E402
+from ssl_gpu.commandline import end_with  # noqa: E402
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping  # noqa: E402
 from ssl_gpu.pretrained import build_localizer  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
@@ -207,6 +210,8 @@ def test_localize_windows_writes_its_tables(weights, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert localize_windows.main([weights, "--clips", "3", "--windows", "0.25", "1", "--json", str(path)]) == 0
     found, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert found["command"] == (f"python -m benchmarks.localize_windows {os.path.basename(weights)} --clips 3 "
+                                "--windows 0.25 1")
     assert found["steps"] == 7 and found["clips"] == 3
     home = next(row for row in found["spacing"] if row["off_percent"] == 0)
     assert home["told"] == home["not_told"] == found["window"][1]["as_it_is"] == found["window"][1]["filled"]
@@ -218,7 +223,9 @@ def test_localize_windows_writes_its_tables(weights, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --windows must be >= 0.032 s, what the network takes, got 0.01\n"
     for name in ("none", "r=1"):                         # whose name is no override either
         assert localize_windows.main([str(tmp_path / name), "--clips", "3"]) == 2
-        assert capsys.readouterr().err.startswith(f"error: cannot read checkpoint {tmp_path / name}: ")
+        assert capsys.readouterr().err == (
+            "error: weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
+            f"{tmp_path / name}: there is nothing of that name\n")
 
 
 def test_simulation_benchmark_with_more_microphones_and_sources(tmp_path):
@@ -614,12 +621,33 @@ def test_ctrl_c_is_one_line(capsys):
 
     for main, status, line in ((interrupted, 130, "interrupted\n"), (lambda: 1, 1, "")):
         with pytest.raises(SystemExit) as end:
-            command(main)
+            end_with(main)
         assert end.value.code == status and capsys.readouterr().err == line
     texts = {path: path.read_text() for path in Path(report.__file__).parent.glob("*.py")}
     commands = {path for path, text in texts.items() if "\ndef main(" in text}
     assert len(commands) > 10
-    assert all(texts[path].endswith('\nif __name__ == "__main__":\n    command(main)\n') for path in commands)
+    assert all(texts[path].endswith('\nif __name__ == "__main__":\n    end_with(main)\n') for path in commands)
+
+
+def test_a_benchmark_that_is_interrupted_says_so(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssl_gpu.scene.sample_scenes", interrupted)
+    monkeypatch.setattr(sys, "argv", ["floors"])
+    monkeypatch.delitem(sys.modules, "benchmarks.floors")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("benchmarks.floors", run_name="__main__")
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_results_name_their_command_without_places(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    words = ["--json", "x y.json", f"speech.eval={folder}", "--batch", "2", "scene.rt60_s=[0.1,0.7]", str(folder)]
+    assert common.told_command("masks", words) == (
+        "python -m benchmarks.masks 'speech.eval=a folder' --batch 2 'scene.rt60_s=[0.1,0.7]' 'a folder'")
+    assert common.told_command("masks", ["--json=x", "--seconds=2"]) == "python -m benchmarks.masks --seconds=2"
 
 
 def test_unknown_device_is_one_line(capsys):

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl_gpu"
 
 # A module imports only from those before it.
-ORDER = ["checks", "runtime", "geometry", "acoustics", "rng", "microphones", "fused_convolve", "convolve",
-         "directivity", "original", "scene", "voices", "corpus", "speech", "fused", "scatter", "synthesis", "laws",
-         "bands", "rir", "ism", "hybrid", "rooms", "pool", "measure", "mixture", "products", "conformer", "masks",
-         "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "lanes", "muon",
-         "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "protocol", "scoring",
+ORDER = ["checks", "commandline", "runtime", "geometry", "acoustics", "rng", "microphones", "fused_convolve",
+         "convolve", "directivity", "original", "scene", "voices", "corpus", "speech", "fused", "scatter", "synthesis",
+         "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool", "measure", "mixture", "products", "conformer",
+         "masks", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "lanes",
+         "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "protocol", "scoring",
          "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog", "train", "trials", "choices", "methods",
          "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]

@@ -460,7 +460,12 @@ MISTAKES = {
                           "--hop must be at most the window of 0.2 s, or what is between two windows is not heard, "
                           "got 0.3"),
     "hop beyond a clip": (None, ["talk.wav", "run", "--hop", 2], "--hop must be at most the window of 0.5 s, or"),
-    "no checkpoint": (None, ["talk.wav", "nope"], "cannot read checkpoint nope"),
+    "no checkpoint": (None, ["talk.wav", "nope"], "weights must be a run, its checkpoint.pt or a folder of "
+                      "ssl_gpu.pretrained, got nope: there is nothing of that name"),
+    "a configuration": (put("a.yaml", b"scene: {}"), ["talk.wav", "a.yaml"], "weights must be a run, its checkpoint.pt "
+                        "or a folder of ssl_gpu.pretrained, got a.yaml: that is a configuration"),
+    "an override": (None, ["talk.wav", "target.offsets=4"], "a recording and weights are needed, no section.key=value, "
+                    "got target.offsets=4"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"], "talk.wav is cut short, or no checkpoint"),
     # Found before anything is read, or the error would be another.
     "json nowhere": (None, ["nope.wav", "run", "--json", "no/out.json"],

@@ -377,5 +377,5 @@ def test_unusable_configuration_of_a_checkpoint_names_it_and_an_override_does_no
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot read checkpoint .*nope"):
+    with pytest.raises(CheckpointError, match="^weights must be a run, .*nope: there is nothing of that name$"):
         load_pretrained(tmp_path / "nope")

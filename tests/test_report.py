@@ -1,7 +1,7 @@
 """Tables of results: every cell in its column, and words for however many talkers there are."""
 import pytest
 
-from ssl_gpu.report import ROWS, metrics_table, result_table
+from ssl_gpu.report import ROWS, metrics_table, result_table, sets_table
 
 
 def metrics(*angles):
@@ -29,3 +29,11 @@ def test_heading_is_worded_for_the_number_of_talkers(talkers, words):
     row = metrics(*range(talkers))
     heading = result_table({**row, "baseline": row, "chance": row, "num_clips": 4, "eval_digest": "ab"}).splitlines()
     assert heading[0].startswith("4 clips, ") and heading[1].startswith(words)
+
+
+def test_what_chance_of_measured_rooms_knows_is_said_below_the_table():
+    row = metrics(1, 2) | {"interval_95": {"cone_mae_deg": [(0, 1), (0, 2)]}, "acc_at_15": 0.5, "both_at_10": 0.5,
+                           "num_clips": 4, "eval_digest": "ab"}
+    row |= {key: row for key in ("baseline", "baseline_mean", "chance")} | {"floor": None}
+    for names, said in ((["e1"], 0), (["e1", "e3"], 1)):
+        assert sets_table({name: row for name in names}).count("chance of e3") == said

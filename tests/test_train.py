@@ -245,7 +245,8 @@ def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, c
 
 @pytest.mark.parametrize("change, rule", [
     (["model.dim=8"], "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
-    (["train.init=nowhere"], "error: cannot read checkpoint {run.parent}/nowhere: No such file"),
+    (["train.init=nowhere"], "error: train.init={run.parent}/nowhere: weights must be a run, its checkpoint.pt or "
+     "a folder of ssl_gpu.pretrained, got {run.parent}/nowhere: there is nothing of that name"),
     (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
 ])
 def test_weights_that_cannot_be_started_from_are_one_line(change, rule, tiny, capsys):
@@ -275,7 +276,14 @@ def test_a_gate_may_be_added_to_weights_without_one(tiny, capsys):
         assert start("train.out=another", "train.steps=1", *common, "train.init=gated",
                      f"features.gate_bands={bands}") == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: features.gate_bands must be 5, as in train.init={tiny / 'gated'}, got {bands}")
+            f"error: train.init={tiny / 'gated'} does not fit the configuration: features.gate_bands={bands} (was 5)")
+    # Nor does a gate that is missing hide behind what does not fit, or is said to be there before that is found.
+    assert start("train.out=another", "train.steps=1", *common, "train.init=plain", "features.gate_bands=5",
+                 "model.dim=8", "features.mask_width=8") == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (f"error: train.init={tiny / 'plain'} does not fit the configuration: "
+                                         "features.mask_width=8 (was 0), model.dim=8 (was 16)")
+    assert "gate" not in said.out
 
 
 def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
@@ -288,7 +296,7 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
         assert start("train.out=another", "train.steps=1", *common, f"train.init={begin}",
                      f"features.mask_width={width}") == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: features.mask_width must be {had}, as in train.init={tiny / begin}, got {width}")
+            f"error: train.init={tiny / begin} does not fit the configuration: features.mask_width={width} (was {had})")
     assert start("train.out=masks", "train.steps=2", "--resume") == 0
 
 
