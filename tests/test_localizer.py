@@ -19,6 +19,16 @@ def law():
     return scene_law(SceneConfig(), 0)
 
 
+def test_a_law_that_is_kept_is_no_inference_tensor(monkeypatch):
+    """Whoever asks for it first: one who trains may be the next."""
+    monkeypatch.setattr("ssl_gpu.localizer.LAW_SAMPLES", 500)
+    with torch.inference_mode():
+        found = scene_law(SceneConfig(), 12345)
+    assert found is scene_law(SceneConfig(), 12345)
+    kept = [value for part in (found.angle_map, found.constants) for value in vars(part).values()]
+    assert len(kept) == 4 and not any(value.is_inference() for value in kept)
+
+
 def localizer(**target):
     torch.manual_seed(0)
     return Localizer(SMALL, BANDS, TargetConfig(**target), SceneConfig(), 16000).eval()
