@@ -200,11 +200,11 @@ def told_command(benchmark: str, arguments: Sequence[str] | None) -> str:
     words, told = list(sys.argv[1:] if arguments is None else arguments), []
     while words:
         word = words.pop(0)
-        key, equals, value = word.rpartition("=")
+        key, equals, value = ("", "", word) if os.path.exists(word) else word.partition("=")
         if word == "--json":
             del words[:1]
         elif key != "--json":
-            told.append(key + equals + os.path.basename(os.path.realpath(value)) if os.path.exists(value) else word)
+            told.append(key + equals + os.path.basename(os.path.abspath(value)) if os.path.exists(value) else word)
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *told])
 
 

@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.weights, args.overrides = None, [args.weights, *args.overrides]
     try:
         target = output_file("--json", args.json)                       # before minutes of work
+        if args.clips < 2:
+            raise ValueError(f"--clips must be >= 2, for a standard error, got {args.clips}")
         found = Measurement(args.weights, args.overrides, args.clips)
         if min(args.windows) < found.shortest_s:
             raise ValueError(f"--windows must be >= {found.shortest_s:g} s, what the network takes, got "

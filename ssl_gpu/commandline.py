@@ -1,9 +1,12 @@
-"""What the commands share: one line where a command line is wrong, one where Ctrl-C ends it."""
+"""What the commands share: a line where a command line is wrong, and one where Ctrl-C ends them, but not anywhere."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -22,6 +25,25 @@ class Parser(argparse.ArgumentParser):
         """The words of a command line, any number of them, that change a configuration."""
         # default: without it argparse calls them required where something else is missing.
         self.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=example)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that is done as a whole: Ctrl-C or SIGTERM, where they are handled in Python, come behind it. Nothing is
+    done in another thread than the main one, in which Python handles signals."""
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, lambda *arguments: came.append(arguments))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in came:
+        before[number](number, frame)
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

@@ -27,7 +27,7 @@ import yaml
 
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.checks import check_fields, is_enum, item_kinds, member_of, shown, values_of, without_none
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.evalset import EvalConfig
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.ism import IsmConfig
@@ -401,4 +401,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

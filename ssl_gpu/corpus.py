@@ -14,7 +14,7 @@ import uuid
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +52,7 @@ class Corpus:
 
     samples: [total] int16, full scale 32768. length: samples in each utterance. talker: one label per utterance.
     names: file names relative to the folder, with forward slashes. skipped: how many files were unusable, of which
-    first_skipped names one and says why ("" when there are none).
+    first_skipped names one and says why ("" when there are none). digests: one of each file's bytes.
     """
 
     samples: Tensor
@@ -62,6 +62,7 @@ class Corpus:
     sample_rate: int
     skipped: int
     first_skipped: str
+    digests: tuple[str, ...] = ()
 
 
 def load_corpus(
@@ -96,6 +97,8 @@ def load_corpus(
             decoded = pool.map(lambda item: decode(root / item[1], sample_rate, min_duration_s), files)
             corpus = _join(files, _bar(decoded, "decoding speech", len(files), progress), sample_rate)
             _write_cache(path, corpus)
+    digest_of = {name: digest for (_, name), digest in zip(files, digests)}
+    corpus = replace(corpus, digests=tuple(map(digest_of.get, corpus.names)))
     if not corpus.names:
         raise SpeechError(
             f"{called} must hold usable audio, skipped all {corpus.skipped} files of {str(folder)!r}; "
@@ -257,7 +260,8 @@ def _read_cache(path: Path) -> Corpus | None:
 
 def _write_cache(path: Path, corpus: Corpus) -> None:
     """Write to a temporary name, then rename: no reader, and no other process, ever sees half a cache."""
-    meta = {field: getattr(corpus, field) for field in Corpus.__dataclass_fields__ if field != "samples"}
+    meta = {field: getattr(corpus, field) for field in Corpus.__dataclass_fields__
+            if field not in ("samples", "digests")}
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

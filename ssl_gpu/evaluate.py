@@ -26,7 +26,7 @@ import torch
 from ssl_gpu import rng, runtime
 from ssl_gpu.assess import Assessment, assess, check_model, write_manifest
 from ssl_gpu.checkpoint import write_json, write_text
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
@@ -59,8 +59,8 @@ def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | Non
     """How many talkers of evaluation speech were heard in training, with a line of warning when there are some.
 
     heard: labels of the training's talkers, None where they are unknown; then so is the number. Synthetic voices are
-    drawn anew, from other random streams in training and evaluation: of them none. Labels are all there is to go by:
-    outside LibriSpeech's layout, files of one name in either folder count as one talker.
+    drawn anew, from other random streams in training and evaluation: of them none. Outside LibriSpeech's layout files
+    are compared by their bytes: the same recording in another coding, or one talker's files, are not recognised.
     """
     if not bank.talkers:
         return 0
@@ -68,8 +68,10 @@ def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | Non
         return None
     again = set(heard) & set(bank.talkers)
     if again:
-        print(f"warning: {len(again)} of {bank.num_speakers} talkers of speech.eval were heard in training, "
-              f"{min(again)} for one: the result is not one of unseen talkers", file=sys.stderr)
+        first = bank.talkers.index(min(again))
+        called = bank.names[int(bank.speaker_start[first])] if ":" in min(again) else min(again)
+        print(f"warning: {len(again)} of {bank.num_speakers} talkers of speech.eval were heard in training, {called} "
+              f"for one: the result is not one of unseen talkers", file=sys.stderr)
     return len(again)
 
 
@@ -203,7 +205,8 @@ def about_page(path: str | Path | None, command: str, result: Mapping[str, Any])
 def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Callable[[], None]]]]:
     """Does what the command line, in words `command`, says, and returns the table to be printed and the files to be
     written, for write_each. Raises ValueError and OSError."""
-    only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest") if getattr(args, name)]
+    only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest")
+            if (value := getattr(args, name)) is not None and value is not False]
     if args.sets is None and only:
         instead = "; without it the number of clips is eval.num_clips" if only[0] == "--clips" else ""
         raise ValueError(f"{only[0]} goes with --sets{instead}")
@@ -237,4 +240,4 @@ def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Ca
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

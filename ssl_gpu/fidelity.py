@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 from ssl_gpu.choices import CHOICES
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.methods import method
 from ssl_gpu.plots import require_matplotlib
 
@@ -58,4 +58,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

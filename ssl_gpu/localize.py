@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, is_override
 from ssl_gpu.corpus import can_resample, resample
 from ssl_gpu.doa import cell_edges, decode, quantile
@@ -256,8 +256,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     """Does what the command line says; the content of --json. Raises ValueError with a line for the user."""
     for word in (args.recording, args.checkpoint):
         if word is not None and is_override(word):
-            raise ValueError(f"a recording and weights are needed, no section.key=value, got {word}; how weights are "
-                             f"read is said where they are exported, by ssl_gpu.pretrained")
+            raise ValueError(f"recording and checkpoint must be paths, no section.key=value, got {word}; how weights "
+                             f"are read is said where they are exported, by ssl_gpu.pretrained")
     localizer, cfg, about = load_pretrained(args.checkpoint)
     rate, clip = cfg.rir.sample_rate, round(cfg.speech.clip_s * cfg.rir.sample_rate)
     spacing = cfg.scene.aperture if args.spacing is None else args.spacing
@@ -370,4 +370,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -32,7 +32,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.checkpoint import (CheckpointError, check_replaceable, load_checkpoint, replacing, replacing_folder,
                                 write_json, write_text)
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_yaml, save_yaml,
                             told_changes)
 from ssl_gpu.features import DelayMap
@@ -95,7 +95,8 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
 
 def gets_gate(weights: Weights, cfg: RunConfig) -> bool:
     """Whether the network of a configuration has a gate, and the weights have none."""
-    return cfg.features.gate_bands > 0 and from_mapping(RunConfig, weights.config).features.gate_bands == 0
+    has_one = cfg.features.gate_bands > 0 and cfg.model.kind is not ModelKind.ORIGINAL
+    return has_one and from_mapping(RunConfig, weights.config).features.gate_bands == 0
 
 
 def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig, fine: Collection[str] = ()) -> str:
@@ -103,14 +104,18 @@ def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig, fine: Co
     where load_state_dict has found other shapes, else the last line of the error."""
     last, changed = str(error).strip().splitlines()[-1].strip(), ""
     if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
-        changed = told_changes(from_mapping(RunConfig, before), cfg,
-                               lambda key: shapes_weights(key) and key not in fine)
+        old = from_mapping(RunConfig, before)
+        masks = cfg.features.mask_width > 0 and old.features.mask_width > 0
+        changed = told_changes(old, cfg, lambda key: shapes_weights(key, masks) and key not in fine)
     return changed or last
 
 
-def shapes_weights(key: str) -> bool:
-    """Whether the shapes of a localiser's weights may follow from a key of the configuration."""
-    if key in ("model.dropout", "model.channels_last", "features.band_hz"):
+def shapes_weights(key: str, masks: bool) -> bool:
+    """Whether the shapes of a localiser's weights may follow from a key of the configuration. masks: it learns masks,
+    which have a weight for every bin of the transform."""
+    if key in ("features.window", "features.band_hz", "rir.sample_rate"):
+        return masks
+    if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "features.hop"):
         return False
     return key in ("target.labels", "target.grid_deg", "scene.num_src") or key.startswith(("model.", "features."))
 
@@ -161,7 +166,7 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if (path / WEIGHTS).is_file():
         return _read_folder(path)
-    if not os.path.lexists(path) or path.suffix in (".yaml", ".yml"):
+    if not os.path.lexists(path) or (path.suffix in (".yaml", ".yml") and not path.is_dir()):
         there = "that is a configuration" if os.path.lexists(path) else "there is nothing of that name"
         raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
                               f"{path}: {there}")
@@ -353,4 +358,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

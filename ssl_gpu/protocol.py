@@ -10,8 +10,9 @@
 
 Two talkers of different voices, the first 3 s of an utterance each, at 16 kHz, levels as the utterances have them (e3:
 alike). Everything is drawn on the CPU, in blocks of 50 clips, and rendered on any device: fewer clips of a set are its
-first ones. Nothing here is ever used for training or selection, scenes come from random streams of their own; but
+first ones. No training draws from the random streams of these scenes, nor does a run's own evaluation; but
 scene.pool=original trains in e0's rooms, as the original did, and ssl_gpu.evaluate says so (`eval_rooms_trained_in`).
+Which sets had a say in the choice of the packaged weights stands in docs/accuracy.md.
 """
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TE
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
 NOISE_E1N5 = MixtureConfig(diffuse_snr_db=(5.0, 5.0))
-CANDIDATES = 16      # for the second talker of e0: all of the first one's voice with probability 40^-16
+CANDIDATES = 16      # for the second talker of e0; of 40 talkers all are of the first one's voice in one of 40^16 draws
 MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
 NO_RIRS = "e3 needs a folder of measured RIRs: e3.dir=DIR"
 
@@ -92,7 +93,7 @@ def clips_of(name: str, options: SetOptions) -> Iterator[Clips]:
 
 
 def num_clips(name: str, options: SetOptions) -> int:
-    """How many clips a set has."""
+    """How many clips of a set are asked for: all, or options.count."""
     size = {"e0": len(options.speech.length), "e2": NUM_CLIPS_E2, "e3": NUM_CLIPS_E3}.get(name, NUM_CLIPS)
     return options.limit(size)
 
@@ -118,6 +119,11 @@ def draw_original(options: SetOptions) -> tuple[SceneBatch, CropBatch, Tensor]:
     other = (bank.speaker[candidate] != bank.speaker[first][:, None]).to(torch.uint8)
     second = candidate.gather(1, other.argmax(1, keepdim=True))
     room = torch.randint(NUM_EVAL_SCENES, (len(first),), generator=generator)
+    if len(lonely := (other.sum(1) == 0).nonzero()[:, 0]):              # where one talker has nearly all utterances
+        own, uniform = bank.speaker[lonely], torch.rand(len(lonely), dtype=torch.float64, generator=generator)
+        own_start, own_count = bank.speaker_start[own], bank.speaker_count[own]
+        chosen = (uniform * (len(first) - own_count)).long()            # of the others, which lie around the own ones
+        second[lonely, 0] = torch.where(chosen < own_start, chosen, chosen + own_count)
     utterance = torch.cat((first[:, None], second), 1)
     return original_scenes()[room], CropBatch(utterance, torch.zeros_like(utterance)), room
 
@@ -354,7 +360,7 @@ def _pairs(places: list[dict[str, Any]]) -> list[tuple[int, int]]:
     return pairs
 
 
-def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
+def read_measured(folder: str | Path | None) -> tuple[Tensor, list[dict[str, Any]]]:
     """Measured RIRs [rir, mic=2, tap] float32, and what index.json says of each.
 
     index.json: {"mic_spacing_m": m, "speed_of_sound": m/s, "rirs": [{"file": name, "cone_deg": angle from the axis from
@@ -364,7 +370,8 @@ def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
     """
     if folder is None:
         raise ValueError(NO_RIRS)
-    path = Path(folder) / "index.json"
+    folder = Path(folder).expanduser()
+    path = folder / "index.json"
     try:
         index = json.loads(path.read_bytes())
     except OSError as error:
@@ -383,7 +390,7 @@ def read_measured(folder: str | None) -> tuple[Tensor, list[dict[str, Any]]]:
         if len(found) > 1:
             raise ValueError(f"e3.dir: {path}: all RIRs must have one {key}, got {found[0]} and {found[1]}")
     _pairs(places)
-    return _read_channels(Path(folder), [place["file"] for place in places]), places
+    return _read_channels(folder, [place["file"] for place in places]), places
 
 
 def _known(entry: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
@@ -423,7 +430,7 @@ def _read_channels(folder: Path, names: list[str]) -> Tensor:
     for name in names:
         try:
             audio, rate = soundfile.read(folder / name, dtype="float32", always_2d=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, TypeError) as error:             # TypeError: a .raw file, which says no rate
             raise ValueError(f"e3.dir: cannot read {folder / name}: {error}") from error
         if rate != SAMPLE_RATE or audio.shape[1] != 2:
             raise ValueError(f"e3.dir: {folder / name} must have 2 channels at {SAMPLE_RATE} Hz, got "

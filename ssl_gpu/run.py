@@ -17,8 +17,8 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, holding, load_checkpoint, save_checkpoint
-from ssl_gpu.config import (RunConfig, apply_overrides, from_mapping, load_config, to_mapping, told_changes,
-                            walk_fields)
+from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, to_mapping,
+                            told_changes, walk_fields)
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import prepare_eval
 from ssl_gpu.features import FeatureConfig
@@ -57,6 +57,8 @@ class Run:
     examples: int = 0          # mixtures heard, with those before train.init
     first_examples: int = 0    # those before train.init
     share: float = 0.0         # of the run that is over
+    evaluated: float = 0.0     # the share at which it was evaluated last
+    invalid: int | torch.Tensor = 0  # scenes that broke their law, and did not count
     elapsed_s: float = 0.0     # of earlier parts of a resumed run
     eval_s: float = 0.0        # the longest that an evaluation took
     step_s: float = 0.0        # what a step takes, the slowest of late
@@ -224,8 +226,8 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
         return None
     try:
         weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
-    except CheckpointError as error:
-        raise ValueError(f"train.init={cfg.train.init}: {error}") from error
+    except (CheckpointError, ConfigError) as error:
+        raise ValueError(f"train.init, which may be {PACKAGED_WEIGHTS}: {error}") from error
     check_rooms_kept(weights.config, cfg.scene)
     return weights
 
@@ -319,7 +321,9 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     check_rooms_kept(resumed.config, run.cfg.scene)
     run.settings = settings(run.cfg, resumed)
     run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
-    run.first, run.first_examples = (resumed.extra.get(name, 0) for name in ("first", "first_examples"))
+    run.first, run.first_examples, run.invalid = (resumed.extra.get(name, 0)
+                                                  for name in ("first", "first_examples", "invalid"))
+    run.evaluated = min(resumed.extra.get("evaluated", run.share), run.share)  # the share falls where a run goes on
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
     restore_optimizer(run.optimizer, resumed.optimizer)
     if run.averaged is not None:
@@ -350,6 +354,7 @@ def save(run: Run, step: int) -> None:
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg),
                     extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
+                           "evaluated": run.evaluated, "invalid": int(run.invalid),
                            "first": run.first, "first_examples": run.first_examples, "examples": run.examples,
                            "bfloat16": {run.device.type: run.bfloat16}})
 

@@ -36,7 +36,7 @@ def score_angles(azimuth: Tensor, cone: Tensor, truth: Truth) -> dict[str, Any]:
     in order to at most one estimate within 10 degrees;
     interval_95: of cone_mae_deg, azimuth_class_mae_deg (each [low, high] per source) and acc_at_10, by a bootstrap over
     scenes, or over what else clips share (truth.scene); by: by circumstance, see BINS, with such an interval of
-    cone_mae_deg, None where there are fewer than 10 sources.
+    cone_mae_deg, None where its clips are of fewer than 10 scenes, or of what else clips share.
     """
     azimuth, cone = (sorted_angles(angle.double().cpu()) for angle in (azimuth, cone))
     error = torch.rad2deg((cone - truth.cone).abs())                    # [clip, src]

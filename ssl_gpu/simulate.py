@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from ssl_gpu import plots, rng, runtime
 from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
@@ -289,4 +289,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssl_gpu.checks import check_fields
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
 
@@ -73,8 +73,8 @@ class SpeechBank:
 
     samples: [total] int16, full scale 32768. start, length: [utterance] int64, in samples. speaker: [utterance] int64,
     0 and up without gaps. speaker_start, speaker_count: [speaker] int64, each speaker's first utterance and how many
-    follow. names: one per utterance. sample_rate: Hz. talkers: a label per speaker, by which banks are compared; empty
-    for synthetic voices, which are nobody's.
+    follow. names: one per utterance. sample_rate: Hz. talkers: a label per speaker, by which banks are compared, of a
+    file that is its own talker a digest of its bytes; empty for synthetic voices, which are nobody's.
     device: where gather_crops delivers; the tensors are there too, or else in pinned host memory when the bank was too
     large. draw_crops wants its generator on `samples.device`.
     """
@@ -165,7 +165,10 @@ def load_bank(
     )
     order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
     speaker = torch.tensor([order[label] for label in corpus.talker])
-    bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate, tuple(order))
+    # A file that is its own talker is known by what is in it, wherever it lies and whatever it is called.
+    by_content = {name: f"blake2b:{digest[:16]}" for name, digest in zip(corpus.names, corpus.digests)}
+    bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate,
+                     tuple(by_content.get(label, label) for label in order))
     if device == bank.device or fits_on_device(corpus.samples.nbytes, free_bytes):
         return bank.to(device)
     return replace(bank, samples=bank.samples.pin_memory(), device=device)
@@ -265,4 +268,4 @@ def main(arguments: Iterable[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -22,7 +22,7 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, end_with, uninterrupted
 from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
@@ -232,8 +232,7 @@ def train(run: Run, log: Log) -> int:
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     begun, ready_s = step, 0.0
     share = progress(run, step, began)
-    evaluated = math.floor(share * cfg.evaluations)
-    invalid = torch.zeros((), dtype=torch.int64, device=run.device)    # scenes that broke their law, and did not count
+    run.invalid = invalid = torch.tensor(int(run.invalid), dtype=torch.int64, device=run.device)
     captured = CapturedStep(run, network, invalid) if run.graph else None
     # The first step that tells how long they take: kernels are compiled in the first, some are plain before one is
     # captured, which takes its time, too, and those after it are only queued, AHEAD of them at a time.
@@ -244,9 +243,7 @@ def train(run: Run, log: Log) -> int:
         if run.cfg.model.dropout > 0:   # whose masks are of torch's own generators, in lanes of one for all of them
             torch.manual_seed(rng.seed_of(cfg.seed, rng.Split.TRAIN, rng.Stream.DROPOUT, step))
         step_began, rate = time.perf_counter(), learning_rate(cfg, step - run.first, share)
-        if captured is not None:
-            losses = captured.take(step, rate)
-        else:
+        if captured is None:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             if tuner.lanes > 1:
@@ -255,10 +252,14 @@ def train(run: Run, log: Log) -> int:
                 mixture = batches.take(step)
                 losses, valid = gradients(run, network, mixture), mixture.scenes.valid
                 batches.prefetch()                                     # behind what this step has queued
-            update(run)
-            invalid += (~valid).sum()
-        step += 1
-        run.step, run.examples = step, run.examples + cfg.batch_size
+        with uninterrupted():                                          # or a checkpoint would have half of a step, or
+            if captured is not None:                                   # a whole one that it does not count
+                losses = captured.take(step, rate)
+            else:
+                update(run)
+                invalid += (~valid).sum()
+            step += 1
+            run.step, run.examples = step, run.examples + cfg.batch_size
         timer.step()
         tuner.step()
         last_s = time.perf_counter() - step_began
@@ -276,9 +277,10 @@ def train(run: Run, log: Log) -> int:
                 log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, rate, losses, invalid, timer.read())
-        if share < 1 and math.floor(share * cfg.evaluations) > evaluated:
-            evaluated = math.floor(share * cfg.evaluations)
+        # An interruption may have come in between, hence not by the share before this step.
+        if share < 1 and math.floor(share * cfg.evaluations) > math.floor(run.evaluated * cfg.evaluations):
             log_evaluation(run, log, step, share)
+            run.evaluated = share
             timer.restart()
             tuner.restart()
         if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
@@ -459,4 +461,4 @@ def headline(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -369,6 +369,7 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e1", "--manifest", "m", "--clips", "0"], "--clips must be >= 1, got 0"),
     (["--clips", "3"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["--baselines"], "--baselines goes with --sets"),
+    (["--clips", "0"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
     (["--sets", "e1", "rir.sample_rate=8000", "features.band_hz=[100, 3900]"],
      "the evaluation sets are at 16000 Hz, the model's rir.sample_rate is 8000"),

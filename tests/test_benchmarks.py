@@ -648,6 +648,10 @@ def test_results_name_their_command_without_places(tmp_path):
     assert common.told_command("masks", words) == (
         "python -m benchmarks.masks 'speech.eval=a folder' --batch 2 'scene.rt60_s=[0.1,0.7]' 'a folder'")
     assert common.told_command("masks", ["--json=x", "--seconds=2"]) == "python -m benchmarks.masks --seconds=2"
+    (tmp_path / "r=1").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    words = [str(tmp_path / "r=1"), f"speech.eval={tmp_path}/r=1", f"speech.eval={tmp_path / 'link'}"]
+    assert common.told_command("masks", words) == "python -m benchmarks.masks r=1 speech.eval=r=1 speech.eval=link"
 
 
 def test_unknown_device_is_one_line(capsys):

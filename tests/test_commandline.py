@@ -1,7 +1,10 @@
-"""What is wrong with a command line is one line."""
+"""What is wrong with a command line is one line, and Ctrl-C comes where it does no harm."""
+import signal
+import threading
+
 import pytest
 
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, uninterrupted
 
 
 @pytest.mark.parametrize("words, problem", [
@@ -21,3 +24,27 @@ def test_a_wrong_command_line_is_one_line(words, problem, capsys):
     assert "One line.\nAnother." in parser.format_help()                 # as it is
     assert parser.parse_intermixed_args(["x.yaml"]).overrides == []
     assert parser.parse_intermixed_args(["x.yaml", "a.b=1", "--number", "3", "c.d=2"]).overrides == ["a.b=1", "c.d=2"]
+
+
+def test_what_is_uninterrupted_is_done_as_a_whole():
+    before, done = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+        done.append(2)
+    assert done == [1] and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ZeroDivisionError):                              # an error is told, whatever came before it
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            1 / 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def elsewhere():                                                    # where no handler can be set
+        with uninterrupted():
+            done.append(3)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done == [1, 3]

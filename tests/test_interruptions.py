@@ -75,6 +75,49 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(tiny, monkeypatch, capsys)
             torch.testing.assert_close(getattr(half, part)[key], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_update_waits_for_its_end(number, tiny, monkeypatch):
+    """Weights, moments and averages are ahead by then of the step that a checkpoint would be of."""
+    common = ("train.steps=4", "train.evaluations=1")
+    assert start("train.out=whole", *common) == 0
+    update = train_cli.update
+
+    def signalled(run, *args):
+        update(run, *args)
+        if run.step == 2:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "update", signalled)
+        assert start("train.out=half", *common) == 130
+    assert load_checkpoint(tiny / "half" / "checkpoint.pt").step == 3
+    assert start("train.out=half", *common, "--resume") == 0
+    whole, half = (load_checkpoint(tiny / name / "checkpoint.pt") for name in ("whole", "half"))
+    for part in ("model", "ema"):
+        for key, value in getattr(whole, part).items():
+            torch.testing.assert_close(getattr(half, part)[key], value, rtol=0, atol=1e-6)
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up(tiny, monkeypatch):
+    """And what counts on from step to step does so."""
+    common = ("train.out=run", "train.steps=4", "train.evaluations=2", "train.log_every=1")
+    evaluate = train_cli.evaluate_now
+
+    def once(run):
+        monkeypatch.setattr(train_cli, "evaluate_now", evaluate)
+        run.invalid += 5                                                # scenes, as if
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cli, "evaluate_now", once)
+    assert start(*common) == 130
+    assert start(*common, "--resume") == 0
+    lines = logged(tiny / "run")
+    assert [line["step"] for line in lines if "eval/acc_at_10" in line] == [3, 4]
+    assert [line["invalid_scenes"] for line in lines if "loss" in line] == [0, 0, 5, 5]
+    assert start("train.out=run", "train.steps=8", "train.evaluations=2", "--resume") == 0  # at half of it already
+    assert [line["step"] for line in logged(tiny / "run") if "eval/acc_at_10" in line] == [3, 4, 8]
+
+
 def test_dropout_follows_the_seed(tiny):
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

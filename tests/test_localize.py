@@ -464,8 +464,8 @@ MISTAKES = {
                       "ssl_gpu.pretrained, got nope: there is nothing of that name"),
     "a configuration": (put("a.yaml", b"scene: {}"), ["talk.wav", "a.yaml"], "weights must be a run, its checkpoint.pt "
                         "or a folder of ssl_gpu.pretrained, got a.yaml: that is a configuration"),
-    "an override": (None, ["talk.wav", "target.offsets=4"], "a recording and weights are needed, no section.key=value, "
-                    "got target.offsets=4"),
+    "an override": (None, ["talk.wav", "target.offsets=4"], "recording and checkpoint must be paths, no "
+                    "section.key=value, got target.offsets=4"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"], "talk.wav is cut short, or no checkpoint"),
     # Found before anything is read, or the error would be another.
     "json nowhere": (None, ["nope.wav", "run", "--json", "no/out.json"],

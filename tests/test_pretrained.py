@@ -376,6 +376,13 @@ def test_unusable_configuration_of_a_checkpoint_names_it_and_an_override_does_no
             assert str(error.value).startswith(f"{run / 'checkpoint.pt'}: unknown key train.foo, got 1; train has ")
 
 
+def test_a_run_may_be_called_as_a_configuration_is(tmp_path):
+    run = make_run(tmp_path / "run").rename(tmp_path / "run.yaml")
+    assert read_weights(run).step == 3
+    with pytest.raises(CheckpointError, match="run.yaml/config.yaml: that is a configuration$"):
+        read_weights(run / "config.yaml")
+
+
 def test_missing_checkpoint_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="^weights must be a run, .*nope: there is nothing of that name$"):
         load_pretrained(tmp_path / "nope")

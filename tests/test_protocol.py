@@ -81,6 +81,23 @@ def test_rooms_of_the_original_protocol_have_one_rir_each_and_the_pools(speech, 
     assert torch.equal(fewer[0].draws[1], clips[0].draws[1][:7])
 
 
+@pytest.mark.parametrize("speaker", [[0] * 99 + [1], [0] + [1] * 99, [0] * 60 + [1, 2, 2] + [3] * 60])
+def test_the_second_talker_of_the_original_protocol_is_another_one(speaker):
+    """Even of a corpus that one talker has nearly to itself, where sixteen candidates may all be of its voice."""
+    length = torch.full((len(speaker),), 10)
+    bank = make_bank(torch.zeros(int(length.sum()), dtype=torch.int16), length, torch.tensor(speaker),
+                     tuple(map(str, speaker)), 16000)
+    _, crops, _ = protocol.draw_original(SetOptions(bank, CPU))
+    first, second = bank.speaker[crops.utterance].T
+    assert torch.equal(crops.utterance[:, 0], torch.arange(len(speaker))) and (first != second).all()
+
+
+def test_sets_have_their_sizes(speech):
+    sizes = {"e0": len(speech.length), "e0b": 2000, "e1": 2000, "e1p": 2000, "e1n5": 2000, "e2": 500, "e3": 300}
+    for name, size in sizes.items():
+        assert num_clips(name, SetOptions(speech, CPU)) == size and num_clips(name, SetOptions(speech, CPU, 7)) == 7
+
+
 @pytest.mark.parametrize("name", ["e1", "e1p", "e1n5"])
 def test_fewer_clips_are_the_first_ones_and_the_digest_knows_them(name, speech):
     some, more = (all_clips(name, speech, count) for count in (3, 55))
@@ -268,9 +285,11 @@ def test_clips_in_measured_rooms_belong_to_two_loudspeaker_positions(folder, spe
     (lambda index: [rir.update(configuration=k) for k, rir in enumerate(index["rirs"])],
      "index.json must hold two RIRs of one configuration"),
     (lambda index: index["rirs"][0].update(file="none.wav"), "none.wav"),
+    (lambda index: index["rirs"][0].update(file="index.raw"), "index.raw: samplerate must be specified"),
 ])
 def test_a_folder_that_cannot_be_is_refused_in_one_line(change, message, folder):
     index = json.loads((folder / "index.json").read_text())
+    (folder / "index.raw").write_bytes(bytes(64))
     change(index)
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError) as error:
@@ -287,6 +306,11 @@ def test_an_index_that_is_none_is_refused_in_one_line(text, message, tmp_path):
     with pytest.raises(ValueError) as error:
         read_measured(str(tmp_path))
     assert str(error.value).startswith(f"e3.dir: {tmp_path / 'index.json'}{message}") and "\n" not in str(error.value)
+
+
+def test_a_folder_of_measured_rirs_may_be_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert torch.equal(read_measured(f"~/{folder.name}")[0], read_measured(folder)[0])
 
 
 def test_null_in_an_index_is_as_good_as_nothing(folder, speech):

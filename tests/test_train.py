@@ -245,7 +245,9 @@ def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, c
 
 @pytest.mark.parametrize("change, rule", [
     (["model.dim=8"], "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
-    (["train.init=nowhere"], "error: train.init={run.parent}/nowhere: weights must be a run, its checkpoint.pt or "
+    (["model.dim=8", "features.hop=128", "features.band_hz=[100, 4000]"],
+     "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
+    (["train.init=nowhere"], "error: train.init, which may be packaged: weights must be a run, its checkpoint.pt or "
      "a folder of ssl_gpu.pretrained, got {run.parent}/nowhere: there is nothing of that name"),
     (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
 ])
@@ -297,6 +299,12 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
                      f"features.mask_width={width}") == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"error: train.init={tiny / begin} does not fit the configuration: features.mask_width={width} (was {had})")
+    capsys.readouterr()
+    assert start("train.out=another", "train.steps=1", *common, "train.init=masks", "features.mask_width=8",
+                 "features.band_hz=[100, 3000]", "rir.sample_rate=8000", "features.hop=128") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: train.init={tiny / 'masks'} does not fit the configuration: "
+        "rir.sample_rate=8000 (was 16000), features.band_hz=[100.0, 3000.0] (was [100.0, 7900.0])")
     assert start("train.out=masks", "train.steps=2", "--resume") == 0
 
 
@@ -494,6 +502,22 @@ def test_talkers_that_were_heard_in_training_are_named_and_counted(tiny, capsys)
     assert start("train.out=run", "train.steps=2", "speech.train=c", "--resume") == 0
     assert evaluate_cli.evaluate("run", ["speech.eval=a", *few])["leaked_talkers"] == 3
     assert evaluate_cli.evaluate("run", ["speech.eval=c", *few])["leaked_talkers"] == 3
+
+
+def test_files_that_were_heard_in_training_are_found_wherever_they_lie(tiny, capsys):
+    """Without talkers' names it is what is in them that counts: one folder in the other, or a copy of another name."""
+    for place, seeds in (("all", (0, 1)), ("all/test", (2, 3)), ("others", (0, 7))):
+        (tiny / place).mkdir()
+        for seed in seeds:
+            soundfile.write(tiny / place / f"{place[-1]}{seed}.wav", np.random.default_rng(seed).normal(0, 0.1, 20_000),
+                            16000)
+    (tiny / "others" / "a1.wav").write_bytes((tiny / "others" / "s7.wav").read_bytes())  # the name alone is known
+    cache = f"speech.cache_dir={tiny / 'cache'}"
+    assert start("train.out=run", "train.steps=1", "speech.train=all", "speech.eval=all/test", cache) == 0
+    assert "warning: 2 of 2 talkers of speech.eval were heard in training, t" in capsys.readouterr().err
+    assert json.loads((tiny / "run" / "result.json").read_text())["leaked_talkers"] == 2
+    assert evaluate_cli.evaluate("run", ["speech.eval=others", "eval.num_clips=2"])["leaked_talkers"] == 1
+    assert "warning: 1 of 3 talkers of speech.eval were heard in training, s0.wav for one" in capsys.readouterr().err
 
 
 def test_talkers_of_an_older_checkpoint_are_unknown_unless_they_are_voices(tiny):
