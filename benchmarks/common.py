@@ -246,7 +246,7 @@ def start(args: argparse.Namespace) -> torch.device:
     try:
         if getattr(args, "json", None) is not None:                     # benchmarks.all has none
             args.json = output_file("--json", args.json)
-        return runtime.pick_device(args.device)
+        return runtime.pick_device(args.device, "--device")
     except ValueError as error:
         refuse(str(error))
 

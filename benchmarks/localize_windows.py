@@ -48,7 +48,7 @@ class Measurement:
         self.cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
         if self.cfg.scene.mic_array_m is not None:
             raise ValueError("localize_windows needs weights of a scene.mic_spacing_m, these are of scene.mic_array_m")
-        self.device, self.clips = runtime.pick_device(self.cfg.train.device), clips
+        self.device, self.clips = runtime.pick_device(self.cfg.train.device, "train.device"), clips
         self.localizer = load_localizer(weights, self.cfg, path).to(self.device).eval()
         self.step, self.speech = weights.step, eval_speech(self.cfg)
         self.shortest_s = shortest_clip(self.cfg.model, self.cfg.features) / self.cfg.rir.sample_rate

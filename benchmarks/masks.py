@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = from_mapping(RunConfig, apply_overrides(NO_RUN, args.overrides))
         if args.clips is not None and args.clips < 1:
             raise ValueError(f"--clips must be >= 1, got {args.clips}")
-        options = SetOptions(eval_speech(cfg), runtime.pick_device(cfg.train.device), args.clips)
+        options = SetOptions(eval_speech(cfg), runtime.pick_device(cfg.train.device, "train.device"), args.clips)
         sets = {name: measure(name, options) for name in args.sets}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -82,6 +82,8 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
 
     Raises ConfigError for what is not a `cls`, and lets through the ValueError of a section that refuses its values.
     """
+    if path is not None and is_override(str(path)):
+        raise ConfigError(f"a configuration must come first, a YAML file, got {path}")
     mapping = {} if path is None else load_yaml(path)
     return from_mapping(cls, apply_overrides(mapping, overrides))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,26 +34,36 @@ from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
-from ssl_gpu.protocol import SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics, read_measured
+from ssl_gpu.protocol import LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics, read_measured
 from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
-from ssl_gpu.speech import SpeechBank, load_bank, voices_bank
+from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
 from ssl_gpu.webpage import page
 
 NO_RUN = {"train": {"steps": 1}}  # a configuration where there is no checkpoint to have one
+# Sections of which an evaluation reads nothing, and why: of a run's own, and of sets.
+IDLE_OWN = ("mixture", "simulator"), "the clips of a run's own evaluation are clean"
+IDLE_SETS = (("scene", "rir", "ism", "mixture", "simulator"), "what the sets are of is fixed, whatever the model was "
+             "trained for")
 
 
-def eval_speech(cfg: RunConfig) -> SpeechBank:
+def eval_speech(cfg: RunConfig, num_src: int = 1) -> SpeechBank:
     """The evaluation speech on the CPU: speech.eval, or voices of which none is heard in training.
 
-    Raises SpeechError for a folder that cannot be used.
+    num_src: talkers of a mixture. Raises SpeechError for a folder that cannot be used, or of fewer.
     """
-    if cfg.speech.eval is not None:
-        return load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu",
+    if cfg.speech.eval is None:
+        generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
+        with announced("making synthetic voices, as speech.eval names no speech"):
+            bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    else:
+        bank = load_bank(cfg.speech.eval, cfg.speech, sample_rate=cfg.rir.sample_rate, device="cpu",
                          called="speech.eval")
-    generator = rng.generator(cfg.eval.seed, rng.Split.TEST, rng.Stream.VOICES, 0)
-    with announced("making synthetic voices for the evaluation"):
-        return voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
+    if bank.num_speakers < num_src:
+        where = "the synthetic voices" if cfg.speech.eval is None else cfg.speech.eval
+        raise SpeechError(f"speech.eval must hold at least {num_src} speakers, one per source, got {bank.num_speakers} "
+                          f"in {where}")
+    return bank
 
 
 def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | None:
@@ -82,7 +93,7 @@ def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | 
     heard: as for leaked_talkers.
     Raises ValueError where speech or scene law are unusable.
     """
-    bank = eval_speech(cfg)
+    bank = eval_speech(cfg, cfg.scene.num_src)
     leaked = leaked_talkers(heard, bank)
     with announced(f"making the evaluation set of {cfg.eval.num_clips} clips"):
         law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
@@ -94,14 +105,37 @@ def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | 
     return eval_set, fixed
 
 
+def warn_of_idle(overrides: Sequence[str], idle: tuple[Sequence[str], str]) -> None:
+    """A line where overrides change nothing of an evaluation; idle: IDLE_OWN or IDLE_SETS."""
+    sections, why = idle
+    keys = [key for key in (text.partition("=")[0].strip() for text in overrides) if key.partition(".")[0] in sections]
+    if keys:
+        print(f"warning: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}", file=sys.stderr)
+
+
+def measured_folder(overrides: Sequence[str], names: Collection[str]) -> tuple[str | None, list[str]]:
+    """The last e3.dir=DIR of the overrides, None without, and all others; names: the sets. A line where it has no use.
+    Raises ValueError for an empty one, and for other keys of e3."""
+    ours = [text for text in overrides if re.match(r"\s*e3\.", text)]
+    for text in ours:
+        key, _, value = text.partition("=")
+        if key.strip() != "e3.dir" or not value.strip():
+            raise ValueError(f"e3 has e3.dir=DIR, a folder of measured RIRs, and nothing else, got {text}")
+    if ours and "e3" not in names:
+        print("warning: e3.dir has no effect: it goes with --sets e3", file=sys.stderr)
+    return ours[-1].partition("=")[2].strip() if ours else None, [text for text in overrides if text not in ours]
+
+
 def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The metrics of a checkpoint, of its averaged weights where it has them, with baseline and chance.
 
     Raises ValueError for an unusable checkpoint, configuration or speech folder.
     """
     weights = read_weights(path)
+    _, overrides = measured_folder(overrides, ())
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
-    device = runtime.pick_device(cfg.train.device)
+    warn_of_idle(overrides, IDLE_OWN)
+    device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
     with announced("the model on the evaluation set"):
@@ -124,11 +158,10 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         raise ValueError(f"--sets must be of {', '.join(SETS)}, got {unknown[0]!r}")
     if count is not None and count < 1:
         raise ValueError(f"--clips must be >= 1, got {count}")
-    folders = [text.partition("=")[2] for text in overrides if text.startswith("e3.dir=")]
-    overrides = [text for text in overrides if not text.startswith("e3.dir=")]
+    folder, overrides = measured_folder(overrides, names)
     weights = None if path is None else read_weights(path)
     cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
-    device = runtime.pick_device(cfg.train.device)
+    device = runtime.pick_device(cfg.train.device, "train.device")
     about = dict.fromkeys(("target", "steps", "examples", "parameters", "leaked_talkers"))
     speech_dir = cfg.speech.eval
     if speech_dir is not None and not Path(speech_dir).is_dir() and not any(
@@ -139,11 +172,12 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         check_model(cfg)
     if "e2" in names:
         import_pyroomacoustics()
-    measured = read_measured(folders[-1] if folders else None) if "e3" in names else None
+    warn_of_idle(overrides, IDLE_SETS)
+    measured = read_measured(folder) if "e3" in names else None
     localizer = None
     if weights is not None:
         localizer = load_localizer(weights, cfg, path).to(device).eval()
-    speech = eval_speech(cfg)                                           # last: it may take minutes
+    speech = eval_speech(cfg, LAW.num_src)                              # last: it may take minutes
     if weights is not None:
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
                  "parameters": sum(p.numel() for p in localizer.parameters()),

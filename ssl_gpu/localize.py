@@ -256,8 +256,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     """Does what the command line says; the content of --json. Raises ValueError with a line for the user."""
     for word in (args.recording, args.checkpoint):
         if word is not None and is_override(word):
-            raise ValueError(f"recording and checkpoint must be paths, no section.key=value, got {word}; how weights "
-                             f"are read is said where they are exported, by ssl_gpu.pretrained")
+            raise ValueError(f"recording and checkpoint must be paths, no section.key=value, got {word}; a spacing is "
+                             f"told by --spacing, how weights are read by ssl_gpu.pretrained, which exports them")
     localizer, cfg, about = load_pretrained(args.checkpoint)
     rate, clip = cfg.rir.sample_rate, round(cfg.speech.clip_s * cfg.rir.sample_rate)
     spacing = cfg.scene.aperture if args.spacing is None else args.spacing
@@ -345,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"in m/s, {SPEEDS[0]:g} to {SPEEDS[1]:g} (default: %(default)g, of air at 20 degrees C; "
                              f"the rooms of ssl_gpu.simulate have {SPEED_OF_SOUND:g})")
     parser.add_argument("--window", type=float, metavar="S",
-                        help=f"length of a window in s, 0.1 to {MAX_CLIPS} training clips (default: all of the "
-                             "recording if it is at most two training clips long, else one clip)")
+                        help=f"length of a window in s, 0.1 to {MAX_CLIPS} training clips (default: without "
+                             "--hop all of a recording of at most two training clips, else one clip)")
     parser.add_argument("--hop", type=float, metavar="S",
                         help="from the start of a window to that of the next in s, at least 0.01 and at most a window "
                              "(default: half of it)")

@@ -37,12 +37,13 @@ ROWS = (
 def metrics_table(columns: dict[str, dict[str, Any]]) -> str:
     """Metrics of several localisers side by side, a text table. Lists read low / .. / high, over the sorted sources."""
     rows = [("", list(columns))]
-    rows += [(label, [_cell(metrics[key], unit) for metrics in columns.values()]) for label, key, unit in ROWS]
+    rows += [(label, [metrics_cell(metrics[key], unit) for metrics in columns.values()]) for label, key, unit in ROWS]
     width = max(16, *(len(cell) + 2 for _, cells in rows for cell in cells))  # a talker more makes every cell longer
     return "\n".join(f"{label:28}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows)
 
 
-def _cell(value: float | list[float], unit: str) -> str:
+def metrics_cell(value: float | list[float], unit: str = "deg") -> str:
+    """A metric as text: of all talkers, "low / .. / high", or one number; unit "%" of a share."""
     if isinstance(value, list):
         return " / ".join(f"{item:.2f}" for item in value)
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}"
@@ -68,12 +69,12 @@ def result_table(result: dict[str, Any]) -> str:
 
 SET_COLUMNS = (
     ("clips", lambda r: str(r["num_clips"])),
-    ("cone MAE", lambda r: _cell(r["cone_mae_deg"], "deg")),
+    ("cone MAE", lambda r: metrics_cell(r["cone_mae_deg"], "deg")),
     ("95 %", lambda r: " / ".join(f"{low:.1f}..{high:.1f}" for low, high in r["interval_95"]["cone_mae_deg"])),
-    ("median", lambda r: _cell(r["cone_median_deg"], "deg")),
+    ("median", lambda r: metrics_cell(r["cone_median_deg"], "deg")),
     ("within 5, 10, 15", lambda r: " ".join(f"{100 * r[f'acc_at_{t}']:.1f}" for t in (5, 10, 15)) + " %"),
-    ("both in 10", lambda r: _cell(r["both_at_10"], "%")),
-    ("azimuth class MAE", lambda r: _cell(r["azimuth_class_mae_deg"], "deg")),
+    ("both in 10", lambda r: metrics_cell(r["both_at_10"], "%")),
+    ("azimuth class MAE", lambda r: metrics_cell(r["azimuth_class_mae_deg"], "deg")),
 )
 
 
@@ -91,7 +92,7 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
         for who, row in rows.items():
             lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
         if result["floor"] is not None:
-            lines += [["", label, *[""] * (len(SET_COLUMNS) - 1), _cell(result["floor"][key], "deg")]
+            lines += [["", label, *[""] * (len(SET_COLUMNS) - 1), metrics_cell(result["floor"][key], "deg")]
                       for label, key in (("best guess, cone angles known", "exact_cone"),
                                          ("best guess, distances, too", "exact_cone_and_distance"))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -103,5 +104,7 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
     leaks += "".join(f"\n{name} is LEAKED: the model was trained on {result['leaked_talkers']} talkers of speech.eval, "
                      f"this says nothing about other talkers"
                      for name, result in results.items() if result.get("leaked_talkers"))
-    own = "; chance of e3 is of constants that know its clips" if "e3" in results else ""
-    return f"{table}\nerrors in degrees, of the smaller / the larger angle{own}; sets: {digests}{leaks}"
+    own = ", of e3 those of its own clips" if "e3" in results else ""
+    return (f"{table}\nerrors in degrees, of the smaller / the larger angle; both in 10: clips with both talkers within "
+            f"10\nGCC-PHAT: its maximum, or mean, over frames; chance: the best constants of the law{own}\n"
+            f"best guess: the floor of azimuth; all is explained in docs/accuracy.md\ndigests: {digests}{leaks}")

@@ -227,7 +227,7 @@ def initial_weights(cfg: RunConfig) -> Weights | None:
     try:
         weights = read_weights(packaged() if cfg.train.init == PACKAGED_WEIGHTS else cfg.train.init)
     except (CheckpointError, ConfigError) as error:
-        raise ValueError(f"train.init, which may be {PACKAGED_WEIGHTS}: {error}") from error
+        raise ValueError(f"train.init: {error} ({PACKAGED_WEIGHTS} would be those of ssl_gpu)") from error
     check_rooms_kept(weights.config, cfg.scene)
     return weights
 
@@ -266,7 +266,7 @@ def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
 
 def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
-    device = runtime.pick_device(cfg.train.device)
+    device = runtime.pick_device(cfg.train.device, "train.device")
     uses_graph(cfg, device, None)                                      # before anything that takes long
     initial = initial_weights(cfg) if resumed is None else None
     localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)

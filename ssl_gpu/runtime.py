@@ -27,25 +27,26 @@ IMPORTED = time.monotonic()  # the latest that the process can have started, see
 Compilable = TypeVar("Compilable", bound=Callable)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name: auto (a GPU if there is one, else the CPU), cpu, cuda (the first GPU) or cuda:N.
+def pick_device(name: str = "auto", called: str = "device") -> torch.device:
+    """The device of that name: auto (a GPU if there is one, else the CPU), cpu, cuda (the first GPU) or cuda:N. called:
+    what errors call it.
 
     Raises ValueError for another name, or for a GPU that is not there.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
     if match is None:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"{called} must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if torch.version.cuda is None and torch.version.hip is None:
-        raise ValueError(f"device {name} was asked for, but torch {torch.__version__} is built for CPUs only; "
-                         "install a CUDA build of it, or use device cpu")
+        raise ValueError(f"{called}={name} was asked for, but torch {torch.__version__} is built for CPUs only; "
+                         "install a CUDA build of it, or use cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but torch finds no GPU (nvidia-smi?); use device auto or cpu")
+        raise ValueError(f"{called}={name} was asked for, but torch finds no GPU (nvidia-smi?); use auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # torch's default there; float32 means float32, above all in evaluation
     index, count = int(match.group(1) or 0), torch.cuda.device_count()
     if index >= count:
-        raise ValueError(f"device {name} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise ValueError(f"{called}={name} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
 
 

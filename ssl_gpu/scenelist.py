@@ -25,11 +25,12 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
     mic_pos, src_pos, array_pos (its centre): lists of [x, y, z] m; room_dim [x, y, z] m; rt60 s; mic_orientation,
     src_orientation: lists of (azimuth, polar angle) rad; num_images, None where it is left to RirConfig;
     direction: of each source, unit vector [x, y, z] in the room's axes from array_pos; azimuth_deg, cone_angle_deg: of
-    each source, from the line from the first to the last microphone, None for a single one.
+    each source, from the line from the first to the last microphone, None where these are one or at one place.
     """
     angles = {"azimuth_deg": None, "cone_angle_deg": None}
     if scenes.mic_pos.shape[1] > 1:
         angles = {"azimuth_deg": scenes.azimuth, "cone_angle_deg": scenes.cone_angle}
+    apart = (scenes.mic_pos[:, 0] != scenes.mic_pos[:, -1]).any(-1).tolist()
     columns = {"mic_pos": scenes.mic_pos, "src_pos": scenes.src_pos, "array_pos": scenes.array_centre[:, None],
                "room_dim": scenes.room_dim, "rt60": scenes.rt60, "mic_orientation": scenes.mic_orientation,
                "src_orientation": scenes.src_orientation, "num_images": scenes.num_images,
@@ -37,6 +38,8 @@ def scene_entries(scenes: SceneBatch) -> list[dict[str, Any]]:
                **{name: None if angle is None else torch.rad2deg(angle) for name, angle in angles.items()}}
     rows = {name: [None] * len(scenes) if column is None else column.tolist() for name, column in columns.items()}
     rows["num_images"] = [count or None for count in rows["num_images"]]
+    for name in angles:
+        rows[name] = [value if line else None for value, line in zip(rows[name], apart)]
     return [{name: rows[name][index] for name in rows} for index in range(len(scenes))]
 
 

@@ -8,7 +8,7 @@ scenes.json   a list with, of every scene: positions, room_dim, rt60 (m, s); of 
               [mic][src], seed, sample_rate; method (fra, ism or hybrid), num_images of fra, of the others the
               absorption of the walls and whether it was clamped, at what comes closest to an infeasible rt60;
               --scenes reads it, and with the same configuration and seed renders the same RIRs
-config.yaml   the whole configuration
+config.yaml   the whole configuration; its scene is not what scenes of --scenes are of
 mix_<i>.wav   with --wav: speech.clip_s of speech (speech.eval, or synthetic voices) at the microphones, 32-bit float,
               64 times as loud as the RIRs make it: a talker at 1 m comes out about as loud as the dry speech;
               scenes.json then has the utterances, the sample each begins at, its gain_db, and the SNRs of the noises
@@ -233,6 +233,10 @@ def simulate(args: argparse.Namespace) -> str:
     check_replaceable(out, OURS, args.force)
     cfg = load_config(RunConfig, args.config, args.overrides)
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
+    idle = [text.partition("=")[0] for text in args.overrides if text.startswith("scene.")]
+    if given is not None and idle:
+        print(f"warning: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on the scenes of --scenes",
+              file=sys.stderr)
     if given is None and cfg.rir.uses_walls:
         check_law(cfg.ism, cfg.scene)
     if given is None and cfg.scene.pool is not Pool.LAW:
@@ -241,7 +245,8 @@ def simulate(args: argparse.Namespace) -> str:
     num_scenes = args.num_scenes or len(given)
     if args.plot:
         plots.require_matplotlib()
-    bank = eval_speech(cfg) if args.wav else None
+    num_src = cfg.scene.num_src if given is None else given.src_pos.shape[1]
+    bank = eval_speech(cfg, num_src) if args.wav else None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), replacing_folder(out) as folder:
@@ -253,9 +258,14 @@ def simulate(args: argparse.Namespace) -> str:
     if args.scenes is not None:
         warn_of_methods(args.scenes, entries)
     num_mics, num_src = len(entries[0]["mic_pos"]), len(entries[0]["src_pos"])
-    ratios = [t20 / entry["rt60"] for entry in entries for row in entry["t20"] for t20 in row if t20 is not None]
-    why = f" (rir.decay={cfg.rir.decay.value})" if cfg.rir.method is Method.FRA else ""
-    decay = f", T20 {np.median(ratios):.2f} x rt60 in the median{why}" if ratios else ""
+    decays = []
+    for method in Method:                                              # each of which has a decay of its own
+        ratios = [t20 / entry["rt60"] for entry in entries for row in entry["t20"] for t20 in row
+                  if t20 is not None and entry["method"] == method.value]
+        if ratios:
+            by = f"fra, rir.decay={cfg.rir.decay.value}" if method is Method.FRA else method.value
+            decays.append(f"{np.median(ratios):.2f} ({by})")
+    decay = f", T20 {' and '.join(decays)} x rt60 in the median" if decays else ""
     return (f"{out}: {len(entries)} scene{'s' * (len(entries) > 1)}, {num_mics} mic x {num_src} src, at "
             f"{cfg.rir.sample_rate} Hz, {megabytes:.1f} MB{decay}")
 

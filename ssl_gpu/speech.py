@@ -236,9 +236,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     download = commands.add_parser("download", help="fetch a subset of LibriSpeech")
     download.add_argument("subset", help="dev-clean (338 MB, 5.4 hours), train-clean-100 (6.4 GB), ...")
     download.add_argument("--out", default="data/librispeech", help="folder to put it in (default: %(default)s)")
-    info = commands.add_parser("info", help="count a folder's utterances, speakers and hours; fills the cache")
-    info.add_argument("folder")
-    info.add_argument("--sample-rate", type=int, default=16000, help="Hz (default: %(default)s)")
+    about = "count a folder's utterances, speakers and hours, and how many files are of no use; fills the cache"
+    info = commands.add_parser("info", help=about, description=about)
+    info.add_argument("folder", help="audio in any layout; several channels of a file are mixed to one")
+    info.add_argument("--sample-rate", type=int, default=16000, metavar="HZ",
+                      help="that it is decoded to, and kept in the cache at (default: %(default)s)")
     info.add_argument("--cache-dir", help="default: $XDG_CACHE_HOME/ssl_gpu or ~/.cache/ssl_gpu")
     args = parser.parse_args(arguments)
     try:

@@ -27,7 +27,7 @@ from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
-from ssl_gpu.report import result_table
+from ssl_gpu.report import metrics_cell, result_table
 from ssl_gpu.run import (Run, check_steps_left, claim_folder, elapsed_s, evaluate_now, prepare, save, setup,
                          told_finished)
 from ssl_gpu.simulator import Draw
@@ -328,8 +328,8 @@ def log_evaluation(run: Run, log: Log, step: int, share: float) -> dict[str, Any
         if isinstance(value, list):
             flat[f"eval/{name}/mean"] = sum(value) / len(value)
     log.write({"step": step, **flat, "elapsed_s": elapsed_s(run)}, share)
-    log.say(f"step {step}: azimuth class MAE {flat['eval/azimuth_class_mae_deg/mean']:.2f} deg, "
-            f"cone MAE {flat['eval/cone_mae_deg/mean']:.2f} deg")
+    log.say(f"step {step}: azimuth class MAE {metrics_cell(metrics['azimuth_class_mae_deg'])}, "
+            f"cone MAE {metrics_cell(metrics['cone_mae_deg'])} deg")
     return metrics
 
 
@@ -365,7 +365,10 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
         check_steps_left(cfg.train, resumed)
     run = prepare(cfg, out, resumed)
     if resumed is None:
-        claim_folder(run)
+        try:
+            claim_folder(run)
+        except OSError as error:
+            raise ValueError(f"train.out must be a folder that can be made, got {run.out}: {error.strerror}") from error
         held.enter_context(holding(run.out))
     else:
         clear_unfinished(run.out / "checkpoint.pt")

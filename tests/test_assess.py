@@ -1,6 +1,7 @@
 """A localiser on the evaluation sets, from the command line: numbers, files, and one line for every mistake."""
 import json
 import os
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     assert "LEAKED" not in table
     for shown in (results[0]["e1"]["eval_digest"], "GCC-PHAT, max", "best guess, cone angles known"):
         assert shown in table
+
+
+@pytest.mark.parametrize("arguments, warnings", [
+    (["--sets", "e1", "--clips", 2, "mixture.diffuse_snr_db=[0, 0]", "scene.mic_spacing_m=0.05", "e3.dir=x"],
+     ["e3.dir has no effect: it goes with --sets e3",
+      "mixture.diffuse_snr_db, scene.mic_spacing_m have no effect: what the sets are of is fixed, whatever the model "
+      "was trained for"]),
+    (["eval.num_clips=2", "mixture.sensor_snr_db=[0, 0]"],
+     ["mixture.sensor_snr_db has no effect: the clips of a run's own evaluation are clean"]),
+    (["eval.num_clips=2", "scene.rt60_s=[0.2, 0.3]"], []),
+])
+def test_what_changes_nothing_is_told(arguments, warnings, checkpoint, capsys):
+    assert run(checkpoint, *arguments) == 0
+    told = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
+    assert told == [f"warning: {warning}" for warning in warnings]
 
 
 def test_a_manifest_has_the_name_of_its_set(tmp_path):
@@ -370,6 +386,9 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--clips", "3"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["--baselines"], "--baselines goes with --sets"),
     (["--clips", "0"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
+    (["e3.dir=", "--sets", "e3"], "e3 has e3.dir=DIR, a folder of measured RIRs, and nothing else, got e3.dir="),
+    (["e3.dirs=x"], "e3 has e3.dir=DIR, a folder of measured RIRs, and nothing else, got e3.dirs=x"),
+    (["train.device=tpu"], "train.device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     (["--sets", "e1", "scene.num_src=3"], "the evaluation sets have 2 talkers, the model's scene.num_src is 3"),
     (["--sets", "e1", "rir.sample_rate=8000", "features.band_hz=[100, 3900]"],
      "the evaluation sets are at 16000 Hz, the model's rir.sample_rate is 8000"),

@@ -390,7 +390,7 @@ def test_every_part_is_a_command_that_its_benchmark_understands(on_gpu, quick, c
     for part in benchmark_all.parts_of(on_gpu, quick)[1:]:
         module = importlib.import_module(part.arguments[1])
         said = refused(module, capsys, *part.arguments[2:], "--device", "gpu")
-        assert said.startswith("device must be auto")                    # past the reading of arguments
+        assert said.startswith("--device must be auto")                    # past the reading of arguments
 
 
 def test_all_goes_on_when_a_part_fails_and_says_so(tmp_path, monkeypatch, capfd):
@@ -655,7 +655,7 @@ def test_results_name_their_command_without_places(tmp_path):
 
 
 def test_unknown_device_is_one_line(capsys):
-    assert refused(bench_rir, capsys, "--device", "gpu") == "device must be auto, cpu, cuda or cuda:N, got 'gpu'"
+    assert refused(bench_rir, capsys, "--device", "gpu") == "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"
 
 
 def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, capsys):

@@ -36,4 +36,4 @@ def test_what_chance_of_measured_rooms_knows_is_said_below_the_table():
                            "num_clips": 4, "eval_digest": "ab"}
     row |= {key: row for key in ("baseline", "baseline_mean", "chance")} | {"floor": None}
     for names, said in ((["e1"], 0), (["e1", "e3"], 1)):
-        assert sets_table({name: row for name in names}).count("chance of e3") == said
+        assert sets_table({name: row for name in names}).count("of e3 those of its own clips") == said

@@ -38,8 +38,8 @@ def test_device_is_picked_by_name(monkeypatch, name, count, device):
 @pytest.mark.parametrize("name, count, message", [
     ("gpu", 1, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     ("cuda:x", 1, "device must be auto, cpu, cuda or cuda:N, got 'cuda:x'"),
-    ("cuda", 0, "device cuda was asked for, but torch finds no GPU (nvidia-smi?); use device auto or cpu"),
-    ("cuda:2", 2, "device cuda:2 was asked for, but there are 2 GPUs, cuda:0 to cuda:1"),
+    ("cuda", 0, "device=cuda was asked for, but torch finds no GPU (nvidia-smi?); use auto or cpu"),
+    ("cuda:2", 2, "device=cuda:2 was asked for, but there are 2 GPUs, cuda:0 to cuda:1"),
 ])
 def test_missing_device_is_refused_in_one_line(monkeypatch, name, count, message):
     pretend_gpus(monkeypatch, count)

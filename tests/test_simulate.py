@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -340,6 +341,26 @@ def test_infeasible_law_matters_only_where_scenes_are_drawn(folder, capsys):
     assert "scene.rt60_s" in capsys.readouterr().err and not Path("drawn").exists()
 
 
+def test_what_says_nothing_of_given_scenes_is_told(folder, capsys):
+    """Nor has a line between microphones at one place, as of a coincident pair, any angle to it."""
+    scenes = make_scenes([[6, 5, 3]] * 2, [0.4] * 2, [[[2, 2, 1], [2.1, 2, 1]], [[2, 2, 1]] * 2], [[[3, 3, 1.5]]] * 2)
+    write_json("list.json", scene_entries(scenes))
+    capsys.readouterr()
+    assert start("--scenes", "list.json", "--out", "set", "scene.num_mics=4") == 0
+    assert "warning: scene.num_mics has no effect on the scenes of --scenes\n" in capsys.readouterr().err
+    line, place = entries_of("set")
+    assert line["cone_angle_deg"] is not None and place["azimuth_deg"] is place["cone_angle_deg"] is None
+    assert simulate.main(["scene.num_mics=4", "--num-scenes", "1", "--out", "x"]) == 2
+    assert capsys.readouterr().err == "error: a configuration must come first, a YAML file, got scene.num_mics=4\n"
+
+
+def test_every_method_has_its_own_decay_in_the_line_of_the_end(folder, capsys):
+    assert start("--num-scenes", 8, "--out", "set", "rir.hybrid_share=0.5", "ism.absorption=eyring") == 0
+    ratios = re.search(r", T20 (\S+) \(fra, rir.decay=nominal\) and (\S+) \(hybrid\) x rt60 in the median",
+                       capsys.readouterr().out)
+    assert float(ratios[1]) > 1.5 > float(ratios[2]) > 0.7
+
+
 def test_a_single_microphone_has_no_angles(folder):
     assert start("--num-scenes", 1, "--out", "set", "scene.num_mics=1") == 0
     [entry] = entries_of("set")
@@ -508,7 +529,8 @@ def test_readme_and_help_name_every_file():
     (["--num-scenes", 1, "scene.num_src=0"], "scene.num_src must be >= 1, got 0"),
     (["--num-scenes", 1, "scene.pool=original", "scene.bank=5", "rir.num_images=[1024, 4096]"],
      "scene.pool must be law, others are for training; give other rooms by --scenes FILE, got original"),
-    (["--num-scenes", 1, "--wav", "scene.num_src=5"], "speech must have at least 5 speakers, one per source, got 3"),
+    (["--num-scenes", 1, "--wav", "scene.num_src=5"],
+     "speech.eval must hold at least 5 speakers, one per source, got 3 in the synthetic voices"),
     (["--num-scenes", 1, "--wav", "speech.eval=nowhere"], "speech.eval must be an existing folder, got 'nowhere'"),
     (["--num-scenes", 99, "scene.room_max_m=[3, 3, 2.5]", "scene.src_dist_m=[1.5, 5]"], "scene "),
     (["--scenes", "none.json"], "cannot read scene list none.json: No such file or directory"),

@@ -247,7 +247,7 @@ def test_resumed_run_keeps_the_precision_that_it_began_with(tiny, monkeypatch, c
     (["model.dim=8"], "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
     (["model.dim=8", "features.hop=128", "features.band_hz=[100, 4000]"],
      "error: train.init={run} does not fit the configuration: model.dim=8 (was 16)"),
-    (["train.init=nowhere"], "error: train.init, which may be packaged: weights must be a run, its checkpoint.pt or "
+    (["train.init=nowhere"], "error: train.init: weights must be a run, its checkpoint.pt or "
      "a folder of ssl_gpu.pretrained, got {run.parent}/nowhere: there is nothing of that name"),
     (["scene.pool=law", "scene.bank=null"], "error: scene.pool and scene.bank must keep the 3 rooms of e0"),
 ])
@@ -476,6 +476,16 @@ def test_divergence_is_one_line(tiny, capsys):
     assert "error: " in error and "lower train.lr" in error
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tiny, monkeypatch, capsys):
+    def refuse(run):
+        raise FileNotFoundError(2, "No such file or directory", str(run.out))
+
+    monkeypatch.setattr(train_cli, "claim_folder", refuse)
+    assert start("train.out=run", "train.steps=1") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: train.out must be a folder that can be made, got run: No such file or directory")
+
+
 def test_resuming_weights_that_diverged_is_one_line(tiny, capsys):
     assert start("train.out=run", "train.steps=1", "train.ema=null") == 0
     checkpoint = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
@@ -624,10 +634,10 @@ def test_what_takes_long_before_the_first_step_is_announced(tiny, monkeypatch):
     for module in (run_setup, evaluate_cli):
         monkeypatch.setattr(module, "announced", lambda what: told.append(what) or contextlib.nullcontext())
     assert start("train.out=run", "train.steps=1", "train.max_minutes=600", "scene.bank=5") == 0
-    evaluation = ["making synthetic voices for the evaluation", "making the evaluation set of 16 clips",
+    evaluation = ["making synthetic voices, as speech.eval names no speech", "making the evaluation set of 16 clips",
                   "GCC-PHAT on the evaluation set"]
-    assert told == ["making synthetic voices to train with", *evaluation, "rendering a bank of 5 rooms",
-                    "a first evaluation, for the time it takes"]
+    assert told == ["making synthetic voices to train with, as speech.train names no speech", *evaluation,
+                    "rendering a bank of 5 rooms", "a first evaluation, for the time it takes"]
     told.clear()
     evaluate_cli.evaluate("run")
     assert told == [*evaluation, "the model on the evaluation set"]
