@@ -105,6 +105,6 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
                      f"this says nothing about other talkers"
                      for name, result in results.items() if result.get("leaked_talkers"))
     own = ", of e3 those of its own clips" if "e3" in results else ""
-    return (f"{table}\nerrors in degrees, of the smaller / the larger angle; both in 10: clips with both talkers within "
-            f"10\nGCC-PHAT: its maximum, or mean, over frames; chance: the best constants of the law{own}\n"
+    return (f"{table}\nerrors in degrees, of the smaller / the larger angle; both in 10: both talkers within "
+            f"10 degrees\nGCC-PHAT: its maximum, or mean, over frames; chance: the best constants of the law{own}\n"
             f"best guess: the floor of azimuth; all is explained in docs/accuracy.md\ndigests: {digests}{leaks}")
