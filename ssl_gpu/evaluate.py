@@ -218,6 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        print("error: out of memory; lower --clips, or eval.num_clips and speech.clip_s of a run's own evaluation",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted before the results", file=sys.stderr)
         return 130

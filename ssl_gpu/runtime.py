@@ -289,6 +289,12 @@ def interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, as torch does it in several ways."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)) is not None)
+
+
 def versions() -> dict[str, str]:
     """What a result depends on: the versions of ssl_gpu, python, torch, numpy and of torch's CUDA ("none" without)."""
     return {"ssl_gpu": __version__, "python": platform.python_version(), "torch": str(torch.__version__),

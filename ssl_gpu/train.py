@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -385,7 +384,7 @@ def outcome(run: Run, log: Log, args: argparse.Namespace) -> tuple[dict[str, Any
     except (FloatingPointError, CheckpointError, OSError) as error:
         return None, f"error: {error}", 1
     except (MemoryError, RuntimeError) as error:
-        if re.search("out of memory|allocate memory", str(error)):
+        if runtime.is_out_of_memory(error):
             return None, (f"error: out of memory with train.batch_size={run.cfg.train.batch_size}; lower it, or "
                           f"simulator.chunk"), 1
         if isinstance(error, runtime.CaptureError):
@@ -423,6 +422,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except (MemoryError, RuntimeError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            print("error: out of memory before the first step; lower eval.num_clips, speech.clip_s or scene.bank",
+                  file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted before the first step", file=sys.stderr)
             return 130

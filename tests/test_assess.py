@@ -412,6 +412,13 @@ def test_what_is_no_file_is_not_replaced(option, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_no_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_cli, "run", lambda *_: torch.empty(1 << 60))
+    assert run("--sets", "e1") == 1
+    assert capsys.readouterr().err == ("error: out of memory; lower --clips, or eval.num_clips and speech.clip_s of a "
+                                       "run's own evaluation\n")
+
+
 def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

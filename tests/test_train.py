@@ -476,6 +476,19 @@ def test_divergence_is_one_line(tiny, capsys):
     assert "error: " in error and "lower train.lr" in error
 
 
+def test_no_memory_for_the_preparation_is_one_line(tiny, monkeypatch, capsys):
+    def refuse(*_):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(train_cli, "prepare", refuse)
+    assert start("train.out=run", "train.steps=1") == 1
+    assert capsys.readouterr().err == (
+        "error: out of memory before the first step; lower eval.num_clips, speech.clip_s or scene.bank\n")
+    monkeypatch.setattr(train_cli, "prepare", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):                     # a mistake of ours keeps its traceback
+        start("train.out=run", "train.steps=1")
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tiny, monkeypatch, capsys):
     def refuse(run):
         raise FileNotFoundError(2, "No such file or directory", str(run.out))
