@@ -26,7 +26,25 @@ def test_a_wrong_command_line_is_one_line(words, problem, capsys):
     assert parser.parse_intermixed_args(["x.yaml", "a.b=1", "--number", "3", "c.d=2"]).overrides == ["a.b=1", "c.d=2"]
 
 
-def test_what_is_uninterrupted_is_done_as_a_whole():
+@pytest.fixture
+def heard():
+    """Ctrl-C raises, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_uninterrupted_is_done_as_a_whole(heard):
     before, done = signal.getsignal(signal.SIGINT), []
     with pytest.raises(KeyboardInterrupt):
         with uninterrupted():

@@ -78,6 +78,7 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(tiny, monkeypatch, capsys)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_an_update_waits_for_its_end(number, tiny, monkeypatch):
     """Weights, moments and averages are ahead by then of the step that a checkpoint would be of."""
+    signal.signal(number, runtime.interrupt)                            # in the background Ctrl-C may be ignored
     common = ("train.steps=4", "train.evaluations=1")
     assert start("train.out=whole", *common) == 0
     update = train_cli.update

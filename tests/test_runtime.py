@@ -50,7 +50,7 @@ def test_missing_device_is_refused_in_one_line(monkeypatch, name, count, message
 
 def test_cpu_build_of_torch_is_named_as_the_cause(monkeypatch):
     pretend_gpus(monkeypatch, 0, built_for_cuda=False)
-    with pytest.raises(ValueError, match=r"^device cuda was .*, but torch [^ ]+ is built for CPUs only; [^\n]+"):
+    with pytest.raises(ValueError, match=r"^device=cuda was .*, but torch [^ ]+ is built for CPUs only; [^\n]+"):
         runtime.pick_device("cuda")
 
 
