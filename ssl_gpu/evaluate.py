@@ -105,9 +105,8 @@ def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | 
     return eval_set, fixed
 
 
-def warn_of_idle(overrides: Sequence[str], idle: tuple[Sequence[str], str]) -> None:
-    """A line where overrides change nothing of an evaluation; idle: IDLE_OWN or IDLE_SETS."""
-    sections, why = idle
+def warn_of_idle(overrides: Sequence[str], sections: Sequence[str], why: str) -> None:
+    """A line where overrides are of sections that nothing is read of, and why."""
     keys = [key for key in (text.partition("=")[0].strip() for text in overrides) if key.partition(".")[0] in sections]
     if keys:
         print(f"warning: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}", file=sys.stderr)
@@ -134,7 +133,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     weights = read_weights(path)
     _, overrides = measured_folder(overrides, ())
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
-    warn_of_idle(overrides, IDLE_OWN)
+    warn_of_idle(overrides, *IDLE_OWN)
     device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
@@ -172,7 +171,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         check_model(cfg)
     if "e2" in names:
         import_pyroomacoustics()
-    warn_of_idle(overrides, IDLE_SETS)
+    warn_of_idle(overrides, *IDLE_SETS)
     measured = read_measured(folder) if "e3" in names else None
     localizer = None
     if weights is not None:

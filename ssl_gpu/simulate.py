@@ -50,7 +50,7 @@ from ssl_gpu import plots, rng, runtime
 from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
 from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, load_config, save_yaml
-from ssl_gpu.evaluate import eval_speech
+from ssl_gpu.evaluate import eval_speech, warn_of_idle
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
 from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import MixtureBatch, draw_mixture, mix
@@ -233,10 +233,8 @@ def simulate(args: argparse.Namespace) -> str:
     check_replaceable(out, OURS, args.force)
     cfg = load_config(RunConfig, args.config, args.overrides)
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
-    idle = [text.partition("=")[0] for text in args.overrides if text.startswith("scene.")]
-    if given is not None and idle:
-        print(f"warning: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on the scenes of --scenes",
-              file=sys.stderr)
+    if given is not None:
+        warn_of_idle(args.overrides, ("scene",), "the scenes are those of --scenes")
     if given is None and cfg.rir.uses_walls:
         check_law(cfg.ism, cfg.scene)
     if given is None and cfg.scene.pool is not Pool.LAW:

@@ -347,7 +347,7 @@ def test_what_says_nothing_of_given_scenes_is_told(folder, capsys):
     write_json("list.json", scene_entries(scenes))
     capsys.readouterr()
     assert start("--scenes", "list.json", "--out", "set", "scene.num_mics=4") == 0
-    assert "warning: scene.num_mics has no effect on the scenes of --scenes\n" in capsys.readouterr().err
+    assert "warning: scene.num_mics has no effect: the scenes are those of --scenes\n" in capsys.readouterr().err
     line, place = entries_of("set")
     assert line["cone_angle_deg"] is not None and place["azimuth_deg"] is place["cone_angle_deg"] is None
     assert simulate.main(["scene.num_mics=4", "--num-scenes", "1", "--out", "x"]) == 2
