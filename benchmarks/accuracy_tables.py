@@ -9,12 +9,18 @@ from typing import Any
 from benchmarks.ablations import read
 from benchmarks.ablations import table as ablation_table
 from ssl_gpu.pretrained import EVALUATION, PACKAGED
+from ssl_gpu.protocol import SNRS_DB
 from ssl_gpu.report import is_leaked
+from ssl_gpu.scoring import BINS
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 SHORT = {"e1": "e1: FRA-RIR's rooms", "e1n5": "e1n5: these with diffuse noise at 5 dB",
          "e2": "e2: image-source rooms by pyroomacoustics",
          "e3": "e3: a real room, microphones 9.4 cm apart (trained for 10, told 9.4)"}
+# Of the breakdowns, those that tell something of every set: lower and upper edge.
+CIRCUMSTANCES = {"separation_deg": "{:g} to {:g} degrees apart", "angle_deg": "cone angle {:g} to {:g} degrees",
+                 "t20_s": "T20 {:g} to {:g} s", "drr_db": "direct-to-reverberant ratio {:g} to {:g} dB",
+                 "level_gap_db": "levels {:g} to {:g} dB apart"}
 # The runs of docs/results/leak-<run>.json, in order.
 LEAK = {"original-300": "small network, 300 of the original's rooms, with e0's 200",
         "law-300": "small network, 300 other rooms of the law",
@@ -33,30 +39,94 @@ def percent(row: Mapping[str, Any], *degrees: int) -> str:
 
 
 def evaluation(results: Mapping[str, Any]) -> str:
-    """Every set, LEAKED where it is, the model above GCC-PHAT, and the digests."""
+    """Every set, LEAKED where it is, the model above GCC-PHAT and chance, with the floors, and the digests."""
     lines = ["| set | clips | cone MAE | 95 % | median | within 5, 10, 15 degrees | both within 10 | azimuth class MAE "
-             "| floor |", "|---" * 9 + "|"]
-    for name, result in results.items():
-        floor = "" if result["floor"] is None else pair(result["floor"]["exact_cone_and_distance"], 1)
-        mark = ", LEAKED" if is_leaked(result) else ""
-        for label, row, last in ((f"**{name}**{mark}", result, floor), ("GCC-PHAT", result["baseline"], "")):
+             "| floors: cone angles known, distances, too |", "|---" * 9 + "|"]
+    for names, result in by_digest(results).items():
+        floor = "" if result["floor"] is None else ", ".join(
+            pair(result["floor"][key], 1) for key in ("exact_cone", "exact_cone_and_distance"))
+        rows = {f"**{names}**" + (", LEAKED" if is_leaked(result) else ""): result, **others(result)}
+        for label, row in rows.items():
+            first = row is result
             interval = " / ".join(f"{low:.1f} to {high:.1f}" for low, high in row["interval_95"]["cone_mae_deg"])
-            lines.append(f"| {label} | {result['num_clips'] if row is result else ''} | {pair(row['cone_mae_deg'])} "
+            lines.append(f"| {label} | {result['num_clips'] if first else ''} | {pair(row['cone_mae_deg'])} "
                          f"| {interval} | {row['cone_median_deg']:.2f} | {percent(row, 5, 10, 15)} "
-                         f"| {100 * row['both_at_10']:.1f} % | {pair(row['azimuth_class_mae_deg'])} | {last} |")
-    digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())
-    return "\n".join(lines) + f"\n\nDigests: {digests}."
+                         f"| {100 * row['both_at_10']:.1f} % | {pair(row['azimuth_class_mae_deg'])} "
+                         f"| {floor if first else ''} |")
+    digests = ", ".join(f"{names} {result['eval_digest']}" for names, result in by_digest(results).items())
+    return "\n".join(lines) + f"\n\nDigests, of version {next(iter(results.values()))['set_version']}: {digests}."
+
+
+def by_digest(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results by name, those of the same clips in one row: "e0b, e1"."""
+    names: dict[str, list[str]] = {}
+    for name, result in results.items():
+        names.setdefault(result["eval_digest"], []).append(name)
+    return {", ".join(alike): results[alike[0]] for alike in names.values()}
+
+
+def others(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands below a model."""
+    return {"GCC-PHAT": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"], "chance": result["chance"]}
+
+
+def azimuth(results: Mapping[str, Any]) -> str:
+    """Every set: azimuth as an angle, and the talkers that were missed, by cone angle."""
+    lines = ["| set | azimuth MAE | median | P90 | within 5, 10, 15 degrees | both within 10 | floor of the MAE "
+             "| cone P90 | missed | found, off by |", "|---" * 10 + "|"]
+    for names, result in by_digest(results).items():
+        for label, row in {f"**{names}**": result, "GCC-PHAT": result["baseline"], "chance": result["chance"]}.items():
+            angle, fine = row["azimuth"], row["detection_at_10"]["fine_error_deg"]
+            floor = "" if row is not result or result["floor"] is None else pair(
+                result["floor"]["exact_cone_and_distance_mae"], 1)
+            within = ", ".join(f"{50 * sum(angle[f'acc_at_{limit}']):.1f}" for limit in (5, 10, 15)) + " %"
+            lines.append(f"| {label} | {pair(angle['mae_deg'])} | {pair(angle['median_deg'])} "
+                         f"| {pair(angle['p90_deg'], 1)} | {within} | {100 * angle['both_at_10']:.1f} % | {floor} "
+                         f"| {pair(row['cone']['p90_deg'], 1)} | {100 * row['detection_at_10']['mdr']:.1f} % "
+                         f"| {'' if fine is None else f'{fine:.2f}'} |")
+    return "\n".join(lines)
+
+
+def by_circumstance(results: Mapping[str, Any]) -> str:
+    """Cone MAE of the model in every bin, sets side by side, and of how many sources."""
+    shown = {names: result["by"] for names, result in by_digest(results).items()}
+    lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for name, label in CIRCUMSTANCES.items():
+        for low, high in zip(BINS[name], BINS[name][1:]):
+            found = [next((row for row in by.get(name, ()) if row["from"] == low), None) for by in shown.values()]
+            if any(found):
+                cells = ("" if row is None else f"{row['cone_mae_deg']:.2f} ({row['num_sources']})" for row in found)
+                lines.append(f"| {label.format(low, high)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_snr(path: Path) -> str:
+    """Of the sets with noise and e1 in a file of ssl_gpu.evaluate: the model and GCC-PHAT, white and diffuse."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| | SNR | clips | cone MAE | median | within 5, 10 degrees | GCC-PHAT: cone MAE | within 10 |",
+             "|---" * 8 + "|"]
+    for kind, letter in (("diffuse", "n"), ("white", "w")):
+        for snr in SNRS_DB:
+            row = results[f"e1{letter}{snr:.0f}"]
+            lines.append(f"| {kind} | {snr:.0f} dB {_snr_cells(row)}")
+    return "\n".join((*lines, f"| none | {_snr_cells(results['e1'])}"))
+
+
+def _snr_cells(row: Mapping[str, Any]) -> str:
+    return (f"| {row['num_clips']} | {pair(row['cone_mae_deg'])} | {row['cone_median_deg']:.2f} "
+            f"| {percent(row, 5, 10)} | {pair(row['baseline']['cone_mae_deg'])} | {percent(row['baseline'], 10)} |")
 
 
 def short(results: Mapping[str, Any]) -> str:
     """The sets of SHORT, LEAKED where they are, for the README."""
-    lines = ["| | clips | cone MAE | median | within 5, 10 degrees | GCC-PHAT: cone MAE | within 10 |",
-             "|---" * 7 + "|"]
+    lines = ["| | clips | cone MAE | median | within 5, 10 degrees | GCC-PHAT: cone MAE | within 10 | chance |",
+             "|---" * 8 + "|"]
     for name, label in SHORT.items():
         row, baseline = results[name], results[name]["baseline"]
         label += ", LEAKED" if is_leaked(row) else ""
         lines.append(f"| {label} | {row['num_clips']:,} | {pair(row['cone_mae_deg'])} | {row['cone_median_deg']:.2f} "
-                     f"| {percent(row, 5, 10)} | {pair(baseline['cone_mae_deg'])} | {percent(baseline, 10)} |")
+                     f"| {percent(row, 5, 10)} | {pair(baseline['cone_mae_deg'])} | {percent(baseline, 10)} "
+                     f"| {pair(row['chance']['cone_mae_deg'], 1)} |")
     return "\n".join(lines)
 
 
@@ -104,6 +174,8 @@ def ablations(path: Path) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
+    "evaluation-azimuth": lambda: azimuth(packaged()), "evaluation-by": lambda: by_circumstance(packaged()),
+    "evaluation-snr": lambda: by_snr(DOCS / "evaluation-snr.json"),
     "ablations-masks": lambda: ablations(DOCS / "ablations-masks.jsonl"),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
     "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),

@@ -36,8 +36,7 @@ from ssl_gpu.evaluate import NO_RUN, eval_speech
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.mixture import MixtureConfig, mix
 from ssl_gpu.outputs import output_file, write_each
-from ssl_gpu.protocol import (LAW, NOISE_E1N5, SAMPLE_RATE, SEEDS, FraDraw, SetOptions, draw_fresh, fra_draws,
-                              num_clips)
+from ssl_gpu.protocol import (LAW, NOISES, SAMPLE_RATE, SEEDS, FraDraw, SetOptions, draw_fresh, fra_draws, num_clips)
 from ssl_gpu.rir import RirConfig, render_rir
 from ssl_gpu.scoring import score_angles
 
@@ -66,7 +65,7 @@ def share(direct: Tensor, rest: Tensor) -> Tensor:
 
 def draws_of(name: str, options: SetOptions) -> Iterator[FraDraw]:
     """Of the sets e1, e1p and e1n5."""
-    mixture = NOISE_E1N5 if name == "e1n5" else MixtureConfig()
+    mixture = NOISES.get(name, MixtureConfig())
     return fra_draws(options, SEEDS["e1p" if name == "e1p" else "e1"], *draw_fresh(options, name == "e1p"), mixture)
 
 

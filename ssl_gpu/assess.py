@@ -17,8 +17,8 @@ from ssl_gpu.checkpoint import write_text
 from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
-from ssl_gpu.metrics import Chance, chance
-from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, SetOptions, clips_of, measured, num_clips)
+from ssl_gpu.metrics import Chance, chance, localisation_metrics
+from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, VERSION, SetOptions, clips_of, measured, num_clips)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
 
 BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
@@ -89,7 +89,7 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     result = scores.pop("model", {}) | {
         "baseline": scores["gcc_phat_max"], "baseline_mean": scores["gcc_phat_mean"],
         "chance": score_angles(*guesses, truth), "floor": floors(name, truth, law), "eval_digest": str(digest),
-        "num_clips": len(truth.cone), "num_scenes": len(truth.scene.unique())}
+        "set_version": VERSION, "num_clips": len(truth.cone), "num_scenes": len(truth.scene.unique())}
     utterances = [[entry["utterances"][src] for src in order] for part in parts
                   for entry, order in zip(part.entries, part.cone.argsort(-1).tolist())]
     return Assessment(result, truth, estimates["model"][1] if "model" in estimates else None, utterances,
@@ -122,8 +122,9 @@ def best_constants(name: str, truth: Truth, law: SceneLaw) -> Chance:
 
 
 def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | None:
-    """Class errors in azimuth, [low, high] degrees, of the best guess from each talker's cone angle, exactly known, and
-    from cone angle and distance. None where the sources' height is known.
+    """Errors in azimuth, [low, high] degrees, of the best guess from each talker's cone angle, exactly known
+    (exact_cone), and from cone angle and distance (exact_cone_and_distance): by class, and with _mae behind the name
+    as they are. None where the sources' height is known.
 
     Two microphones hear no more of a direction, but these are errors of one estimator on the scenes of a set: it takes
     the talkers as independent, though they share the height of the array, and on a finite set a system may be below it
@@ -131,9 +132,13 @@ def floors(name: str, truth: Truth, law: SceneLaw) -> dict[str, list[float]] | N
     """
     if name in PLANAR:
         return None
-    exact = score_angles(law.angle_map.cone_to_azimuth(truth.cone), truth.cone, truth)
-    bayes = score_angles(bayes_azimuth(LAW, truth), truth.cone, truth)
-    return {"exact_cone": exact["azimuth_class_mae_deg"], "exact_cone_and_distance": bayes["azimuth_class_mae_deg"]}
+    guesses = {"exact_cone": law.angle_map.cone_to_azimuth(truth.cone),
+               "exact_cone_and_distance": bayes_azimuth(LAW, truth)}
+    found = {}
+    for key, azimuth in guesses.items():
+        errors = localisation_metrics(azimuth, truth.azimuth, truth.cone, truth.cone)
+        found |= {key: errors["azimuth_class_mae_deg"], f"{key}_mae": errors["azimuth_mae_deg"]}
+    return found
 
 
 def check_model(cfg: RunConfig) -> None:

@@ -138,7 +138,8 @@ def _band_spectrum(audio: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
 def pick_peaks(response: Tensor, grid: Tensor, num_src: int) -> Tensor:
     """Angles of the highest local maxima of response [batch, angle]: [batch, src] rad, ascending.
 
-    Each is at least MIN_SEPARATION_DEG from every higher one; where there is no further one, the highest repeats.
+    Each is at least MIN_SEPARATION_DEG from every higher one; where there is no further one, the highest repeats. NaN
+    for a response that holds one.
     """
     outside = torch.full_like(response[:, :1], -math.inf)
     left, right = torch.cat((outside, response[:, :-1]), -1), torch.cat((response[:, 1:], outside), -1)
@@ -150,4 +151,5 @@ def pick_peaks(response: Tensor, grid: Tensor, num_src: int) -> Tensor:
         angle = grid[index]  # [batch, 1]
         angles.append(torch.where(torch.isfinite(height), angle, angles[0] if angles else angle))
         candidate = torch.where((grid - angle).abs() < separation, -math.inf, candidate)
-    return torch.cat(angles, -1).sort(-1).values
+    found = torch.cat(angles, -1).sort(-1).values
+    return torch.where(response.isnan().any(-1, keepdim=True), torch.nan, found)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Iterable
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_gpu.doa import sorted_angles
 
-# Of an entry, what follows from the rest; its last digit depends on the machine.
-DERIVED = {"measured", "azimuth_deg", "cone_angle_deg", "array_pos", "direction"}
+# Of an entry, what follows from the rest; its last digit depends on the machine. And which clip of its set it is.
+DERIVED = {"clip", "measured", "azimuth_deg", "cone_angle_deg", "array_pos", "direction"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class Clips:
     entries: what each clip is made of, plain values ready for JSON; what was measured of it under "measured";
     draws: of what was drawn for them, on the CPU, that which is equal to the last bit on every machine: speech and
     uniform numbers, but not their cosines, logarithms or sums, nor normal numbers, of which entries have the seed.
-    Entries and draws are what the digest of a set is taken of.
+    Entries and draws are what the digest of a set is taken of; derived: keys of entries that follow from these, and are
+    left out of it, beside those of DERIVED.
     """
 
     audio: Tensor
@@ -37,18 +38,21 @@ class Clips:
     conditions: dict[str, Tensor]
     entries: list[dict[str, Any]]
     draws: tuple[Tensor, ...]
+    derived: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
     """Clips without audio, of a whole set: azimuth, cone [clip, src] rad, each ascending; scene [clip] or [clip, k]
     int64, as of Clips; conditions, those of sources [clip, src] in the order of their cone angles, those of clips
-    [clip], or NaN."""
+    [clip], or NaN; azimuth_order [clip, src] int64: of the sources by azimuth, their places by cone angle, None where
+    both orders are one."""
 
     azimuth: Tensor
     cone: Tensor
     scene: Tensor
     conditions: dict[str, Tensor]
+    azimuth_order: Tensor | None = None
 
     @classmethod
     def of(cls, parts: Iterable[Clips]) -> "Truth":
@@ -61,7 +65,16 @@ class Truth:
             column = torch.cat([part.conditions[name] for part in parts]).double().cpu()
             conditions[name] = column.gather(-1, order) if column.ndim == 2 else column
         azimuth = torch.cat([part.azimuth for part in parts]).double().cpu()
-        return cls(sorted_angles(azimuth), sorted_angles(cone), torch.cat([part.scene for part in parts]), conditions)
+        place = azimuth.abs().gather(-1, order).argsort(dim=-1, stable=True)
+        return cls(sorted_angles(azimuth), sorted_angles(cone), torch.cat([part.scene for part in parts]), conditions,
+                   place)
+
+    def in_order_of_azimuth(self) -> "Truth":
+        """The same, the conditions of sources in the order of their azimuths."""
+        if self.azimuth_order is None:
+            return self
+        return replace(self, conditions={name: column.gather(-1, self.azimuth_order) if column.ndim == 2 else column
+                                         for name, column in self.conditions.items()})
 
 
 class Digest:
@@ -73,7 +86,7 @@ class Digest:
     def add(self, clips: Clips) -> None:
         """The next clips of the set."""
         for entry in clips.entries:
-            plain = {key: value for key, value in entry.items() if key not in DERIVED}
+            plain = {key: value for key, value in entry.items() if key not in DERIVED | clips.derived}
             self.hash.update(json.dumps(plain, sort_keys=True).encode())
         for tensor in clips.draws:
             self.hash.update(tensor.contiguous().cpu().numpy().tobytes())

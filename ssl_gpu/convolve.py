@@ -99,7 +99,8 @@ def convolve_blocks(signal: Tensor, rir: Tensor, block: int = 65536, keep_src: b
     n_fft = transform_length(min(block, samples) + taps - 1, signal.device)
     response = torch.fft.rfft(rir, n_fft)
     shape = (batch, mics, srcs) if keep_src else (batch, mics)
-    out = rir.new_zeros(*shape, samples + taps - 1)                    # speech may be int16
+    # Speech may be int16.
+    out = rir.new_zeros(*shape, samples + taps - 1, dtype=torch.promote_types(signal.dtype, rir.dtype))
     for start in range(0, samples, block):
         piece = signal[..., start:start + block]
         length = piece.shape[-1] + taps - 1

@@ -2,9 +2,10 @@
 
 Without --sets on the evaluation set of its run. With --sets on those of ssl_gpu.protocol, which are the same for every
 model: e0 the original's protocol, e0b and e1 2,000 fresh rooms of its law, e1p with sources at the array's height, e1n5
-with diffuse noise at 5 dB, e2 rooms by pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR. A model
-trained with scene.pool=original has been in e0's rooms: its e0 is marked as leaked, in the table and as leaked_rooms in
-JSON. So is a result on talkers of the training, leaked_talkers.
+with diffuse noise at 5 dB (and e1n0, e1n10, e1n20), e1w5 with white noise (and e1w0, e1w10, e1w20), e2 rooms by
+pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR. A model trained with scene.pool=original has been in
+e0's rooms: its e0 is marked as leaked, in the table and as leaked_rooms in JSON. So is a result on talkers of the
+training, leaked_talkers.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chanc
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
 from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
-from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing
+from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing, training_record
 from ssl_gpu.protocol import LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics, read_measured
 from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
@@ -86,14 +87,14 @@ def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | Non
     return len(again)
 
 
-def prepare_eval(cfg: RunConfig, device: torch.device, heard: Collection[str] | None = None
+def prepare_eval(cfg: RunConfig, device: torch.device, bank: SpeechBank, heard: Collection[str] | None = None
                  ) -> tuple[EvalSet, dict[str, Any]]:
-    """The evaluation set, and the part of a result that no model changes: chance, baseline, digest and leaked_talkers.
+    """The evaluation set of speech `bank`, and the part of a result that no model changes: chance, baseline, digest and
+    leaked_talkers.
 
     heard: as for leaked_talkers.
-    Raises ValueError where speech or scene law are unusable.
+    Raises ValueError where the scene law is unusable.
     """
-    bank = eval_speech(cfg, cfg.scene.num_src)
     leaked = leaked_talkers(heard, bank)
     with announced(f"making the evaluation set of {cfg.eval.num_clips} clips"):
         law: SceneLaw = scene_law(cfg.scene, cfg.train.seed)
@@ -136,7 +137,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     warn_of_idle(overrides, *IDLE_OWN)
     device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
-    eval_set, fixed = prepare_eval(cfg, device, weights.talkers)
+    eval_set, fixed = prepare_eval(cfg, device, eval_speech(cfg, cfg.scene.num_src), weights.talkers)
     with announced("the model on the evaluation set"):
         return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
@@ -146,7 +147,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
     overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones.
-    Results have what is known of the weights: target, steps and examples of their training, parameters;
+    Results have what is known of the weights: target, steps and examples of their training, what training_record
+    finds, parameters, weights_digest;
     leaked_rooms, how many rooms of the set they were trained in, and leaked_talkers, how many talkers of speech.eval,
     both by the checkpoint, whatever the overrides; all None for the baselines. Further device and versions.
     Raises ValueError for an unusable checkpoint, configuration, speech or set.
@@ -161,7 +163,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     weights = None if path is None else read_weights(path)
     cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
     device = runtime.pick_device(cfg.train.device, "train.device")
-    about = dict.fromkeys(("target", "steps", "examples", "parameters", "leaked_talkers"))
+    about = dict.fromkeys(("target", "steps", "examples", "steps_before", "examples_before", "minutes", "precision",
+                           "parameters", "weights_digest", "leaked_talkers"))
     speech_dir = cfg.speech.eval
     if speech_dir is not None and not Path(speech_dir).is_dir() and not any(
             text.startswith("speech.eval=") for text in overrides):
@@ -180,7 +183,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     if weights is not None:
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
                  "parameters": sum(p.numel() for p in localizer.parameters()),
-                 "leaked_talkers": leaked_talkers(weights.talkers, speech)}
+                 "leaked_talkers": leaked_talkers(weights.talkers, speech), "weights_digest": weights.digest,
+                 **training_record(path)}
     about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
 
     def localizer_for(spacing: float) -> Localizer:
@@ -257,14 +261,14 @@ def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Ca
     numbers, html = output_file("--json", args.json), output_file("--html", args.html)
     manifest = output_folder("--manifest", args.manifest)
     if args.sets is None:
-        result, found = evaluate(args.checkpoint, args.overrides), {}
+        result, found = evaluate(args.checkpoint, args.overrides) | {"command": command}, {}
         table = result_table(result)
     else:
         if html is not None:
             require_matplotlib()
         path = None if args.baselines else args.checkpoint or packaged()
         found = evaluate_sets(path, args.sets, args.overrides, args.clips)
-        result = {name: assessment.result for name, assessment in found.items()}
+        result = {name: assessment.result | {"command": command} for name, assessment in found.items()}
         table = sets_table(result)
     files = []
     if numbers is not None:

@@ -51,10 +51,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def has_whole_products(matrix: Tensor) -> bool:
-    """Whether products of such matrices have the 24 bits of float32 or more, not TF32's 11 or bfloat16's 8."""
+    """Whether products of such matrices are known to have the 24 bits of float32 or more, not TF32's 11 or bfloat16's
+    8."""
     if matrix.dtype == torch.float64:
         return True
-    return matrix.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    try:
+        return matrix.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # where torch.backends...fp32_precision has set less for one backend, torch has no answer
+        return False
 
 
 def polynomial_of_gram(gram: Tensor) -> Tensor:

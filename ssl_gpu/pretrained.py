@@ -14,6 +14,7 @@ evaluation.json       with --evaluation: a copy of a JSON file, for example of w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -63,6 +64,16 @@ class Weights:
     step: int
     examples: int
     talkers: list[str] | None
+
+    @property
+    def digest(self) -> str:
+        """Of names and values, by which two files of the same weights are known."""
+        found = hashlib.blake2b(digest_size=8)
+        for name in sorted(self.state):
+            values = self.state[name].detach().cpu().contiguous()
+            found.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+            found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
 
 def build_localizer(cfg: RunConfig) -> Localizer:
@@ -176,6 +187,18 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(checkpoint.ema or checkpoint.model, checkpoint.config, checkpoint.step,
                    trained_examples(checkpoint.extra, checkpoint.config, checkpoint.step),
                    trained_talkers(checkpoint.extra, checkpoint.config))
+
+
+def training_record(path: str | Path) -> dict[str, Any]:
+    """Of the result.json of the run whose weights lie at `path`, beside them, what it says of the training: minutes,
+    precision, steps_before and examples_before (of what it went on from); each None where there is none."""
+    folder, found = Path(path), {}
+    try:
+        found = json.loads(((folder if folder.is_dir() else folder.parent) / RESULT).read_bytes())
+    except (OSError, ValueError):                                       # of a run under way, or moved alone
+        pass
+    found = found if isinstance(found, dict) else {}
+    return {key: found.get(key) for key in ("minutes", "precision", "steps_before", "examples_before")}
 
 
 def _check_stored(config: Mapping[str, Any], path: Path) -> None:

@@ -4,14 +4,16 @@
           of the speech once as the first talker
     e0b   its law, 2,000 rooms of which none is in any training; e1 is the same mixtures
     e1p   the same law with the sources at the height of the array
-    e1n5  e1 with diffuse noise at 5 dB
+    e1n5  e1 with diffuse noise at 5 dB; likewise e1n0, e1n10, e1n20
+    e1w5  e1 with white noise, independent at either microphone, at 5 dB; likewise e1w0, e1w10, e1w20
     e2    the first 500 geometries and talkers of e1 in rooms by pyroomacoustics, an independent simulator (extra eval)
     e3    measured two-microphone RIRs of real rooms, in a folder of the user's
 
 Two talkers of different voices, the first 3 s of an utterance each, at 16 kHz, levels as the utterances have them (e3:
 alike). Everything is drawn on the CPU, in blocks of 50 clips, and rendered on any device: fewer clips of a set are its
-first ones. No training draws from the random streams of these scenes, nor does a run's own evaluation; but
-scene.pool=original trains in e0's rooms, as the original did, and ssl_gpu.evaluate says so (`eval_rooms_trained_in`).
+first ones. VERSION stands for all of that, and tests hold the sets to recorded digests. No training draws from the
+random streams of these scenes, nor does a run's own evaluation; but scene.pool=original trains in e0's rooms, as the
+original did, and ssl_gpu.evaluate says so (`eval_rooms_trained_in`).
 Which sets had a say in the choice of the packaged weights stands in docs/accuracy.md.
 """
 from __future__ import annotations
@@ -21,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +35,7 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.clips import Clips
 from ssl_gpu.convolve import convolve_sources
-from ssl_gpu.measure import RirMeasures, measure_rirs
+from ssl_gpu.measure import RirMeasures, decay_time, drr_db, energy_db, energy_decay, measure_rirs
 from ssl_gpu.mixture import MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.original import NUM_EVAL_SCENES, SEED
 from ssl_gpu.pool import draw_original_images, eval_rooms_in
@@ -42,6 +45,7 @@ from ssl_gpu.scenelist import scene_entries, shown_json
 from ssl_gpu.speech import Crop, CropBatch, SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import RirBatch
 
+VERSION = 1          # of the sets; to be raised with any change of a scene, talker, noise or draw of theirs
 SAMPLE_RATE = 16000  # Hz
 NUM_SAMPLES = 48000  # 3 s
 BLOCK = 50           # clips drawn at a time, part of every set
@@ -49,9 +53,12 @@ NUM_CLIPS, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 500, 300
 SEEDS = {"e0": 1000, "e1": 1001, "e1p": 1002, "e3": 1003}  # of rng, in Split.TEST or VALIDATION, never in TRAIN
 LAW = SceneConfig()
 REFERENCE = RirConfig(early=False)
-NOISE_E1N5 = MixtureConfig(diffuse_snr_db=(5.0, 5.0))
+SNRS_DB = (0.0, 5.0, 10.0, 20.0)
+NOISES = {f"e1{letter}{snr:.0f}": MixtureConfig(**{f"{kind}_snr_db": (snr, snr)})
+          for letter, kind in (("n", "diffuse"), ("w", "sensor")) for snr in SNRS_DB}
 CANDIDATES = 16      # for the second talker of e0; of 40 talkers all are of the first one's voice in one of 40^16 draws
 MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
+PLACE_OPTIONAL = ("configuration", "distance_m", "rt60_s")  # what index.json may say of an RIR
 NO_RIRS = "e3 needs a folder of measured RIRs: e3.dir=DIR"
 
 
@@ -59,7 +66,7 @@ NO_RIRS = "e3 needs a folder of measured RIRs: e3.dir=DIR"
 class SetOptions:
     """What a set is made with: speech, its tensors on the CPU; device to render on; count: of clips, None for all;
     measured: of read_measured, for e3; split: TEST; or VALIDATION for sets of the same kinds e1, e1p, e1n5 and e2 that
-    share no scene with these, to choose by."""
+    share no scene with these, to choose by; of e1n5 all of its kind."""
 
     speech: SpeechBank
     device: torch.device
@@ -129,7 +136,7 @@ def draw_original(options: SetOptions) -> tuple[SceneBatch, CropBatch, Tensor]:
 
 
 def draw_fresh(options: SetOptions, planar: bool = False) -> tuple[SceneBatch, CropBatch, Tensor]:
-    """e0b, e1, e1n5 and e2; planar: e1p. Scenes and crops of every clip, each in a room of its own."""
+    """e0b, e1, those of NOISES, and e2; planar: e1p. Scenes and crops of every clip, each in a room of its own."""
     seed = SEEDS["e1p" if planar else "e1"]
     generator = rng.generator(seed, options.split, rng.Stream.SCENE, 0)
     scenes = sample_scenes(LAW, 2 * NUM_CLIPS, generator=generator)
@@ -182,8 +189,10 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
 
     pool: original_scenes(), of which the scenes are those of the given numbers: the same RIRs whenever a room comes
     again, as the original has one file a room. None: other images for every clip.
-    Entries have gains, the talkers' factors, and noise_seed, from which the noise is drawn, None without noise: that
-    goes into the digest in place of the noise, whose normal numbers differ in the last bits from machine to machine.
+    Entries have the number of the clip in its set, gains, the talkers' factors, the SNRs of its noise, None without,
+    and noise_seed, from which the noise is drawn, block by block (as images are from image_seed, but those of a pool):
+    that goes into the digest in place of the noise, whose normal numbers differ in the last bits from machine to
+    machine.
     """
     for index, drawn in enumerate(fra_draws(options, seed, scenes, crops, numbers, mixture, pool)):
         there = drawn.rooms.to(options.device)
@@ -191,27 +200,36 @@ def fra_clips(options: SetOptions, seed: int, scenes: SceneBatch, crops: CropBat
         rirs = render_rir(REFERENCE, there, drawn.images.to(options.device))
         audio = mix(drawn.dry.to(options.device), rirs, there, drawn.mixture.to(options.device)).audio
         measures = measure_rirs(rirs, there)
-        snr = drawn.mixture.diffuse_snr
-        entries = [entry | {"num_images": count, "image_seed": image_seed, "gains": gains, "diffuse_snr_db": level,
-                            "noise_seed": None if level is None else [seed, index]}
-                   for entry, count, image_seed, gains, level in zip(
-                       _entries(options.speech, drawn.rooms, drawn.crops), drawn.images.active.sum(-1).tolist(),
-                       drawn.seeds, drawn.mixture.gain.tolist(),
-                       [x if math.isfinite(x) else None for x in snr.tolist()])]
-        draws = (drawn.dry, drawn.images.ratio, drawn.images.perturbation)
         clips = slice(index * BLOCK, index * BLOCK + len(drawn.dry))
+        snr = torch.minimum(drawn.mixture.diffuse_snr, drawn.mixture.sensor_snr)  # one of them is infinite
+        entries = [entry | {"num_images": count, "image_seed": image_seed, "gains": gains}
+                   | _noise(diffuse, white, [seed, index]) for entry, count, image_seed, gains, diffuse, white in zip(
+                       _entries(options.speech, drawn.rooms, drawn.crops, clips.start),
+                       drawn.images.active.sum(-1).tolist(), drawn.seeds, drawn.mixture.gain.tolist(),
+                       drawn.mixture.diffuse_snr.tolist(), drawn.mixture.sensor_snr.tolist())]
+        draws = (drawn.dry, drawn.images.ratio, drawn.images.perturbation)
         yield _clips(audio, drawn.rooms, numbers[clips], drawn.dry, measures, snr, entries, draws)
 
 
-def _entries(speech: SpeechBank, scenes: SceneBatch, crops: CropBatch) -> list[dict[str, Any]]:
-    """What scenes and crops say of each clip."""
-    names = [[speech.names[index] for index in row] for row in crops.utterance.tolist()]
-    return [entry | {"utterances": name, "offsets": offset}
-            for entry, name, offset in zip(scene_entries(scenes), names, crops.offset.tolist())]
+def _noise(diffuse: float, white: float, seed: list[int]) -> dict[str, Any]:
+    """What an entry says of noise at SNRs in dB, infinite without; of white noise where there is some."""
+    none = math.isinf(diffuse) and math.isinf(white)
+    return ({"diffuse_snr_db": None if math.isinf(diffuse) else diffuse, "noise_seed": None if none else seed}
+            | ({} if math.isinf(white) else {"sensor_snr_db": white}))
+
+
+def _entries(speech: SpeechBank, scenes: SceneBatch, crops: CropBatch, start: int) -> list[dict[str, Any]]:
+    """What scenes and crops say of each clip, from number `start` of a set on."""
+    return [{"clip": start + index} | entry | {"utterances": name, "offsets": offset} for index, (entry, name, offset)
+            in enumerate(zip(scene_entries(scenes), _utterances(speech, crops), crops.offset.tolist()))]
+
+
+def _utterances(speech: SpeechBank, crops: CropBatch) -> list[list[str]]:
+    return [[speech.names[index] for index in row] for row in crops.utterance.tolist()]
 
 
 def _clips(audio: Tensor, scenes: SceneBatch, numbers: Tensor, dry: Tensor, measures: RirMeasures, snr: Tensor,
-           entries: list[dict[str, Any]], draws: tuple[Tensor, ...]) -> Clips:
+           entries: list[dict[str, Any]], draws: tuple[Tensor, ...], derived: frozenset[str] = frozenset()) -> Clips:
     """With what was measured of the RIRs at the first microphone."""
     t20, drr, energy = (getattr(measures, name)[:, 0].cpu() for name in ("t20", "drr_db", "energy_db"))
     loudness = energy + 10 * torch.log10(dry.double().square().sum(-1).clamp(min=1e-20))
@@ -219,10 +237,15 @@ def _clips(audio: Tensor, scenes: SceneBatch, numbers: Tensor, dry: Tensor, meas
                   "level_gap_db": (loudness[:, 0] - loudness[:, 1]).abs(),
                   "separation_deg": torch.rad2deg((scenes.cone_angle[:, 0] - scenes.cone_angle[:, 1]).abs()),
                   "angle_deg": torch.rad2deg(scenes.cone_angle)}
-    for entry, *values in zip(entries, t20.tolist(), drr.tolist()):
-        entry["measured"] = {key: [x if math.isfinite(x) else None for x in row]
-                             for key, row in zip(("t20_s", "drr_db"), values)}
-    return Clips(audio, scenes.mic_pos, scenes.azimuth, scenes.cone_angle, numbers, conditions, entries, draws)
+    _tell_measured(entries, conditions)
+    return Clips(audio, scenes.mic_pos, scenes.azimuth, scenes.cone_angle, numbers, conditions, entries, draws, derived)
+
+
+def _tell_measured(entries: list[dict[str, Any]], conditions: dict[str, Tensor]) -> None:
+    """Puts what was measured at the first microphone into the entries."""
+    keys = ("t20_s", "drr_db")
+    for entry, *values in zip(entries, *(conditions[key].tolist() for key in keys)):
+        entry["measured"] = {key: [x if math.isfinite(x) else None for x in row] for key, row in zip(keys, values)}
 
 
 def _original(options: SetOptions) -> Iterator[Clips]:
@@ -237,8 +260,8 @@ def _planar(options: SetOptions) -> Iterator[Clips]:
     return fra_clips(options, SEEDS["e1p"], *draw_fresh(options, planar=True))
 
 
-def _noisy(options: SetOptions) -> Iterator[Clips]:
-    return fra_clips(options, SEEDS["e1"], *draw_fresh(options), NOISE_E1N5)
+def _noisy(mixture: MixtureConfig, options: SetOptions) -> Iterator[Clips]:
+    return fra_clips(options, SEEDS["e1"], *draw_fresh(options), mixture)
 
 
 # ---- another simulator ----
@@ -275,10 +298,11 @@ def _other_simulator(options: SetOptions) -> Iterator[Clips]:
         length = torch.tensor([rir.shape[-1] for rir in rirs])
         audio = convolve_sources(dry.to(options.device), full.to(options.device), NUM_SAMPLES)
         measures = measure_rirs(RirBatch(full, None, length, SAMPLE_RATE), rooms)
-        entries = [entry | {"simulator": f"pyroomacoustics {pyroomacoustics.__version__}"}
-                   for entry in _entries(options.speech, rooms, used)]
+        plain = {"gains": [1.0] * LAW.num_src, **_noise(math.inf, math.inf, [])}
+        entries = [entry | {"simulator": f"pyroomacoustics {pyroomacoustics.__version__}"} | plain
+                   for entry in _entries(options.speech, rooms, used, start)]
         clean = torch.full((len(rooms),), math.inf)
-        yield _clips(audio, rooms, numbers[part], dry, measures, clean, entries, (dry,))
+        yield _clips(audio, rooms, numbers[part], dry, measures, clean, entries, (dry,), frozenset(plain))
 
 
 def _their_rirs(pyroomacoustics: ModuleType, scenes: SceneBatch, index: int) -> np.ndarray:
@@ -317,7 +341,9 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
     pairs = _draw_pairs(places, generator)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(options.speech, NUM_CLIPS_E3, 2, NUM_SAMPLES, Crop.FIRST, generator=generator)
-    total = options.limit(NUM_CLIPS_E3)
+    total, spacing = options.limit(NUM_CLIPS_E3), places[0]["mic_spacing_m"]
+    t20, drr, energy = _measure_alone(rirs[:, 0])
+    distance = torch.tensor([place.get("distance_m", math.nan) for place in places], dtype=torch.float64)
     positions = [(place["cone_deg"], place.get("distance_m")) for place in places]
     position = torch.tensor([positions.index(key) for key in positions])
     cone = torch.deg2rad(torch.tensor([place["cone_deg"] for place in places], dtype=torch.float64))
@@ -326,23 +352,42 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
         pair = pairs[part]
         used = CropBatch(crops.utterance[part], crops.offset[part])
         drawn = gather_crops(options.speech, used, NUM_SAMPLES)
-        dry = drawn / drawn.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        gains = 1 / drawn.square().mean(-1).sqrt().clamp(min=1e-6)      # [clip, src]
+        dry = gains[..., None] * drawn
         response = rirs[pair].movedim(1, 2)                             # [clip, mic, src, tap]
         audio = convolve_sources(dry.to(options.device), response.to(options.device), NUM_SAMPLES)
-        pick = [[places[index] for index in row] for row in pair.tolist()]
-        names = [[options.speech.names[index] for index in row] for row in used.utterance.tolist()]
-        entries = [{"rirs": [place["file"] for place in row], "cone_deg": [place["cone_deg"] for place in row],
-                    "utterances": name} for row, name in zip(pick, names)]
-        rt60, distance = (torch.tensor([[place.get(key, math.nan) for place in row] for row in pick],
-                                       dtype=torch.float64) for key in ("rt60_s", "distance_m"))
-        angle = cone[pair]
-        conditions = {"distance_m": distance, "t20_s": rt60,
+        angle, loudness = cone[pair], energy[pair] + 10 * torch.log10(dry.double().square().sum(-1).clamp(min=1e-20))
+        conditions = {"distance_m": distance[pair], "t20_s": t20[pair], "drr_db": drr[pair],
+                      "snr_db": torch.full((len(pair),), math.inf, dtype=torch.float64),
+                      "level_gap_db": (loudness[:, 0] - loudness[:, 1]).abs(),
                       "separation_deg": torch.rad2deg((angle[:, 0] - angle[:, 1]).abs()),
                       "angle_deg": torch.rad2deg(angle)}
-        spacing = places[0]["mic_spacing_m"]
+        entries = [{"clip": start + index} | entry for index, entry in enumerate(
+            _entries_of_measured([[places[place] for place in row] for row in pair.tolist()],
+                                 _utterances(options.speech, used), used.offset.tolist(), gains.tolist()))]
+        _tell_measured(entries, conditions)
         mic_pos = torch.tensor([[0.0, 0, 0], [spacing, 0, 0]], dtype=torch.float64).expand(len(pair), -1, -1)
         # In the plane of the array: the folded azimuth is the cone angle.
-        yield Clips(audio, mic_pos, angle, angle, position[pair], conditions, entries, (drawn, response))
+        yield Clips(audio, mic_pos, angle, angle, position[pair], conditions, entries, (drawn, response),
+                    derived=frozenset(entries[0]) - {"rirs", "cone_deg", "utterances"})
+
+
+def _entries_of_measured(pairs: list[list[dict[str, Any]]], utterances: list[list[str]], offsets: list[list[int]],
+                         gains: list[list[float]]) -> list[dict[str, Any]]:
+    """What is to be said of clips by what index.json says of their RIRs. gains: factors of the utterances."""
+    return [{"rirs": [place["file"] for place in row],
+             **{key: [place.get(key) for place in row] for key in ("cone_deg", *PLACE_OPTIONAL)},
+             "mic_spacing_m": row[0]["mic_spacing_m"], "speed_of_sound": row[0]["speed_of_sound"],
+             "utterances": names, "offsets": offset, "gains": gain, "diffuse_snr_db": None, "noise_seed": None}
+            for row, names, offset, gain in zip(pairs, utterances, offsets, gains)]
+
+
+def _measure_alone(rirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """T20 (s), direct-to-reverberant ratio and energy (dB) of RIRs [rir, tap], each [rir] float64, NaN where undefined.
+    Where they are from is not known: the largest tap counts as the direct sound."""
+    direct = rirs.abs().argmax(-1)
+    decay = energy_decay(rirs, direct)
+    return (decay_time(decay, direct, SAMPLE_RATE, -5, -25), drr_db(rirs, direct, SAMPLE_RATE), energy_db(rirs))
 
 
 def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:
@@ -384,7 +429,7 @@ def read_measured(folder: str | Path | None) -> tuple[Tensor, list[dict[str, Any
         raise ValueError(f"e3.dir: {path}: rirs must be a list of at least 2 RIRs, got "
                          f"{len(rirs) if isinstance(rirs, list) else shown_json(rirs)}")
     places = [common | _known(rir, f"e3.dir: {path}: rirs[{number}]", ("file", "cone_deg"),
-                              ("configuration", "distance_m", "rt60_s", *common)) for number, rir in enumerate(rirs)]
+                              (*PLACE_OPTIONAL, *common)) for number, rir in enumerate(rirs)]
     for key in common:
         found = sorted({place[key] for place in places})
         if len(found) > 1:
@@ -443,8 +488,8 @@ def _read_channels(folder: Path, names: list[str]) -> Tensor:
 
 
 SETS: dict[str, Callable[[SetOptions], Iterator[Clips]]] = {
-    "e0": _original, "e0b": _fresh, "e1": _fresh, "e1p": _planar, "e1n5": _noisy, "e2": _other_simulator,
-    "e3": _real_rooms}
+    "e0": _original, "e0b": _fresh, "e1": _fresh, "e1p": _planar,
+    **{name: partial(_noisy, mixture) for name, mixture in NOISES.items()}, "e2": _other_simulator, "e3": _real_rooms}
 SAME_CLIPS = {"e0b": "e1"}
-FRESH = ("e0b", "e1", "e1p", "e1n5", "e2")  # scenes drawn from the law, any number of them
+FRESH = ("e0b", "e1", "e1p", *NOISES, "e2")  # scenes drawn from the law, any number of them
 PLANAR = {"e1p", "e3"}  # sources at the height of the array, so that azimuth and cone angle are one

@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ssl_gpu.original import NUM_EVAL_SCENES
@@ -67,36 +67,39 @@ def result_table(result: dict[str, Any]) -> str:
             f"estimated\n{table}")
 
 
+EMPTY = {"cone_mae_deg": ()}  # intervals where there are none
 SET_COLUMNS = (
     ("clips", lambda r: str(r["num_clips"])),
     ("cone MAE", lambda r: metrics_cell(r["cone_mae_deg"], "deg")),
-    ("95 %", lambda r: " / ".join(f"{low:.1f}..{high:.1f}" for low, high in r["interval_95"]["cone_mae_deg"])),
+    ("95 %", lambda r: " / ".join(f"{low:.1f}..{high:.1f}" for low, high in
+                                  (r["interval_95"] or EMPTY)["cone_mae_deg"])),
     ("median", lambda r: metrics_cell(r["cone_median_deg"], "deg")),
     ("within 5, 10, 15", lambda r: " ".join(f"{100 * r[f'acc_at_{t}']:.1f}" for t in (5, 10, 15)) + " %"),
     ("both in 10", lambda r: metrics_cell(r["both_at_10"], "%")),
     ("azimuth class MAE", lambda r: metrics_cell(r["azimuth_class_mae_deg"], "deg")),
 )
+MORE_COLUMNS = (
+    ("cone P90", lambda r: metrics_cell(r["cone"]["p90_deg"])),
+    ("missed", lambda r: metrics_cell(r["detection_at_10"]["mdr"], "%")),
+    ("found, off by", lambda r: "" if (fine := r["detection_at_10"]["fine_error_deg"]) is None else metrics_cell(fine)),
+    ("azimuth MAE", lambda r: metrics_cell(r["azimuth"]["mae_deg"])),
+    ("median", lambda r: metrics_cell(r["azimuth"]["median_deg"])),
+    ("P90", lambda r: metrics_cell(r["azimuth"]["p90_deg"])),
+    ("within 10", lambda r: " / ".join(f"{100 * share:.1f}" for share in r["azimuth"]["acc_at_10"]) + " %"),
+    ("both in 10", lambda r: metrics_cell(r["azimuth"]["both_at_10"], "%")),
+)
 
 
 def sets_table(results: dict[str, dict[str, Any]]) -> str:
-    """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors.
+    """Results by evaluation set: the model, GCC-PHAT pooled by maximum and by mean, and chance, with the floors; and
+    in a second table what else there is of them.
 
     A model that was trained in rooms of a set (leaked_rooms), or on its talkers (leaked_talkers), is LEAKED in its row
     and in a sentence below."""
-    lines = [["set", "", *(name for name, _ in SET_COLUMNS)]]
-    for name, result in results.items():
-        rows = {"GCC-PHAT, max": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"],
-                "chance": result["chance"]}
-        if "cone_mae_deg" in result:
-            rows = {"model, LEAKED" if is_leaked(result) else "model": result, **rows}
-        for who, row in rows.items():
-            lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in SET_COLUMNS)])
-        if result["floor"] is not None:
-            lines += [["", label, *[""] * (len(SET_COLUMNS) - 1), metrics_cell(result["floor"][key], "deg")]
-                      for label, key in (("best guess, cone angles known", "exact_cone"),
-                                         ("best guess, distances, too", "exact_cone_and_distance"))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    table, more = (_sets_table(results, columns, floor, suffix)
+                   for columns, floor, suffix in ((SET_COLUMNS, "azimuth class MAE", ""),
+                                                  (MORE_COLUMNS, "azimuth MAE", "_mae")))
+    version = next(iter(results.values()))["set_version"]
     digests = ", ".join(f"{name} {result['eval_digest']}" for name, result in results.items())
     leaks = "".join(f"\n{name} is LEAKED: the model was trained in {result['leaked_rooms']} of its {NUM_EVAL_SCENES} "
                     f"rooms (scene.pool=original), this says nothing about other rooms"
@@ -105,6 +108,34 @@ def sets_table(results: dict[str, dict[str, Any]]) -> str:
                      f"this says nothing about other talkers"
                      for name, result in results.items() if result.get("leaked_talkers"))
     own = ", of e3 those of its own clips" if "e3" in results else ""
-    return (f"{table}\nerrors in degrees, of the smaller / the larger angle; both in 10: both talkers within "
-            f"10 degrees\nGCC-PHAT: its maximum, or mean, over frames; chance: the best constants of the law{own}\n"
-            f"best guess: the floor of azimuth; all is explained in docs/accuracy.md\ndigests: {digests}{leaks}")
+    return (f"{table}\n\n{more}\n\n"
+            f"errors in degrees, of the smaller / the larger angle, in cone angle where nothing else is said; both in "
+            f"10: both talkers within 10 degrees\n"
+            f"missed: talkers that no estimate is within 10 degrees of, as many false alarms; found, off by: mean "
+            f"error of the others\n"
+            f"GCC-PHAT (of two microphones it is SRP-PHAT): its maximum, or mean, over frames; chance: the best "
+            f"constants of the law{own}\n"
+            f"best guess: the floor of azimuth; all is explained in docs/accuracy.md\n"
+            f"digests, of version {version} of the sets: {digests}{leaks}")
+
+
+def _sets_table(results: dict[str, dict[str, Any]], columns: Sequence[tuple[str, Callable[[dict[str, Any]], str]]],
+                floor: str, suffix: str) -> str:
+    """One of the tables of sets_table; in column `floor` stands that of the key with this suffix."""
+    at = [name for name, _ in columns].index(floor)
+    lines = [["set", "", *(name for name, _ in columns)]]
+    for name, result in results.items():
+        rows = {"GCC-PHAT, max": result["baseline"], "GCC-PHAT, mean": result["baseline_mean"],
+                "chance": result["chance"]}
+        if "cone_mae_deg" in result:
+            rows = {"model, LEAKED" if is_leaked(result) else "model": result, **rows}
+        for who, row in rows.items():
+            lines.append([name if who == next(iter(rows)) else "", who, *(cell(row) for _, cell in columns)])
+        if result["floor"] is not None:
+            for label, key in (("best guess, cone angles known", "exact_cone"),
+                               ("best guess, distances, too", "exact_cone_and_distance")):
+                cells = [""] * len(columns)
+                cells[at] = metrics_cell(result["floor"][key + suffix])
+                lines.append(["", label, *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

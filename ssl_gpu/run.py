@@ -8,10 +8,11 @@ import os
 import re
 import sys
 import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from ssl_gpu.checkpoint import Checkpoint, CheckpointError, holding, load_checkp
 from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, to_mapping,
                             told_changes, walk_fields)
 from ssl_gpu.evalset import EvalSet, score_model
-from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.evaluate import eval_speech, prepare_eval
 from ssl_gpu.features import FeatureConfig
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
@@ -32,7 +33,7 @@ from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Simulator
-from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
+from ssl_gpu.speech import SpeechBank, SpeechConfig, SpeechError, load_bank, voices_bank
 
 PACKAGED_WEIGHTS = "packaged"  # what train.init says for those in this package
 WHICH_RUN = ("train.steps", "train.max_minutes", "train.out")  # where it is and how long; the rest is how it trains
@@ -199,24 +200,30 @@ def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
     return max(by_step, share)
 
 
-def training_speech(cfg: RunConfig, device: torch.device) -> SpeechBank:
-    """The training speech, on the device where it fits: speech.train, or the synthetic voices.
-
-    Raises SpeechError for an unusable folder, fewer speakers than sources, or only one of speech.train and speech.eval.
-    """
-    if (cfg.speech.train is None) != (cfg.speech.eval is None):
-        missing = "train" if cfg.speech.train is None else "eval"
+def check_speech(cfg: SpeechConfig) -> None:
+    """Raises SpeechError for only one of speech.train and speech.eval."""
+    if (cfg.train is None) != (cfg.eval is None):
+        missing = "train" if cfg.train is None else "eval"
         raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
+
+
+def training_speech(cfg: RunConfig, device: torch.device, held_out: Collection[str] = ()) -> SpeechBank:
+    """The training speech, on the device where it fits: speech.train without the talkers held_out, who are those of
+    speech.eval; or the synthetic voices, which are no evaluation's.
+
+    Raises SpeechError for an unusable folder, and for fewer speakers than sources.
+    """
     if cfg.speech.train is None:
         generator = rng.generator(cfg.train.seed, rng.Split.TRAIN, rng.Stream.VOICES, 0, device=device)
         with announced("making synthetic voices to train with, as speech.train names no speech"):
             bank = voices_bank(cfg.speech, sample_rate=cfg.rir.sample_rate, generator=generator)
     else:
         bank = load_bank(cfg.speech.train, cfg.speech, sample_rate=cfg.rir.sample_rate, device=device,
-                         free_bytes=runtime.free_bytes(device), called="speech.train")
+                         free_bytes=runtime.free_bytes(device), called="speech.train", held_out=held_out)
     if bank.num_speakers < cfg.scene.num_src:
-        raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers, one per source, "
-                          f"got {bank.num_speakers}")
+        which = ", one per source" + (" and none of them in speech.eval" if held_out else "")
+        raise SpeechError(f"speech.train must hold at least {cfg.scene.num_src} speakers{which}, got "
+                          f"{bank.num_speakers}")
     return bank
 
 
@@ -273,12 +280,14 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     if resumed is not None:
         with fitting(cfg, out, resumed):                               # or it would be told after minutes
             localizer.load_state_dict(resumed.model)
-    speech = training_speech(cfg, device)
+    check_speech(cfg.speech)
+    unheard = eval_speech(cfg, cfg.scene.num_src)                      # first: training is to leave its talkers out
+    speech = training_speech(cfg, device, unheard.talkers)
     before = [] if initial is None else initial.talkers
     if resumed is not None:
         before = trained_talkers(resumed.extra, resumed.config)
     talkers = None if before is None else sorted({*before, *speech.talkers})
-    eval_set, fixed = prepare_eval(cfg, device, talkers)
+    eval_set, fixed = prepare_eval(cfg, device, unheard, talkers)
     simulator = Simulator(cfg.scene, replace(cfg.rir, early=False), cfg.mixture, cfg.simulator, cfg.ism)
     if eval_rooms_in(cfg.scene) > 0:
         print(f"warning: scene.pool=original trains in {eval_rooms_in(cfg.scene)} of the {NUM_EVAL_SCENES} rooms of "

@@ -4,10 +4,11 @@
     python -m ssl_gpu.speech info FOLDER            what is in a folder; decodes it into the cache
 """
 
+import logging
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ssl_gpu.checks import check_fields
 from ssl_gpu.commandline import Parser, end_with
-from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
+from ssl_gpu.corpus import Corpus, SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
+
+log = logging.getLogger("ssl_gpu")
 
 
 class Crop(Enum):
@@ -145,14 +148,16 @@ def load_bank(
     free_bytes: int | None = None,
     progress: bool = True,
     called: str = "speech folder",
+    held_out: Collection[str] = (),
 ) -> SpeechBank:
     """The folder's speech at `sample_rate` (Hz), decoded or from the cache, ready to be cropped onto `device`.
 
     Speakers are those of LibriSpeech's layout, `<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac`; any other file
     counts as a speaker of its own, so two crops of a batch then differ in file but perhaps not in voice.
     free_bytes: what the device has left (None: plenty). A bank of more than half of it stays in pinned host memory.
-    called: what errors call the folder.
-    Raises SpeechError when the folder is missing, holds no audio, or holds no usable audio.
+    called: what errors call the folder. held_out: labels of talkers (SpeechBank.talkers) who are left out, with one
+    warning for all of them.
+    Raises SpeechError when the folder is missing, holds no audio, no usable audio, or only talkers who are left out.
     """
     device = torch.device(device)
     corpus = load_corpus(
@@ -163,15 +168,32 @@ def load_bank(
         progress=progress,
         called=called,
     )
-    order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
-    speaker = torch.tensor([order[label] for label in corpus.talker])
     # A file that is its own talker is known by what is in it, wherever it lies and whatever it is called.
     by_content = {name: f"blake2b:{digest[:16]}" for name, digest in zip(corpus.names, corpus.digests)}
+    talkers = {label: by_content.get(label, label) for label in dict.fromkeys(corpus.talker)}
+    out = {label for label, talker in talkers.items() if talker in set(held_out)}
+    if out:
+        corpus = _without(corpus, out, len(talkers), called)
+    order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
+    speaker = torch.tensor([order[label] for label in corpus.talker])
     bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate,
-                     tuple(by_content.get(label, label) for label in order))
+                     tuple(talkers[label] for label in order))
     if device == bank.device or fits_on_device(corpus.samples.nbytes, free_bytes):
         return bank.to(device)
     return replace(bank, samples=bank.samples.pin_memory(), device=device)
+
+
+def _without(corpus: Corpus, out: Collection[str], count: int, told: str) -> Corpus:
+    """A corpus of `count` talkers without those labelled `out`, with a line of warning. told: what to call it."""
+    keep = [row for row, label in enumerate(corpus.talker) if label not in out]
+    if not keep:
+        raise SpeechError(f"{told} must hold talkers who are not in speech.eval, got {count}, all of whom are")
+    log.warning("warning: %d of the %d talkers of %s are in speech.eval, %s for one, and are left out of training",
+                len(out), count, told, min(out))
+    pieces = corpus.samples.split(list(corpus.length))
+    chosen = {name: tuple(getattr(corpus, name)[row] for row in keep)
+              for name in ("length", "talker", "names", "digests")}
+    return replace(corpus, samples=torch.cat([pieces[row] for row in keep]), **chosen)
 
 
 def fits_on_device(num_bytes: int, free_bytes: int | None) -> bool:

@@ -1,6 +1,7 @@
 """Results on the evaluation sets as one HTML file: tables, errors by circumstance, estimates against truths, examples.
 
-An SNR is the same in all clips of a set: errors by SNR are drawn where both e1 and e1n5 are there.
+An SNR is the same in all clips of a set: errors by SNR are drawn where several of e1n0, e1n5 ... and e1, or of e1w0,
+e1w5 ... and e1, are there.
 """
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ import torch
 
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
+from ssl_gpu.protocol import SNRS_DB
 from ssl_gpu.report import is_leaked
 from ssl_gpu.scoring import LEAST_CLUSTERS
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
+NOISES = tuple(tuple(f"e1{letter}{snr:.0f}" for snr in SNRS_DB) for letter in "nw")  # of a kind, by ascending SNR
 COLOUR_OF = dict(zip(("model", "GCC-PHAT"), COLOURS))  # in all pictures, whether there is a model or not
 EXAMPLES = 8  # clips of each set, its first
 STYLE = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}"
@@ -41,10 +44,13 @@ def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> 
         parts += [_image(name, png) for png in (_by_condition(_bins(assessment)), _against_truth(assessment))
                   if png is not None]
         parts.append(_examples(assessment))
-    if {"e1", "e1n5"} <= set(found):
-        noisy, clean = (_bins(found[name]) for name in ("e1n5", "e1"))
-        both = {who: {"snr_db": by["snr_db"] + clean[who]["snr_db"]} for who, by in noisy.items()}
-        parts.append("<h2>e1n5 and e1</h2>" + _image("errors by SNR", _by_condition(both)))
+    for kind in NOISES:
+        names = [name for name in (*kind, "e1") if name in found]
+        if len(names) > 1:
+            by_set = [_bins(found[name]) for name in names]
+            joined = {who: {"snr_db": [row for by in by_set for row in by[who]["snr_db"]]} for who in by_set[0]}
+            title = " and ".join((", ".join(names[:-1]), names[-1]))
+            parts.append(f"<h2>{title}</h2>" + _image("errors by SNR", _by_condition(joined)))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>ssl_gpu: evaluation</title>'
             f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
 

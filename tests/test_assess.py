@@ -21,7 +21,7 @@ from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.clips import Truth
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
-from ssl_gpu.pretrained import build_localizer, load_localizer
+from ssl_gpu.pretrained import build_localizer, load_localizer, read_weights
 from ssl_gpu.protocol import SetOptions, read_measured
 from ssl_gpu.runtime import versions
 
@@ -101,10 +101,13 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
     for name in ("a", "b"):
         assert run(checkpoint, "--sets", "e1,e1n5", "--clips", 4, "--json", f"{name}.json", "--manifest", name) == 0
         results.append(json.loads(Path(f"{name}.json").read_text()))
+        words = f"{checkpoint} --sets e1,e1n5 --clips 4 --json {name}.json --manifest {name}"
+        assert {result.pop("command") for result in results[-1].values()} == {f"python -m ssl_gpu.evaluate {words}"}
     assert results[0] == results[1] and list(results[0]) == ["e1", "e1n5"]
     assert results[0]["e1"]["leaked_rooms"] == results[0]["e1"]["leaked_talkers"] == 0
     cfg = from_mapping(RunConfig, TINY)
-    about = {"target": "cone", "steps": 7, "examples": 7 * cfg.train.batch_size, "device": "cpu",
+    about = {"target": "cone", "steps": 7, "examples": 7 * cfg.train.batch_size, "device": "cpu", "set_version": 1,
+             "weights_digest": read_weights(checkpoint).digest, "minutes": None, "precision": None,
              "parameters": sum(p.numel() for p in build_localizer(cfg).parameters()), "versions": versions()}
     for result in results[0].values():
         assert {key: result[key] for key in about} == about | {"device": result["device"]} and result["device"]
@@ -199,6 +202,7 @@ def test_the_network_is_built_once_and_told_every_spacing(checkpoint, folder, tm
     for sets in ("e3", "e1,e3,e1p"):
         assert run(*arguments, sets) == 0
         results.append(json.loads(Path("a.json").read_text()))
+        assert results[-1]["e3"].pop("command").endswith(f"--sets {sets}")
     assert len(built) == 2 and results[0]["e3"] == results[1]["e3"]
     assert sum(p.numel() for p in built[0].parameters()) == results[0]["e3"]["parameters"]
 
@@ -372,7 +376,8 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sets", "e1,e9"], "--sets must be of e0, e0b, e1, e1p, e1n5, e2, e3, got 'e9'"),
+    (["--sets", "e1,e9"], "--sets must be of e0, e0b, e1, e1p, e1n0, e1n5, e1n10, e1n20, e1w0, e1w5, e1w10, e1w20, e2, "
+     "e3, got 'e9'"),
     (["--sets", "e1", "--clips", "0"], "--clips must be >= 1, got 0"),
     (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),

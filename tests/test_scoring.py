@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_gpu.clips import Truth
+from ssl_gpu.clips import Clips, Truth
 from ssl_gpu.metrics import build_angle_map, localisation_metrics
 from ssl_gpu.scene import SceneConfig, sample_scenes
-from ssl_gpu.scoring import BINS, bayes_azimuth, bootstrap, detection, score_angles
+from ssl_gpu.scoring import BINS, angle_scores, bayes_azimuth, bootstrap, bootstrap_quantile, score_angles
 
 
 RECORDED = [[1.8571428571428572, 3.625], [1.6153846153846154, 4.0]]
@@ -21,6 +21,10 @@ def rad(*degrees):
 
 def truth_of(cone, scene=None, **conditions):
     return Truth(cone, cone, torch.arange(len(cone)) if scene is None else scene, conditions)
+
+
+def detection(heard, true):
+    return angle_scores(heard, true, truth_of(true))["detection_at_10"]
 
 
 def test_scores_of_a_case_done_by_hand():
@@ -38,6 +42,65 @@ def test_scores_of_a_case_done_by_hand():
     assert rows[-40]["cone_mae_deg"] == pytest.approx(12) and rows[-2]["cone_mae_deg"] == pytest.approx(1)
     assert sum(bin["num_sources"] for bin in rows.values()) == 3        # an unknown one is in no bin
     assert json.loads(json.dumps(score)) == score
+    assert score["interval_95"] is None is score["cone"]["interval_95"]  # two scenes say nothing of others
+    assert score["cone"]["mae_deg"] == score["cone_mae_deg"] and score["cone"]["median_deg"] == pytest.approx([6, 4.5])
+    assert score["cone"]["p90_deg"] == pytest.approx([10.8, 6.5])
+    assert [score["cone"][f"acc_at_{limit}"] for limit in (5, 10, 15)] == [[0.5, 0.5], [0.5, 1.0], [1.0, 1.0]]
+
+
+def test_azimuth_is_scored_as_cone_angles_are_and_by_what_its_own_talkers_are():
+    """Talkers whose order by azimuth is the other one: of either angle the circumstances are those of the talker."""
+    clips = Clips(torch.zeros(2, 2, 1), torch.zeros(2, 2, 3), rad(100, 30, 40, 170).view(2, 2),
+                  rad(50, 80, 60, 120).view(2, 2), torch.arange(2), {"drr_db": torch.tensor([[5.0, -10.0], [-4, 0]])},
+                  [{}, {}], ())
+    truth = Truth.of([clips])
+    azimuth, cone = rad(33, 101, 42, 163).view(2, 2), rad(54, 88, 61, 120).view(2, 2)
+    score = score_angles(azimuth, cone, truth)
+    assert score["azimuth"]["mae_deg"] == pytest.approx([2.5, 4]) == score["azimuth_mae_deg"]
+    assert score["azimuth"]["p90_deg"] == pytest.approx([2.9, 6.4]) and score["azimuth"]["both_at_10"] == 1
+    assert score["azimuth"]["detection_at_10"] == pytest.approx({"mdr": 0, "far": 0, "fine_error_deg": 3.25})
+    by_drr = {"cone": {-40: 8, -6: 1, -2: 0, 2: 4}, "azimuth": {-40: 3, -6: 2, -2: 7, 2: 1}}
+    for angle, by in (("cone", score["by"]), ("azimuth", score["azimuth"]["by"])):
+        assert {row["from"]: row[f"{angle}_mae_deg"] for row in by["drr_db"]} == pytest.approx(by_drr[angle])
+
+
+def test_everything_per_source_has_its_interval():
+    """Of 400 clips whose errors are normal numbers: about the point, as wide as standard errors say."""
+    generator = torch.Generator().manual_seed(2)
+    true = rad(60, 120).expand(400, 2)
+    error = 8 * torch.randn(400, 2, generator=generator, dtype=torch.float64)
+    score = angle_scores(true + torch.deg2rad(error), true, truth_of(true))
+    assert set(score["interval_95"]) == set(score) - {"interval_95"}
+    for name in ("mae_deg", "median_deg", "p90_deg", "acc_at_5", "acc_at_10", "acc_at_15"):
+        for point, (low, high) in zip(score[name], score["interval_95"][name]):
+            assert low < point < high
+    [(low, high), _] = score["interval_95"]["mae_deg"]
+    assert high - low == pytest.approx(2 * 1.96 * float(error[:, 0].abs().std()) / 20, rel=0.1)
+    for name, value in score["detection_at_10"].items():
+        low, high = score["interval_95"]["detection_at_10"][name]
+        assert low < value < high
+    assert score["interval_95"]["acc_at_10"][0] == bootstrap((error[:, :1].abs() <= 10).double(), torch.arange(400))[0]
+    never = angle_scores(true * 0, true, truth_of(true))
+    for found in (never, never["interval_95"]):
+        assert found["detection_at_10"]["fine_error_deg"] is None
+    assert json.loads(json.dumps(never)) == never
+
+
+@pytest.mark.parametrize("scene", [
+    torch.arange(60) // 2, torch.stack((torch.arange(60) % 12, torch.arange(60) % 5), 1)])
+def test_intervals_of_quantiles_are_those_of_a_plain_loop(scene):
+    """Every draw written out: its clips, as often as it has them, sorted."""
+    values = torch.rand(60, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    number = int(scene.max()) + 1
+    chosen = torch.randint(number, (1000, number), generator=torch.Generator().manual_seed(0))
+    found = []
+    for draw in chosen.tolist():
+        times = [math.prod(draw.count(cluster) for cluster in torch.atleast_1d(row).tolist()) for row in scene]
+        drawn = sorted(value for value, often in zip(values[:, 0].tolist(), times) for _ in range(often))
+        if drawn:
+            found.append(drawn[math.ceil(0.9 * len(drawn) - 1e-9) - 1])
+    [interval] = bootstrap_quantile(values, 0.9, scene)
+    assert interval == pytest.approx(np.quantile(found, [0.025, 0.975]).tolist())
 
 
 def test_bins_hold_their_edges():

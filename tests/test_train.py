@@ -25,7 +25,7 @@ from ssl_gpu import run as run_setup
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
-from ssl_gpu.evaluate import prepare_eval
+from ssl_gpu.evaluate import eval_speech, prepare_eval
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.report import announced
@@ -149,7 +149,7 @@ def test_run_in_the_original_rooms_resumes_like_any_other_and_says_that_it_leaks
     for key, value in whole.model.items():
         torch.testing.assert_close(half.model[key], value, rtol=0, atol=1e-6)
     cfg = load_config(RunConfig, tiny / "half" / "config.yaml")
-    eval_set, _ = prepare_eval(cfg, torch.device("cpu"))
+    eval_set, _ = prepare_eval(cfg, torch.device("cpu"), eval_speech(cfg))
     known = set(original_scenes().rt60.tolist())
     assert not set(eval_set.mixture.scenes.rt60.tolist()) & known  # its own evaluation set is clean
 
@@ -196,15 +196,6 @@ def test_a_run_from_the_packaged_weights(tiny, monkeypatch):
     monkeypatch.setattr(run_setup, "packaged", lambda: tiny / "run")
     assert start("train.out=more", "train.steps=1", "train.init=packaged", "scene.mic_spacing_m=0.08") == 0
     assert load_checkpoint(tiny / "more" / "checkpoint.pt").step == 2
-
-
-def test_weights_to_start_from_bring_their_talkers(tiny):
-    for name, speakers in (("a", (0, 1, 2)), ("b", (3, 4, 5))):
-        write_speech(tiny / name, speakers)
-    speech = (f"speech.cache_dir={tiny / 'cache'}", "speech.eval=a", "eval.num_clips=2", "train.steps=1")
-    assert start("train.out=first", "speech.train=a", *speech) == 0
-    assert start("train.out=second", "speech.train=b", "train.init=first", *speech) == 0
-    assert json.loads((tiny / "second" / "result.json").read_text())["leaked_talkers"] == 3
 
 
 def test_weights_of_another_meaning_are_told_and_cannot_be_claimed_later(tiny, capsys):
@@ -508,55 +499,6 @@ def test_resuming_weights_that_diverged_is_one_line(tiny, capsys):
     assert "error: the network's output is not finite" in capsys.readouterr().err
 
 
-def test_talkers_that_were_heard_in_training_are_named_and_counted(tiny, capsys):
-    """By the run, by an evaluation of it on either speech, and after it went on with other speech."""
-    for name, speakers in (("a", (0, 1, 2)), ("b", (2, 3, 4)), ("c", (5, 6, 7))):
-        write_speech(tiny / name, speakers)
-    cache, few = f"speech.cache_dir={tiny / 'cache'}", ("eval.num_clips=2", "train.device=cpu")
-    assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=b", cache) == 0
-    assert ("warning: 1 of 3 talkers of speech.eval were heard in training, 2 for one: the result is not one of "
-            "unseen talkers\n") in capsys.readouterr().err
-    assert json.loads((tiny / "run" / "result.json").read_text())["leaked_talkers"] == 1
-    assert load_checkpoint(tiny / "run" / "checkpoint.pt").extra["talkers"] == ["0", "1", "2"]
-    for name, count in (("a", 3), ("b", 1), ("c", 0)):
-        assert evaluate_cli.evaluate("run", [f"speech.eval={name}", *few])["leaked_talkers"] == count
-        assert ("heard in training" in capsys.readouterr().err) == (count > 0)
-    assert evaluate_cli.evaluate("run", ["speech.eval=null", *few])["leaked_talkers"] == 0
-    assert start("train.out=run", "train.steps=2", "speech.train=c", "--resume") == 0
-    assert evaluate_cli.evaluate("run", ["speech.eval=a", *few])["leaked_talkers"] == 3
-    assert evaluate_cli.evaluate("run", ["speech.eval=c", *few])["leaked_talkers"] == 3
-
-
-def test_files_that_were_heard_in_training_are_found_wherever_they_lie(tiny, capsys):
-    """Without talkers' names it is what is in them that counts: one folder in the other, or a copy of another name."""
-    for place, seeds in (("all", (0, 1)), ("all/test", (2, 3)), ("others", (0, 7))):
-        (tiny / place).mkdir()
-        for seed in seeds:
-            soundfile.write(tiny / place / f"{place[-1]}{seed}.wav", np.random.default_rng(seed).normal(0, 0.1, 20_000),
-                            16000)
-    (tiny / "others" / "a1.wav").write_bytes((tiny / "others" / "s7.wav").read_bytes())  # the name alone is known
-    cache = f"speech.cache_dir={tiny / 'cache'}"
-    assert start("train.out=run", "train.steps=1", "speech.train=all", "speech.eval=all/test", cache) == 0
-    assert "warning: 2 of 2 talkers of speech.eval were heard in training, t" in capsys.readouterr().err
-    assert json.loads((tiny / "run" / "result.json").read_text())["leaked_talkers"] == 2
-    assert evaluate_cli.evaluate("run", ["speech.eval=others", "eval.num_clips=2"])["leaked_talkers"] == 1
-    assert "warning: 1 of 3 talkers of speech.eval were heard in training, s0.wav for one" in capsys.readouterr().err
-
-
-def test_talkers_of_an_older_checkpoint_are_unknown_unless_they_are_voices(tiny):
-    write_speech(tiny / "a")
-    speech = ("speech.train=a", "speech.eval=a", f"speech.cache_dir={tiny / 'cache'}")
-    for out, overrides, expected in (("folder", speech, None), ("voices", (), 0)):
-        assert start(f"train.out={out}", "train.steps=1", *overrides) == 0
-        checkpoint = torch.load(tiny / out / "checkpoint.pt", weights_only=True)
-        del checkpoint["extra"]["talkers"]
-        torch.save(checkpoint, tiny / out / "checkpoint.pt")
-        on_a = [*speech[1:], "eval.num_clips=2", "train.device=cpu"]
-        assert evaluate_cli.evaluate(out, on_a)["leaked_talkers"] == expected
-        assert start(f"train.out={out}", "train.steps=2", "--resume") == 0
-        assert json.loads((tiny / out / "result.json").read_text())["leaked_talkers"] == expected
-
-
 @pytest.mark.parametrize("change", [
     "target.angle=azimuth", "target.labels=hard", "target.decoding=argmax", "scene.bank=6", "scene.rotate=true",
     "mixture.diffuse_snr_db=[0, 20]", "mixture.sensor_snr_db=[0, 20]", "mixture.level_difference_db=[-6, 6]",
@@ -716,16 +658,16 @@ def write_speech(folder, speakers=(0, 1, 2), seconds=1.5):
 
 def test_real_speech_folders_are_heard(tiny):
     write_speech(tiny / "a")
-    write_speech(tiny / "b")
+    write_speech(tiny / "b", (3, 4, 5))
     cache = f"speech.cache_dir={tiny / 'cache'}"
     assert start("train.out=run", "train.steps=1", "speech.train=a", "speech.eval=b", cache) == 0
     assert load_checkpoint(tiny / "run" / "checkpoint.pt").config["speech"]["eval"] == str(tiny / "b")
 
 
 MISTAKES = {
-    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "speech.train must be an existing folder"),
+    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "speech.eval must be an existing folder"),
     "one folder only": (["speech.train=nowhere"], "speech.eval"),
-    "empty folder": (["speech.train=empty", "speech.eval=empty"], "speech.train must hold audio"),
+    "empty folder": (["speech.train=empty", "speech.eval=empty"], "speech.eval must hold audio"),
     "nothing readable": (["speech.train=broken", "speech.eval=broken"], "skipped all 2 files"),
     "one speaker": (["speech.train=alone", "speech.eval=alone"], "at least 2 speakers"),
     "small room": (["scene.room_min_m=[1, 1, 1]"], "scene.room_min_m"),
