@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import common
 from ssl_gpu import runtime
 from ssl_gpu.commandline import end_with
-from ssl_gpu.mixture import MixtureConfig
+from ssl_gpu.mixture import MixtureBatch, MixtureConfig
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.simulator import Simulator, SimulatorConfig
@@ -35,21 +35,24 @@ def measure(name: str, batch: int, way: dict[str, bool], cfg: SceneConfig, mixtu
     simulator = Simulator(cfg, RIR, mixture, SimulatorConfig(compile=way["compiled"], fused=way["fused"]))
     if cfg.bank is not None:
         simulator.fill_bank(generator=generator)
-    call = partial(simulator, generator=generator)
+    call: Callable[[Tensor], MixtureBatch] = partial(simulator, generator=generator)
     if way["graph"]:
         call = simulator.captured(batch, SAMPLES, generator=generator)
         for _ in range(runtime.Graphed.WARM_UP + 1):                    # the last of these captures
             call(dry)
     timing = common.measure(lambda: call(dry), device, seconds)
     row = common.row(name, batch, timing, batch * common.CLIP_S, device, **way)
-    return row, comparison(simulator, dry, min(compare, batch)) if compare else None
+    return row, comparison(simulator, call, generator, dry, min(compare, batch)) if compare else None
 
 
-def comparison(simulator: Simulator, dry: Tensor, few: int) -> common.Check:
-    """The error of the first `few` mixtures of one more batch (no other size, which a compiler would begin anew for)
-    against direct convolution in float64, of a bank's own RIRs or of those of the oracle."""
-    draw = simulator.draw(len(dry), SAMPLES, generator=common.generator(dry.device, 2))
-    audio, here = simulator.render(dry, draw).audio[:few].cpu(), dry[:few].cpu()
+def comparison(simulator: Simulator, call: Callable[[Tensor], MixtureBatch], generator: torch.Generator, dry: Tensor,
+               few: int) -> common.Check:
+    """The error of the first `few` mixtures of one more call of what was timed, by `generator`, against direct
+    convolution and noise in float64, of a bank's own RIRs or of those of the oracle."""
+    seeded = common.generator(dry.device, 2)
+    generator.manual_seed(seeded.initial_seed())
+    audio, here = call(dry).audio[:few].cpu(), dry[:few].cpu()
+    draw = simulator.draw(len(dry), SAMPLES, generator=seeded)          # what that call has drawn
     rirs = None if simulator.bank is None else simulator.bank[1].full[draw.bank_row[:few]].cpu()
     draw = draw[:few].to("cpu")
 
@@ -57,16 +60,25 @@ def comparison(simulator: Simulator, dry: Tensor, few: int) -> common.Check:
         errors = []
         for i in range(few):
             rir = common.oracle_rir(draw.scenes, draw.rooms.images, i, RIR.sample_rate) if rirs is None else rirs[i]
-            errors.append(common.relative_l2(audio[i], common.oracle_mixture(here[i], rir)))
+            speech = common.oracle_mixture(here[i], rir)
+            errors.append(common.relative_l2(audio[i], common.oracle_noise(speech, draw, i, RIR.sample_rate)))
         return max(errors)
 
     return error
 
 
+def floor(device: torch.device) -> dict[str, float]:
+    """The least time of a scene of the workload, us_per_scene: to read its dry speech and write its mixture once
+    (bytes_per_scene), at the speed of a copy (bytes_per_s, read and written)."""
+    scenes = SceneConfig()
+    size, speed = 4 * SAMPLES * (scenes.num_src + scenes.num_mics), common.copy_speed(device)
+    return {"bytes_per_scene": size, "bytes_per_s": speed, "us_per_scene": 1e6 * size / speed}
+
+
 def tasks(batch: int, way: dict[str, bool], device: torch.device, args) -> list[common.Task]:
     """The rows of one batch size and way."""
     kinds = [("endless rooms", SceneConfig(), MixtureConfig(), args.check),
-             ("endless rooms, sensor and diffuse noise", SceneConfig(), NOISY, 0),
+             ("endless rooms, sensor and diffuse noise", SceneConfig(), NOISY, args.check),
              ("bank of rooms", SceneConfig(bank=BANK), MixtureConfig(), args.check)]
     return [common.Task(name, batch, way["compiled"], partial(measure, name, batch, way, *kind, device, args.seconds),
                         {key: way[key] for key in ("fused", "graph")}) for name, *kind in kinds]
@@ -76,7 +88,7 @@ def task_of_array(array: str, batch: int, way: dict[str, bool], device: torch.de
     """Endless rooms with `array` microphones x sources, a name such as 2x4, to be compared with 2x2."""
     mics, srcs = map(int, array.split("x"))
     name, cfg = f"endless rooms, {array}", SceneConfig(num_mics=mics, num_src=srcs)
-    make = partial(measure, name, batch, way, cfg, MixtureConfig(), 0, device, args.seconds)
+    make = partial(measure, name, batch, way, cfg, MixtureConfig(), args.check, device, args.seconds)
     return common.Task(name, batch, way["compiled"], make, {key: way[key] for key in ("fused", "graph")})
 
 
@@ -100,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
-    results = common.Results("bench_simulate", device, arguments, args.json)
+    results = common.Results("bench_simulate", device, arguments, args.json, floor=floor(device))
     for way in common.ways(args, device):
         for batch in batches:
             if way["compiled"]:

@@ -31,7 +31,7 @@ from ssl_gpu.commandline import Parser
 from ssl_gpu.outputs import output_file
 from ssl_gpu.rir import ImageBatch
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.simulator import SimulatorConfig
+from ssl_gpu.simulator import Draw, SimulatorConfig
 
 ROOT = Path(__file__).parents[1]
 CLIP_S = 3.0
@@ -80,12 +80,21 @@ def row(name: str, batch: int, timing: Timing, audio_s: float | None, device: to
     """One line of results: `batch` scenes and `audio_s` seconds of audio (a clip counts once, however many microphones
     hear it) per call.
 
-    peak_bytes is, on a CPU, that of the process so far, so rows must be made from small to large.
+    peak_bytes is, on a CPU, that of the process so far, so rows must be made from small to large. reserved_bytes is
+    what torch has taken of a GPU, with what only a captured graph may use, which peak_bytes leaves out; None on a CPU.
     """
     return {"name": name, "batch": batch, "calls": timing.calls, "median_s": timing.median_s, "p10_s": timing.p10_s,
             "p90_s": timing.p90_s, "scenes_per_s": batch / timing.median_s,
             "audio_s_per_s": None if audio_s is None else audio_s / timing.median_s,
-            "peak_bytes": runtime.peak_memory(device), "error": None, **more}
+            "peak_bytes": runtime.peak_memory(device), "reserved_bytes": runtime.peak_reserved(device), "error": None,
+            **more}
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy too large for caches: 1 GiB on a GPU, 256 MiB on a CPU."""
+    source = torch.ones((1 << (28 if runtime.is_gpu(device) else 26),), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure(lambda: target.copy_(source), device, 0.1).median_s
 
 
 Check = Callable[[], float | None]
@@ -149,6 +158,17 @@ def oracle_mixture(dry: Tensor, rir: Tensor | np.ndarray) -> np.ndarray:
     """dry [src, sample] through rir [mic, src, tap] in float64, by direct convolution, [mic, sample]."""
     rir = rir if isinstance(rir, np.ndarray) else rir.double().cpu().numpy()
     return oracle().mixture(dry.double().cpu().numpy(), rir, np.ones(len(dry)))
+
+
+def oracle_noise(speech: np.ndarray, draw: Draw, index: int, sample_rate: int) -> np.ndarray:
+    """speech [mic, sample] with the noise of example `index` of a draw on the CPU, in float64."""
+    noises = draw.mixture
+    parts = {} if noises.sensor is None else {"sensor": noises.sensor[index].double().numpy()}
+    if noises.diffuse is not None:
+        parts["diffuse"] = oracle().diffuse(noises.diffuse[index].double().numpy(),
+                                            draw.scenes.mic_pos[index].double().numpy(), sample_rate)
+    snr = {"sensor": float(noises.sensor_snr[index]), "diffuse": float(noises.diffuse_snr[index])}
+    return speech + sum(oracle().at_snr(noise, speech, snr[kind]) for kind, noise in parts.items())
 
 
 def relative_l2(actual: Tensor, expected: np.ndarray) -> float:
@@ -262,7 +282,7 @@ class Results:
         """arguments: as main's; path: of the file, if there is to be one; more: further keys of it."""
         name = runtime.device_name(device)
         machine = {"device": name, "slug": slug(name), "gpu": runtime.is_gpu(device), "cores": os.cpu_count(),
-                   "threads": torch.get_num_threads()}
+                   "threads": torch.get_num_threads(), "driver": runtime.driver(device)}
         self.path, self.device, self._checks = path, device, []
         self.rows: list[dict[str, Any]] = []
         self.content = {"benchmark": benchmark, "command": told_command(benchmark, arguments),
@@ -273,6 +293,7 @@ class Results:
         """The rows of the tasks, in their order."""
         for task in tasks:
             gc.collect()  # a cycle may still hold tensors of the row before, which would count in this one's peak
+            runtime.release_memory(self.device)
             runtime.reset_peak_memory(self.device)
             try:
                 row, check = task.make()

@@ -37,6 +37,8 @@ from ssl_gpu.simulator import Draw, Simulator, SimulatorConfig
 
 RATE = 16000
 BOTH, FULL, MIXTURE = "RIRs, full and early", "RIRs", "RIRs and mixture"
+COPIED = "RIRs, copied to the device"
+STAGES = (BOTH, FULL, COPIED, MIXTURE)
 TARGET = {BOTH: 20.0, FULL: 20.0, MIXTURE: 14.0}  # times the reference, on one CPU thread, in batches of 64
 LATE_DB = 13.0  # where the diffuse tails of torchrir and gpuRIR take over, as in gpuRIR's examples
 INTERLEAVE = 16  # scenes of another tool between two calls of ours, so that a busy moment hits both
@@ -47,7 +49,8 @@ NOTES = (f"Times are wall-clock; \"ours is faster by\" is the ratio of total tim
          f"task, which ours does too (last rows): complete, cut at order {CUT_ORDER} (which loses the late tail), or "
          f"with a diffuse tail from -{LATE_DB:g} dB on. Scenes are refused where no absorption gives the RT60 by "
          f"Sabine's formula; those do not count for ours either. Mixtures are RIRs followed by "
-         f"scipy.signal.fftconvolve, or on a GPU by our convolution.")
+         f"scipy.signal.fftconvolve, or on a GPU by our convolution; RIRs are left where the tool leaves them, and on "
+         f"a GPU a row of their own has the copy to it, too.")
 
 Seconds = tuple[float, float]  # wall-clock, and of the process on all CPU cores
 
@@ -243,7 +246,7 @@ class Ours:
         def rirs():
             images = draw_images(cfg, self.scenes, generator=self.generator)
             fused = SimulatorConfig().fused_on(images.ratio.device)
-            return render_chunks(cfg, self.scenes, images, fused=fused, chunk=self.chunk)
+            return render_chunks(cfg, self.scenes, images, fused=fused, chunk=self.chunk)  # of COPIED, too
 
         def mixtures():
             images = draw_images(cfg, self.scenes, generator=self.generator)
@@ -265,13 +268,16 @@ def convolve(dry: Tensor, rirs: np.ndarray | Tensor) -> np.ndarray | Tensor:
 
 
 def time_scene(tool: Tool, scene: Scene, dry: Tensor, device: torch.device) -> dict[str, Seconds]:
-    """Seconds of the stages of one scene: both kinds of RIR are the same call, and the mixture goes on from it.
+    """Seconds of the stages of one scene: all kinds of RIR are the same call, and the copy and the mixture go on from
+    it.
 
     Raises ValueError where the tool refuses the scene.
     """
     rirs, spent = timed(lambda: tool.rirs(scene), device)
-    mixed = timed(lambda: convolve(dry, rirs), device)[1]
-    return {stage: (spent[0] + mixed[0], spent[1] + mixed[1]) if stage == MIXTURE else spent for stage in tool.stages}
+    further = {MIXTURE: timed(lambda: convolve(dry, rirs), device)[1]}
+    if COPIED in tool.stages:
+        further[COPIED] = timed(lambda: torch.as_tensor(rirs, device=device), device)[1]
+    return {stage: tuple(map(sum, zip(spent, further.get(stage, (0.0, 0.0))))) for stage in tool.stages}
 
 
 def compare(tool: Tool, ours: Ours, record: bool, patience: float) -> str | None:
@@ -317,6 +323,9 @@ def find_tools(names: Sequence[str], device: torch.device) -> tuple[list[Tool], 
             skipped[name] = str(error)
         except Exception as error:
             skipped[name] = f"{type(error).__name__} at import: {error}"
+    if device.type != "cpu":
+        for tool in tools:
+            tool.stages = (*tool.stages[:-1], COPIED, tool.stages[-1])
     return tools, skipped
 
 
@@ -348,7 +357,7 @@ def rows_of(tools: list[Tool], target: bool, batch: int, device: torch.device) -
         rows.append({"name": name, "stage": stage, "on": on, "median_s": timing.median_s, "p10_s": timing.p10_s,
                      "p90_s": timing.p90_s, "mean_s": sum(wall) / len(wall), **more})
 
-    for stage in (BOTH, FULL, MIXTURE):
+    for stage in STAGES:
         wall = [seconds[0] for tool in tools for calls in tool.ours[stage] for seconds in calls]
         if wall:
             row(f"ours, FRA-RIR, batches of {batch}", stage, device.type, wall, scenes=batch * len(wall), refused=0,

@@ -39,10 +39,28 @@ def titled_table(results: dict[str, Any]) -> str:
     lines = {"bench_train": train_table, "peers": peers_table}.get(kind, simulation_table)(results)
     machine, versions = results["machine"], results["versions"]
     threads = f"{machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}"
-    conditions = (f"{machine['device']}, {machine['cores']} cores, {threads}, torch {versions['torch']}, Python "
-                  f"{versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`"
+    driver = told_driver(machine)
+    conditions = (f"{machine['device']}{driver}, {machine['cores']} cores, {threads}, torch {versions['torch']}, "
+                  f"Python {versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`"
                   + unfinished(results))
-    return "\n".join([f"### {TITLES[kind]}", "", *lines, "", conditions])
+    return "\n".join([f"### {TITLES[kind]}", "", *lines, "", *floor(results), conditions])
+
+
+def told_driver(machine: dict[str, Any]) -> str:
+    """Of a GPU, where the file says which it is."""
+    return f", driver {machine['driver']}" if machine.get("driver") else ""
+
+
+def floor(results: dict[str, Any]) -> list[str]:
+    """Of bench_simulate: the floor of the memory, and how far from it the best row of endless rooms is."""
+    least = results.get("floor")
+    times = [1e6 / row["scenes_per_s"] for row in results["rows"]
+             if "failed" not in row and row["name"] == "endless rooms"] if least else []
+    if not times:
+        return []
+    return [f"Memory floor: {least['bytes_per_scene'] / 1e6:.2f} MB a scene, to read the dry speech and write the "
+            f"mixture, at {least['bytes_per_s'] / 1e9:,.0f} GB/s of a copy are {number(least['us_per_scene'])} us; "
+            f"endless rooms take {number(min(times) / least['us_per_scene'])} times as long.", ""]
 
 
 def unfinished(results: dict[str, Any]) -> str:
@@ -182,16 +200,19 @@ def gpu_short(folder: Path) -> str:
         for row in results["rows"]:
             if "failed" not in row and row["fused"] and not row["compiled"]:
                 rates.setdefault((row["name"], row["batch"]), {})[row["graph"]] = row
+        reserved = any(True in ways and ways[True].get("reserved_bytes") for ways in rates.values())
         names, measured = list(dict.fromkeys(name for name, _ in rates)), {way for row in rates.values() for way in row}
         heads = {way: head for way, head in ((False, "by launches"), (True, "one CUDA graph")) if way in measured}
         rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in heads),
-                 *[mebibytes(ways[False]["peak_bytes"] if False in ways else None)] * (False in measured)]
+                 *[mebibytes(ways[False]["peak_bytes"] if False in ways else None)] * (False in measured),
+                 *[mebibytes(ways[True]["reserved_bytes"] if True in ways else None)] * reserved]
                 for (name, batch), ways in sorted(rates.items(), key=lambda it: (names.index(it[0][0]), it[0][1]))]
         machine = results["machine"]
-        head = ["mixtures/s", "batch", *heads.values(), *["MiB, by launches"] * (False in measured)]
+        head = ["mixtures/s", "batch", *heads.values(), *["MiB, by launches"] * (False in measured),
+                *["MiB, one CUDA graph"] * reserved]
         lines += [*table(head, rows), "",
-                  f"{machine['device']}, torch {results['versions']['torch']}, commit {results['commit']}, "
-                  f"{results['date']}: `{results['command']}`{unfinished(results)}"]
+                  f"{machine['device']}{told_driver(machine)}, torch {results['versions']['torch']}, commit "
+                  f"{results['commit']}, {results['date']}: `{results['command']}`{unfinished(results)}"]
     return "\n".join(lines)
 
 

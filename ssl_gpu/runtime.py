@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -244,6 +245,30 @@ def peak_memory(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_reserved(device: torch.device) -> int | None:
+    """The most bytes that torch has taken of a GPU's memory, used or kept, those that only a CUDA graph may use among
+    them; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what torch keeps of a GPU's memory without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def driver(device: torch.device) -> str | None:
+    """The version of a GPU's driver, "unknown" where nvidia-smi does not tell; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    return found[0] if found else "unknown"
 
 
 def reset_peak_memory(device: torch.device) -> None:

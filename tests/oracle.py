@@ -145,6 +145,22 @@ def mixture(dry, rir, gain_factor):
     return out
 
 
+def diffuse(white, mic_pos, rate, loading=1e-4, speed=340.0):
+    """White noise [mic, sample] to spherically isotropic noise of the microphones mic_pos [mic, 3] m, likewise: bin by
+    bin by a Cholesky factor of the coherence sin(kd)/(kd), whose diagonal is `loading` more than 1."""
+    dist = np.linalg.norm(mic_pos[:, None] - mic_pos[None], axis=-1)
+    spectrum, mixed = np.fft.rfft(white), np.zeros((len(white), white.shape[1] // 2 + 1), complex)
+    for index, freq in enumerate(np.fft.rfftfreq(white.shape[1], 1 / rate)):
+        coherent = np.sinc(2 * freq * dist / speed) + loading * np.eye(len(dist))
+        mixed[:, index] = np.linalg.cholesky(coherent) @ spectrum[:, index]
+    return np.fft.irfft(mixed, white.shape[1])
+
+
+def at_snr(noise, speech, snr_db):
+    """noise [mic, sample], snr_db below the speech in mean power over microphones and samples; infinite: nothing."""
+    return noise * np.sqrt((speech ** 2).mean() / (noise ** 2).mean() * 10 ** (-snr_db / 10))
+
+
 def gcc_delay(first, second, step=16):
     """Samples by which `second` lags `first`: the peak of the plain cross-correlation, on a grid of 1/step sample."""
     n = len(first) + len(second)
