@@ -1,6 +1,6 @@
 """Each lever of the main recipe for itself: the same short training without it.
 
-    python -m benchmarks.ablations speech.train=DIR speech.eval=DIR --out FILE.jsonl
+    python -m benchmarks.ablations speech.train=DIR speech.eval=OTHER_DIR --out FILE.jsonl
     python -m benchmarks.ablations --table FILE.jsonl
 
 A run is configs/librispeech.yaml with the overrides of a variant, for as many mixtures as --steps steps of 32 have. It
@@ -208,8 +208,8 @@ def append(path: Path, text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(prog="python -m benchmarks.ablations", description=__doc__)
-    parser.add_overrides("of every run: speech.train=DIR speech.eval=DIR, and speech.* alone for the clips that it is "
-                         "judged on")
+    parser.add_overrides("of every run: speech.train=DIR speech.eval=OTHER_DIR, and speech.* alone for the clips "
+                         "that it is judged on")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per run")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of such a file")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",

@@ -191,9 +191,9 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
     if not SPACING_TOLERANCE[0] <= heard / trained - 1 <= SPACING_TOLERANCE[1]:
         low, high = TRAINED_M
         advice = f"training reaches from {low:g} to {high:g} m; is it in metres?" if not low <= heard <= high else (
-            f"for better angles: python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR speech.eval=DIR "
-            f"scene.mic_spacing_m={heard:.3g} train.init=packaged train.lr=1e-3 train.noise_warmup=0 "
-            f"train.max_minutes=10")
+            f"for better angles: python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR "
+            f"speech.eval=OTHER_DIR scene.mic_spacing_m={heard:.3g} train.init=packaged train.lr=1e-3 "
+            f"train.noise_warmup=0 train.max_minutes=10")
         return [f"{told}, far from its {trained:.3g} m; {advice}"]
     return []
 

@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(prog="python -m ssl_gpu.train", description=__doc__)
     parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    parser.add_overrides("for example speech.train=DIR speech.eval=DIR train.max_minutes=20")
+    parser.add_overrides("for example speech.train=DIR speech.eval=OTHER_DIR train.max_minutes=20")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration, with "
                              "the settings that it holds, which overrides alone change")

@@ -195,6 +195,16 @@ def test_rounding_noise_in_silence_is_no_source():
     assert_close(cone, torch.tensor([[0.5]]), atol=math.radians(2), rtol=0)
 
 
+def test_what_is_no_sound_has_no_angle():
+    """A NaN in one of two clips: that one's angles are NaN, not those of a talker at 0 degrees."""
+    audio = anechoic([1.0, 2.2], 3)[None]
+    spoiled = audio.clone()
+    spoiled[0, 1, 3000] = math.nan
+    found = gcc_phat(torch.cat((spoiled, audio)), pair(1).expand(2, -1, -1), SAMPLE_RATE, 2)
+    assert found[0].isnan().all()
+    assert_close(found[1:], gcc_phat(audio, pair(1), SAMPLE_RATE, 2))
+
+
 def test_a_clip_shorter_than_a_frame_is_padded():
     audio = anechoic([1.0], 3, num_sample=1000)[None, :, :800]
     assert_close(gcc_phat(audio, pair(1), SAMPLE_RATE, 1), torch.tensor([[1.0]]), atol=math.radians(2), rtol=0)

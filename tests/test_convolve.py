@@ -41,6 +41,9 @@ def test_blocks_equal_the_whole(block, **shape):
     alone = convolve_sources(signal, rir, keep_src=True)
     assert_close(convolve_blocks(signal, rir, block, keep_src=True), alone, atol=1e-11, rtol=0)
     assert convolve_blocks(signal.float(), rir.float(), block).dtype == torch.float32
+    finer = convolve_blocks(signal, rir.float(), block)                 # the finer of both, as at once
+    assert finer.dtype == torch.float64
+    assert_close(finer, whole, atol=1e-5 * float(whole.abs().max()), rtol=0)
 
 
 def test_cut_result_is_the_start_of_the_whole_and_does_not_wrap():

@@ -85,6 +85,20 @@ def test_wide_matrices_stay_whole_where_products_are_not():
         torch.set_float32_matmul_precision(before)
 
 
+def test_precision_set_for_one_backend_alone_is_taken_for_less():
+    """torch then refuses to say what its older setting would be."""
+    matrix = with_values((32, 96), torch.logspace(0, -4, 32, dtype=torch.float64)).float()
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert not has_whole_products(matrix) and has_whole_products(matrix.double())
+        found = orthogonalised(matrix)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert has_whole_products(matrix)
+    torch.testing.assert_close(found, plain_iteration(matrix).float(), rtol=0, atol=1e-4)
+
+
 def test_zero_gradient_moves_nothing_but_the_decay():
     weight = nn.Parameter(torch.ones(4, 8))
     weight.grad = torch.zeros(4, 8)

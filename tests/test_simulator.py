@@ -386,6 +386,16 @@ def test_dtype_of_mixtures_does_not_depend_on_the_chunk(dtype, found):
     assert_close(parts, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
 
 
+def test_dtype_of_long_mixtures_does_not_depend_on_the_chunk():
+    """Of speech so long that a CPU convolves it block by block."""
+    dry = torch.randn(2, 1, 2 * 65536 + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    law = SceneConfig(num_mics=1, num_src=1)
+    whole, parts = (Simulator(law, RirConfig(early=False), config=SimulatorConfig(chunk))(
+        dry, generator=torch.Generator().manual_seed(1)).audio for chunk in (2, 1))
+    assert whole.dtype == parts.dtype == torch.float64
+    assert_close(parts, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
 def test_speech_that_is_no_tensor_is_named():
     simulator = Simulator(rir=RirConfig(early=False))
     generator = torch.Generator().manual_seed(0)
