@@ -13,7 +13,7 @@ from ssl_gpu.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ssl_gpu.config import ConfigError, RunConfig, from_mapping, load_config, save_yaml, to_mapping
 from ssl_gpu.evaluate import evaluate
 from ssl_gpu.pretrained import (MAX_LOG_BYTES, build_localizer, export, load_localizer, load_pretrained, main, packed,
-                                read_weights, thinned_log, without_places)
+                                read_weights, thinned_log, training_record, without_places)
 from ssl_gpu.simulator import SimulatorConfig
 
 TINY = {"speech": {"clip_s": 0.5, "voices_speakers": 3, "voices_utterances": 1, "voices_duration_s": 0.6},
@@ -185,6 +185,29 @@ def test_export_has_no_choices_of_speed():
     """Which are of the machine that trained: another may have no Triton, and less memory."""
     cfg = from_mapping(RunConfig, {"simulator": {"chunk": 999, "compile": True, "fused": True}, "train": {"steps": 1}})
     assert without_places(cfg).simulator == SimulatorConfig()
+
+
+def test_weights_are_known_by_their_digest(run):
+    """Of names, shapes and values, whatever file they are in."""
+    weights = read_weights(run)
+    again = replace(weights, state=dict(reversed(weights.state.items())), step=weights.step + 1)
+    assert weights.digest == read_weights(run / "checkpoint.pt").digest == again.digest
+    name = next(name for name, values in weights.state.items() if values.ndim > 1)
+    for other in (weights.state[name] + 1e-3, weights.state[name].T, weights.state[name].half()):
+        assert replace(weights, state={**weights.state, name: other}).digest != weights.digest
+    assert replace(weights, state={**weights.state, "x": weights.state[name]}).digest != weights.digest
+
+
+def test_what_a_run_says_of_its_training_is_found_beside_its_weights(run):
+    nothing = dict.fromkeys(("minutes", "precision", "steps_before", "examples_before"))
+    told = {"minutes": 3.5, "precision": "float32", "steps_before": 0, "examples_before": 0}
+    (run / "result.json").write_text(json.dumps(told | {"steps": 7}))
+    assert training_record(run) == training_record(run / "checkpoint.pt") == told
+    for text in ("[1]", "{"):
+        (run / "result.json").write_text(text)
+        assert training_record(run) == nothing
+    (run / "result.json").unlink()
+    assert training_record(run) == nothing
 
 
 def test_evaluation_is_copied(run):
