@@ -83,10 +83,10 @@ MORE_COLUMNS = (
     ("missed", lambda r: metrics_cell(r["detection_at_10"]["mdr"], "%")),
     ("found, off by", lambda r: "" if (fine := r["detection_at_10"]["fine_error_deg"]) is None else metrics_cell(fine)),
     ("azimuth MAE", lambda r: metrics_cell(r["azimuth"]["mae_deg"])),
-    ("median", lambda r: metrics_cell(r["azimuth"]["median_deg"])),
-    ("P90", lambda r: metrics_cell(r["azimuth"]["p90_deg"])),
-    ("within 10", lambda r: " / ".join(f"{100 * share:.1f}" for share in r["azimuth"]["acc_at_10"]) + " %"),
-    ("both in 10", lambda r: metrics_cell(r["azimuth"]["both_at_10"], "%")),
+    ("az. median", lambda r: metrics_cell(r["azimuth"]["median_deg"])),
+    ("az. P90", lambda r: metrics_cell(r["azimuth"]["p90_deg"])),
+    ("az. within 10", lambda r: " / ".join(f"{100 * share:.1f}" for share in r["azimuth"]["acc_at_10"]) + " %"),
+    ("az. both in 10", lambda r: metrics_cell(r["azimuth"]["both_at_10"], "%")),
 )
 
 
