@@ -32,10 +32,11 @@ from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
+from ssl_gpu.measured import read_measured
 from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing, training_record
-from ssl_gpu.protocol import LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics, read_measured
+from ssl_gpu.protocol import LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics
 from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank

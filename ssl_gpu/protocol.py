@@ -18,13 +18,10 @@ Which sets had a say in the choice of the packaged weights stands in docs/accura
 """
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,18 +32,18 @@ from torch import Tensor
 from ssl_gpu import rng
 from ssl_gpu.clips import Clips
 from ssl_gpu.convolve import convolve_sources
-from ssl_gpu.measure import RirMeasures, decay_time, drr_db, energy_db, energy_decay, measure_rirs
+from ssl_gpu.measure import RirMeasures, measure_rirs
+from ssl_gpu.measured import NO_RIRS, PLACE_OPTIONAL, SAMPLE_RATE, measure_alone, pairs_of
 from ssl_gpu.mixture import MixtureConfig, MixtureDraw, draw_mixture, mix
 from ssl_gpu.original import NUM_EVAL_SCENES, SEED
 from ssl_gpu.pool import draw_original_images, eval_rooms_in
 from ssl_gpu.rir import ImageBatch, RirConfig, draw_images, render_rir
 from ssl_gpu.scene import SceneBatch, SceneConfig, original_scenes, sample_scenes
-from ssl_gpu.scenelist import scene_entries, shown_json
+from ssl_gpu.scenelist import scene_entries
 from ssl_gpu.speech import Crop, CropBatch, SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import RirBatch
 
 VERSION = 1          # of the sets; to be raised with any change of a scene, talker, noise or draw of theirs
-SAMPLE_RATE = 16000  # Hz
 NUM_SAMPLES = 48000  # 3 s
 BLOCK = 50           # clips drawn at a time, part of every set
 NUM_CLIPS, NUM_CLIPS_E2, NUM_CLIPS_E3 = 2000, 500, 300
@@ -58,8 +55,6 @@ NOISES = {f"e1{letter}{snr:.0f}": MixtureConfig(**{f"{kind}_snr_db": (snr, snr)}
           for letter, kind in (("n", "diffuse"), ("w", "sensor")) for snr in SNRS_DB}
 CANDIDATES = 16      # for the second talker of e0; of 40 talkers all are of the first one's voice in one of 40^16 draws
 MAX_ORDER_E2 = 60    # of images; caps long reverberation in small rooms
-PLACE_OPTIONAL = ("configuration", "distance_m", "rt60_s")  # what index.json may say of an RIR
-NO_RIRS = "e3 needs a folder of measured RIRs: e3.dir=DIR"
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +337,7 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)
     crops = draw_crops(options.speech, NUM_CLIPS_E3, 2, NUM_SAMPLES, Crop.FIRST, generator=generator)
     total, spacing = options.limit(NUM_CLIPS_E3), places[0]["mic_spacing_m"]
-    t20, drr, energy = _measure_alone(rirs[:, 0])
+    t20, drr, energy = measure_alone(rirs[:, 0])
     distance = torch.tensor([place.get("distance_m", math.nan) for place in places], dtype=torch.float64)
     positions = [(place["cone_deg"], place.get("distance_m")) for place in places]
     position = torch.tensor([positions.index(key) for key in positions])
@@ -382,109 +377,10 @@ def _entries_of_measured(pairs: list[list[dict[str, Any]]], utterances: list[lis
             for row, names, offset, gain in zip(pairs, utterances, offsets, gains)]
 
 
-def _measure_alone(rirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """T20 (s), direct-to-reverberant ratio and energy (dB) of RIRs [rir, tap], each [rir] float64, NaN where undefined.
-    Where they are from is not known: the largest tap counts as the direct sound."""
-    direct = rirs.abs().argmax(-1)
-    decay = energy_decay(rirs, direct)
-    return (decay_time(decay, direct, SAMPLE_RATE, -5, -25), drr_db(rirs, direct, SAMPLE_RATE), energy_db(rirs))
-
-
 def _draw_pairs(places: list[dict[str, Any]], generator: torch.Generator) -> Tensor:
     """[clip, 2] int64: two RIRs of one configuration, whatever their directions."""
-    pairs = _pairs(places)
+    pairs = pairs_of(places)
     return torch.tensor(pairs)[torch.randint(len(pairs), (NUM_CLIPS_E3,), generator=generator)]
-
-
-def _pairs(places: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """All ordered pairs of RIRs of one configuration. Raises ValueError where there are none."""
-    pairs = [(i, j) for i, a in enumerate(places) for j, b in enumerate(places)
-             if i != j and a.get("configuration") == b.get("configuration")]
-    if not pairs:
-        raise ValueError("e3.dir: index.json must hold two RIRs of one configuration")
-    return pairs
-
-
-def read_measured(folder: str | Path | None) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Measured RIRs [rir, mic=2, tap] float32, and what index.json says of each.
-
-    index.json: {"mic_spacing_m": m, "speed_of_sound": m/s, "rirs": [{"file": name, "cone_deg": angle from the axis from
-    channel 1 to channel 2, ...}, ...]}; optional of an RIR: configuration, distance_m, rt60_s, mic_spacing_m; null is
-    as good as nothing. Every RIR is given back with those of these keys that it has, with spacing and speed of sound.
-    Raises ValueError, in one line that names entry and key, for a folder that is none of this.
-    """
-    if folder is None:
-        raise ValueError(NO_RIRS)
-    folder = Path(folder).expanduser()
-    path = folder / "index.json"
-    try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"e3.dir: cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"e3.dir: {path} must hold JSON: {error}") from error
-    common = _known(index, f"e3.dir: {path}", ("mic_spacing_m", "speed_of_sound"))
-    rirs = index.get("rirs")
-    if not isinstance(rirs, list) or len(rirs) < 2:
-        raise ValueError(f"e3.dir: {path}: rirs must be a list of at least 2 RIRs, got "
-                         f"{len(rirs) if isinstance(rirs, list) else shown_json(rirs)}")
-    places = [common | _known(rir, f"e3.dir: {path}: rirs[{number}]", ("file", "cone_deg"),
-                              (*PLACE_OPTIONAL, *common)) for number, rir in enumerate(rirs)]
-    for key in common:
-        found = sorted({place[key] for place in places})
-        if len(found) > 1:
-            raise ValueError(f"e3.dir: {path}: all RIRs must have one {key}, got {found[0]} and {found[1]}")
-    _pairs(places)
-    return _read_channels(folder, [place["file"] for place in places]), places
-
-
-def _known(entry: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Of a JSON object, the needed keys, and those optional ones that are there and not null, as they are: digests are
-    of them. Raises ValueError that begins with `where`."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object with {' and '.join(needed)}, got {shown_json(entry)}")
-    found = {}
-    for key in (*needed, *optional):
-        value, (rule, holds) = entry.get(key), INDEX_RULES[key]
-        if value is not None and holds(value):
-            found[key] = value
-        elif value is not None or key in needed:
-            raise ValueError(f"{where}: {key} must be {rule}, got {shown_json(value) if key in entry else 'nothing'}")
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number, which true and 1e999 are not."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-INDEX_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "file": ("the name of a file", lambda value: isinstance(value, str) and value != ""),
-    "cone_deg": ("a number from 0 to 180", lambda value: _is_number(value) and 0 <= value <= 180),
-    "mic_spacing_m": ("a finite number > 0", lambda value: _is_number(value) and value > 0),
-    "speed_of_sound": ("a finite number > 0", lambda value: _is_number(value) and value > 0),
-    "distance_m": ("a finite number or null", _is_number), "rt60_s": ("a finite number or null", _is_number),
-    "configuration": ("anything", lambda value: True)}
-
-
-def _read_channels(folder: Path, names: list[str]) -> Tensor:
-    """[file, 2, tap] float32, zero behind the end of shorter ones."""
-    import soundfile
-
-    channels = []
-    for name in names:
-        try:
-            audio, rate = soundfile.read(folder / name, dtype="float32", always_2d=True)
-        except (OSError, RuntimeError, TypeError) as error:             # TypeError: a .raw file, which says no rate
-            raise ValueError(f"e3.dir: cannot read {folder / name}: {error}") from error
-        if rate != SAMPLE_RATE or audio.shape[1] != 2:
-            raise ValueError(f"e3.dir: {folder / name} must have 2 channels at {SAMPLE_RATE} Hz, got "
-                             f"{audio.shape[1]} at {rate}")
-        if not np.isfinite(audio).all() or not audio.any(0).all():
-            raise ValueError(f"e3.dir: {folder / name} must hold finite samples and be silent in neither channel")
-        channels.append(torch.from_numpy(audio.T))
-    length = max(channel.shape[-1] for channel in channels)
-    return torch.stack([torch.nn.functional.pad(channel, (0, length - channel.shape[-1])) for channel in channels])
 
 
 SETS: dict[str, Callable[[SetOptions], Iterator[Clips]]] = {

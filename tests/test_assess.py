@@ -21,8 +21,9 @@ from ssl_gpu.checkpoint import save_checkpoint
 from ssl_gpu.clips import Truth
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
+from ssl_gpu.measured import read_measured
 from ssl_gpu.pretrained import build_localizer, load_localizer, read_weights
-from ssl_gpu.protocol import SetOptions, read_measured
+from ssl_gpu.protocol import SetOptions
 from ssl_gpu.runtime import versions
 
 TINY = {"model": {"channels": 4, "dim": 16, "depth": 1, "heads": 2}, "features": {"num_bands": 4, "num_delays": 17},

@@ -16,9 +16,9 @@ ORDER = ["checks", "commandline", "runtime", "geometry", "acoustics", "rng", "mi
          "convolve", "directivity", "original", "scene", "voices", "corpus", "speech", "fused", "scatter", "synthesis",
          "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool", "measure", "mixture", "products", "conformer",
          "masks", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset", "lanes",
-         "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "protocol", "scoring",
-         "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog", "train", "trials", "choices", "methods",
-         "fidelity", "simulate", "localize"]
+         "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "measured", "protocol",
+         "scoring", "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog", "train", "trials", "choices",
+         "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 ON_DEMAND = {"fused", "fused_convolve"}  # imported inside a function, by who asks for it: it needs Triton
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}

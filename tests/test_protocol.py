@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from ssl_gpu import protocol, rng
 from ssl_gpu.clips import DERIVED, Digest, Truth
 from ssl_gpu.config import RunConfig, from_mapping
+from ssl_gpu.measured import read_measured
 from ssl_gpu.pretrained import build_localizer
 from ssl_gpu.protocol import (NUM_SAMPLES, SetOptions, clips_of, draw_fresh, draw_original, eval_rooms_trained_in,
-                              num_clips, read_measured)
+                              num_clips)
 from ssl_gpu.rir import RirConfig
 from ssl_gpu.run import prepare, training_speech
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes, sample_scenes

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from ssl_gpu import protocol, rng
 from ssl_gpu.clips import DERIVED, Digest
-from ssl_gpu.protocol import NUM_SAMPLES, SetOptions, clips_of, read_measured
+from ssl_gpu.measured import read_measured
+from ssl_gpu.protocol import NUM_SAMPLES, SetOptions, clips_of
 from ssl_gpu.speech import make_bank
 
 CPU = torch.device("cpu")
