@@ -115,7 +115,8 @@ class Sets:
         for name, parts in self.audio.items():
             pairs = [localizer.estimate(audio, self.law) for audio in parts]
             scores = score_angles(*(torch.cat(column) for column in zip(*pairs)), self.truth[name])
-            found[name] = {key: scores[key] for key in KEPT} | {"interval_95": scores["interval_95"]["cone_mae_deg"]}
+            interval = scores["interval_95"]
+            found[name] = {key: scores[key] for key in KEPT} | {"interval_95": interval and interval["cone_mae_deg"]}
         return found
 
 

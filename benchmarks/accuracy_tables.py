@@ -48,7 +48,8 @@ def evaluation(results: Mapping[str, Any]) -> str:
         rows = {f"**{names}**" + (", LEAKED" if is_leaked(result) else ""): result, **others(result)}
         for label, row in rows.items():
             first = row is result
-            interval = " / ".join(f"{low:.1f} to {high:.1f}" for low, high in row["interval_95"]["cone_mae_deg"])
+            interval = " / ".join(f"{low:.1f} to {high:.1f}" for low, high in
+                                  (row["interval_95"] or {"cone_mae_deg": ()})["cone_mae_deg"])
             lines.append(f"| {label} | {result['num_clips'] if first else ''} | {pair(row['cone_mae_deg'])} "
                          f"| {interval} | {row['cone_median_deg']:.2f} | {percent(row, 5, 10, 15)} "
                          f"| {100 * row['both_at_10']:.1f} % | {pair(row['azimuth_class_mae_deg'])} "

@@ -51,10 +51,10 @@ def comparison(simulator: Simulator, call: Callable[[Tensor], MixtureBatch], gen
     convolution and noise in float64, of a bank's own RIRs or of those of the oracle."""
     seeded = common.generator(dry.device, 2)
     generator.manual_seed(seeded.initial_seed())
-    audio, here = call(dry).audio[:few].cpu(), dry[:few].cpu()
+    audio, here = common.kept(call(dry).audio[:few]), common.kept(dry[:few])
     draw = simulator.draw(len(dry), SAMPLES, generator=seeded)          # what that call has drawn
     rirs = None if simulator.bank is None else simulator.bank[1].full[draw.bank_row[:few]].cpu()
-    draw = draw[:few].to("cpu")
+    draw = common.kept(draw[:few].to("cpu"))
 
     def error() -> float:
         errors = []
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = common.start(args)
     batches = sorted(args.batch or ([16, 64] if device.type == "cpu" else [64, 512, 2048]))
-    results = common.Results("bench_simulate", device, arguments, args.json, floor=floor(device))
+    results = common.Results("bench_simulate", device, arguments, args.json)
     for way in common.ways(args, device):
         for batch in batches:
             if way["compiled"]:
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not way["compiled"]:
             results.measure(task_of_array(array, args.array_batch or batches[-1], way, device, args)
                             for array in args.arrays)
+    results.content["floor"] = floor(device)                            # last, or on a CPU all rows would count its memory
     return results.finish()
 
 

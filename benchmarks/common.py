@@ -6,19 +6,18 @@ import gc
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from benchmarks.report import markdown
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.commandline import Parser
+from ssl_gpu.commandline import Parser, told
 from ssl_gpu.outputs import output_file
 from ssl_gpu.rir import ImageBatch
 from ssl_gpu.scene import SceneBatch
@@ -113,6 +112,18 @@ class Task:
     compiled: bool
     make: Callable[[], tuple[dict[str, Any], Check | None]]
     more: dict[str, Any] = field(default_factory=dict)  # of the row, if it fails
+
+
+T = TypeVar("T")
+
+
+def kept(value: T) -> T:
+    """A tensor, or a dataclass of tensors, on the CPU and in memory of its own: no view that holds a whole batch."""
+    if isinstance(value, Tensor):
+        return value.cpu().clone()
+    if is_dataclass(value):
+        return replace(value, **{each.name: kept(getattr(value, each.name)) for each in fields(value) if each.init})
+    return value
 
 
 def generator(device: torch.device, step: int = 0) -> torch.Generator:
@@ -215,17 +226,8 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[dict[str, bool]
 
 
 def told_command(benchmark: str, arguments: Sequence[str] | None) -> str:
-    """The command line of a benchmark as its results have it: without --json, and of files and folders the last name.
-    arguments: as main's."""
-    words, told = list(sys.argv[1:] if arguments is None else arguments), []
-    while words:
-        word = words.pop(0)
-        key, equals, value = ("", "", word) if os.path.exists(word) else word.partition("=")
-        if word == "--json":
-            del words[:1]
-        elif key != "--json":
-            told.append(key + equals + os.path.basename(os.path.abspath(value)) if os.path.exists(value) else word)
-    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *told])
+    """The command line of a benchmark as its results have it. arguments: as main's."""
+    return told(f"benchmarks.{benchmark}", sys.argv[1:] if arguments is None else arguments)
 
 
 def refuse(problem: str) -> NoReturn:

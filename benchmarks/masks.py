@@ -116,7 +116,8 @@ def measure(name: str, options: SetOptions) -> dict[str, dict[str, object]]:
     for weighting in WEIGHTINGS:
         heard = sorted_angles(torch.cat([part[weighting] for part in parts]).double())
         scores = score_angles(law.angle_map.cone_to_azimuth(heard), heard, true)
-        rows[weighting] = {key: scores[key] for key in KEYS} | {"interval_95": scores["interval_95"]["cone_mae_deg"]}
+        interval = scores["interval_95"]
+        rows[weighting] = {key: scores[key] for key in KEYS} | {"interval_95": interval and interval["cone_mae_deg"]}
     return rows
 
 

@@ -18,7 +18,8 @@ from ssl_gpu.clips import Clips, Digest, Truth, without_audio
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
 from ssl_gpu.metrics import Chance, chance, localisation_metrics
-from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, VERSION, SetOptions, clips_of, measured, num_clips)
+from ssl_gpu.protocol import (LAW, PLANAR, SAME_CLIPS, SAMPLE_RATE, VERSION, SetOptions, clips_of, measured_of,
+                              num_clips)
 from ssl_gpu.scoring import bayes_azimuth, score_angles
 
 BASELINES = {Pooling.MAX: "gcc_phat_max", Pooling.MEAN: "gcc_phat_mean"}
@@ -57,7 +58,7 @@ def spacing_told(name: str, options: SetOptions) -> float:
     """Spacing in m that stands, at 340 m/s, for the travel time between the microphones of a set."""
     if name != "e3":
         return LAW.aperture
-    place = measured(options)[1][0]
+    place = measured_of(options)[1][0]
     return place["mic_spacing_m"] * SPEED_OF_SOUND / place["speed_of_sound"]
 
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 
@@ -25,6 +27,20 @@ class Parser(argparse.ArgumentParser):
         """The words of a command line, any number of them, that change a configuration."""
         # default: without it argparse calls them required where something else is missing.
         self.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=example)
+
+
+def told(module: str, arguments: Sequence[str]) -> str:
+    """The command line `python -m module ARGUMENTS` as results have it that others may read: without --json, and of
+    files and folders the last name."""
+    words, shown = list(arguments), []
+    while words:
+        word = words.pop(0)
+        key, equals, value = ("", "", word) if os.path.exists(word) else word.partition("=")
+        if word == "--json":
+            del words[:1]
+        elif key != "--json":
+            shown.append(key + equals + os.path.basename(os.path.abspath(value)) if os.path.exists(value) else word)
+    return shlex.join(["python", "-m", module, *shown])
 
 
 @contextlib.contextmanager

@@ -79,13 +79,7 @@ def load_corpus(
     """
     if sample_rate < 1:
         raise SpeechError(f"sample rate must be >= 1 Hz, got {sample_rate}")
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise SpeechError(f"{called} must be an existing folder, got {str(folder)!r}")
-    root = root.resolve()
-    names = audio_files(root, called)
-    if not names:
-        raise SpeechError(f"{called} must hold audio ({', '.join(AUDIO_SUFFIXES)}), found none in {str(folder)!r}")
+    root, names = find_audio(folder, called)
     files = sorted((talker_label(root, name), name) for name in names)
     with ThreadPoolExecutor(_workers()) as pool:
         digests = pool.map(lambda item: _file_digest(root / item[1]), files)
@@ -110,6 +104,19 @@ def load_corpus(
             corpus.skipped, len(files), folder, corpus.first_skipped,
         )
     return corpus
+
+
+def find_audio(folder: str | os.PathLike, called: str = "speech folder") -> tuple[Path, list[str]]:
+    """The folder's full path, and the names of its audio files below it. Raises SpeechError for a folder that is none,
+    cannot be read, or holds no audio."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise SpeechError(f"{called} must be an existing folder, got {str(folder)!r}")
+    root = root.resolve()
+    names = audio_files(root, called)
+    if not names:
+        raise SpeechError(f"{called} must hold audio ({', '.join(AUDIO_SUFFIXES)}), found none in {str(folder)!r}")
+    return root, names
 
 
 def audio_files(root: Path, called: str = "speech folder") -> list[str]:

@@ -28,7 +28,7 @@ import torch
 from ssl_gpu import rng, runtime
 from ssl_gpu.assess import Assessment, assess, check_model, write_manifest
 from ssl_gpu.checkpoint import write_json, write_text
-from ssl_gpu.commandline import Parser, end_with
+from ssl_gpu.commandline import Parser, end_with, told
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.evalset import EvalSet, build_eval_set, score_baseline, score_chance, score_model
 from ssl_gpu.localizer import Localizer, SceneLaw, scene_law
@@ -185,7 +185,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         about = {"target": cfg.target.angle.value, "steps": weights.step, "examples": weights.examples,
                  "parameters": sum(p.numel() for p in localizer.parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech), "weights_digest": weights.digest,
-                 **training_record(path)}
+                 **training_record(path, weights.step)}
     about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
 
     def localizer_for(spacing: float) -> Localizer:
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.checkpoint, args.overrides = None, [args.checkpoint, *args.overrides]
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        table, files = run(args, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words]))
+        table, files = run(args, words)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -246,9 +246,10 @@ def about_page(path: str | Path | None, command: str, result: Mapping[str, Any])
             f"{result['device']}, {versions}"}
 
 
-def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Callable[[], None]]]]:
-    """Does what the command line, in words `command`, says, and returns the table to be printed and the files to be
+def run(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, list[tuple[str, Callable[[], None]]]]:
+    """Does what the command line, of these words, says, and returns the table to be printed and the files to be
     written, for write_each. Raises ValueError and OSError."""
+    command = told("ssl_gpu.evaluate", words)                           # now, before there are files to be named
     only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest")
             if (value := getattr(args, name)) is not None and value is not False]
     if args.sets is None and only:
@@ -279,7 +280,8 @@ def run(args: argparse.Namespace, command: str) -> tuple[str, list[tuple[str, Ca
                   for name, assessment in found.items()]
     if html is not None:                                                # last, as it draws for a while
         files.append((args.html, lambda: write_text(html, page(
-            found, table, about_page(path, command, next(iter(result.values())))))))
+            found, table, about_page(path, shlex.join(["python", "-m", "ssl_gpu.evaluate", *words]),
+                                     next(iter(result.values())))))))
     return table, files
 
 

@@ -67,7 +67,7 @@ class Weights:
 
     @property
     def digest(self) -> str:
-        """Of names and values, by which two files of the same weights are known."""
+        """Of names and values as they are stored: an export in float16 has another than its run."""
         found = hashlib.blake2b(digest_size=8)
         for name in sorted(self.state):
             values = self.state[name].detach().cpu().contiguous()
@@ -189,15 +189,16 @@ def read_weights(path: str | Path) -> Weights:
                    trained_talkers(checkpoint.extra, checkpoint.config))
 
 
-def training_record(path: str | Path) -> dict[str, Any]:
-    """Of the result.json of the run whose weights lie at `path`, beside them, what it says of the training: minutes,
-    precision, steps_before and examples_before (of what it went on from); each None where there is none."""
+def training_record(path: str | Path, step: int) -> dict[str, Any]:
+    """Of the result.json beside the weights at `path`, which were trained for `step` steps, what it says of the
+    training: minutes, precision, steps_before and examples_before (of what it went on from); each None where there is
+    none, or one of other steps."""
     folder, found = Path(path), {}
     try:
         found = json.loads(((folder if folder.is_dir() else folder.parent) / RESULT).read_bytes())
     except (OSError, ValueError):                                       # of a run under way, or moved alone
         pass
-    found = found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) and found.get("steps") == step else {}
     return {key: found.get(key) for key in ("minutes", "precision", "steps_before", "examples_before")}
 
 

@@ -11,7 +11,7 @@
 
 Two talkers of different voices, the first 3 s of an utterance each, at 16 kHz, levels as the utterances have them (e3:
 alike). Everything is drawn on the CPU, in blocks of 50 clips, and rendered on any device: fewer clips of a set are its
-first ones. VERSION stands for all of that, and tests hold the sets to recorded digests. No training draws from the
+first ones. VERSION stands for all of that, and tests hold all but e2 to recorded digests. No training draws from the
 random streams of these scenes, nor does a run's own evaluation; but scene.pool=original trains in e0's rooms, as the
 original did, and ssl_gpu.evaluate says so (`eval_rooms_trained_in`).
 Which sets had a say in the choice of the packaged weights stands in docs/accuracy.md.
@@ -74,7 +74,7 @@ class SetOptions:
         return number if self.count is None else min(number, self.count)
 
 
-def measured(options: SetOptions) -> tuple[Tensor, list[dict[str, Any]]]:
+def measured_of(options: SetOptions) -> tuple[Tensor, list[dict[str, Any]]]:
     """Those of the options. Raises ValueError where there are none."""
     if options.measured is None:
         raise ValueError(NO_RIRS)
@@ -331,7 +331,7 @@ def _real_rooms(options: SetOptions) -> Iterator[Clips]:
     The clusters of a clip are its two loudspeaker positions. RIRs of one angle and distance are of one position,
     whatever the configuration of the room: what is hard about it may stay. Without distances, angles alone count.
     """
-    rirs, places = measured(options)
+    rirs, places = measured_of(options)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SCENE, 0)
     pairs = _draw_pairs(places, generator)
     generator = rng.generator(SEEDS["e3"], rng.Split.TEST, rng.Stream.SPEECH, 0)

@@ -20,6 +20,7 @@ from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, holding, load_checkpoint, save_checkpoint
 from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, to_mapping,
                             told_changes, walk_fields)
+from ssl_gpu.corpus import find_audio
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import eval_speech, prepare_eval
 from ssl_gpu.features import FeatureConfig
@@ -201,10 +202,14 @@ def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
 
 
 def check_speech(cfg: SpeechConfig) -> None:
-    """Raises SpeechError for only one of speech.train and speech.eval."""
+    """Raises SpeechError for only one of speech.train and speech.eval, and for a folder without audio: before minutes
+    of decoding the other one."""
     if (cfg.train is None) != (cfg.eval is None):
         missing = "train" if cfg.train is None else "eval"
         raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
+    if cfg.train is not None:
+        find_audio(cfg.train, "speech.train")
+        find_audio(cfg.eval, "speech.eval")
 
 
 def training_speech(cfg: RunConfig, device: torch.device, held_out: Collection[str] = ()) -> SpeechBank:

@@ -70,27 +70,26 @@ def angle_scores(heard: Tensor, true: Tensor, truth: Truth) -> dict[str, Any]:
     interval_95: of each of these, [low, high], by a bootstrap over truth.scene; None where there are fewer than 10."""
     error = torch.rad2deg((heard - true).abs())
     hits, fine = matches(heard, true)
-    columns = {"mae_deg": error} | {f"acc_at_{limit}": (error <= limit).double() for limit in ACCURACY_DEG}
-    columns |= {"both_at_10": (error <= DETECTION_DEG).all(-1, keepdim=True).double(),
-                "mdr": 1 - hits[:, None] / error.shape[1], "fine_error_deg": fine[:, None]}
-    values = torch.cat(list(columns.values()), 1)
-    count = torch.ones_like(values)
-    count[:, -1] = hits                                                 # the fine error is of what was found
-    means = values.sum(0) / count.sum(0)
-    widths = [column.shape[1] for column in columns.values()]
-    point = {name: part.tolist() for name, part in zip(columns, means.split(widths))}
-    interval, rows = {}, iter(bootstrap(values, truth.scene, count))
-    for name, width in zip(columns, widths):
-        interval[name] = [next(rows) for _ in range(width)]
-    for name, share in QUANTILES.items():
-        point[name], interval[name] = error.quantile(share, 0).tolist(), bootstrap_quantile(error, share, truth.scene)
-    for found in (point, interval):
-        found["both_at_10"] = found["both_at_10"][0]
-        missed, [fine_error] = found.pop("mdr")[0], found.pop("fine_error_deg")
-        fine_error = fine_error if float(hits.sum()) > 0 else None
-        found["detection_at_10"] = {"mdr": missed, "far": missed, "fine_error_deg": fine_error}
-    enough = len(truth.scene.unique()) >= LEAST_CLUSTERS
-    return point | {"interval_95": interval if enough else None}
+    columns = {"mae_deg": error, **{f"acc_at_{limit}": (error <= limit).double() for limit in ACCURACY_DEG}}
+    both, missed = (error <= DETECTION_DEG).all(-1, keepdim=True).double(), 1 - hits[:, None] / error.shape[1]
+    point = {name: column.mean(0).tolist() for name, column in columns.items()}
+    point |= {name: error.quantile(share, 0).tolist() for name, share in QUANTILES.items()}
+    found = float(hits.sum())
+    point |= {"both_at_10": both.mean().item(), "detection_at_10": _detection(
+        missed.mean().item(), float(fine.sum()) / found if found else None)}
+    if len(truth.scene.unique()) < LEAST_CLUSTERS:
+        return point | {"interval_95": None}
+    interval = {name: bootstrap(column, truth.scene) for name, column in columns.items()}
+    interval |= {name: bootstrap_quantile(error, share, truth.scene) for name, share in QUANTILES.items()}
+    # The fine error is a mean over what was found.
+    interval |= {"both_at_10": bootstrap(both, truth.scene)[0], "detection_at_10": _detection(
+        bootstrap(missed, truth.scene)[0], bootstrap(fine[:, None], truth.scene, hits[:, None])[0] if found else None)}
+    return point | {"interval_95": interval}
+
+
+def _detection(missed: Any, fine: Any) -> dict[str, Any]:
+    """As there are as many estimates as talkers, misses and false alarms are equally many."""
+    return {"mdr": missed, "far": missed, "fine_error_deg": fine}
 
 
 def matches(heard: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,12 +116,12 @@ def matches(heard: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
 
 def bootstrap(values: Tensor, scene: Tensor, count: Tensor | None = None) -> list[list[float]]:
     """95 % intervals of the means of values [clip, column]: whole clusters are drawn, since the clips of one are alike.
-    count [clip, column]: values are sums of so many, 0 and up; None: of one each.
+    count [clip, column]: values are sums of so many, 0 and up, of which each column has some; None: of one each.
 
     scene [clip] int64, a cluster per clip; or [clip, k], all k of which it shares with others (two loudspeakers): a
     clip then counts as often as the product of how often each of its clusters was drawn (the crossed bootstrap of Owen,
     Annals of Applied Statistics 1(2), 2007). A draw without anything of a column does not count for it.
-    [[low, high] per column], NaN for a column that no draw has anything of; the draws are always the same.
+    [[low, high] per column]; the draws are always the same.
     """
     count = torch.ones_like(values) if count is None else count
     weight, cluster = cluster_weights(scene)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_gpu.checks import check_fields
 from ssl_gpu.commandline import Parser, end_with
-from ssl_gpu.corpus import Corpus, SpeechError, download_librispeech, load_corpus
+from ssl_gpu.corpus import SpeechError, download_librispeech, load_corpus
 from ssl_gpu.voices import synthesize_voices
 
 log = logging.getLogger("ssl_gpu")
@@ -72,9 +72,10 @@ class SpeechConfig:
 
 @dataclass(frozen=True, eq=False)
 class SpeechBank:
-    """Utterances end to end, sorted by speaker.
+    """Utterances one behind the other, sorted by speaker.
 
-    samples: [total] int16, full scale 32768. start, length: [utterance] int64, in samples. speaker: [utterance] int64,
+    samples: [total] int16, full scale 32768. start, length: [utterance] int64, in samples; between utterances may lie
+    some that nobody is to hear. speaker: [utterance] int64,
     0 and up without gaps. speaker_start, speaker_count: [speaker] int64, each speaker's first utterance and how many
     follow. names: one per utterance. sample_rate: Hz. talkers: a label per speaker, by which banks are compared, of a
     file that is its own talker a digest of its bytes; empty for synthetic voices, which are nobody's.
@@ -101,7 +102,7 @@ class SpeechBank:
     @property
     def duration_s(self) -> float:
         """Total length of the speech in seconds."""
-        return len(self.samples) / self.sample_rate
+        return int(self.length.sum()) / self.sample_rate
 
     def to(self, device: torch.device | str) -> "SpeechBank":
         """The same bank with all tensors on `device`."""
@@ -121,13 +122,14 @@ class CropBatch:
 
 def make_bank(
     samples: Tensor, length: Tensor, speaker: Tensor, names: tuple[str, ...], sample_rate: int,
-    talkers: tuple[str, ...] = (),
+    talkers: tuple[str, ...] = (), start: Tensor | None = None,
 ) -> SpeechBank:
-    """A bank on the device of `samples` [total] int16; length and speaker [utterance] int64 are sorted by speaker."""
+    """A bank on the device of `samples` [total] int16; length and speaker [utterance] int64 are sorted by speaker.
+    start [utterance] int64: where utterances begin, None where they lie end to end."""
     speaker_count = torch.bincount(speaker)
     return SpeechBank(
         samples=samples,
-        start=length.cumsum(0) - length,
+        start=length.cumsum(0) - length if start is None else start,
         length=length,
         speaker=speaker,
         speaker_start=speaker_count.cumsum(0) - speaker_count,
@@ -171,29 +173,23 @@ def load_bank(
     # A file that is its own talker is known by what is in it, wherever it lies and whatever it is called.
     by_content = {name: f"blake2b:{digest[:16]}" for name, digest in zip(corpus.names, corpus.digests)}
     talkers = {label: by_content.get(label, label) for label in dict.fromkeys(corpus.talker)}
-    out = {label for label, talker in talkers.items() if talker in set(held_out)}
+    unwanted = set(held_out)
+    out = {label for label, talker in talkers.items() if talker in unwanted}
+    if len(out) == len(talkers):
+        raise SpeechError(f"{called} must hold talkers who are not in speech.eval, got {len(out)}, all of whom are")
     if out:
-        corpus = _without(corpus, out, len(talkers), called)
-    order = {label: index for index, label in enumerate(dict.fromkeys(corpus.talker))}
-    speaker = torch.tensor([order[label] for label in corpus.talker])
-    bank = make_bank(corpus.samples, torch.tensor(corpus.length), speaker, corpus.names, sample_rate,
-                     tuple(talkers[label] for label in order))
+        log.warning("warning: %d of the %d talkers of %s are in speech.eval, %s for one, and are left out of training",
+                    len(out), len(talkers), called, min(out))
+    keep = [row for row, label in enumerate(corpus.talker) if label not in out]
+    order = {label: index for index, label in enumerate(label for label in talkers if label not in out)}
+    speaker = torch.tensor([order[corpus.talker[row]] for row in keep])
+    length = torch.tensor(corpus.length)
+    # Samples of who is left out stay where they are: to close up would hold the corpus twice.
+    bank = make_bank(corpus.samples, length[keep], speaker, tuple(corpus.names[row] for row in keep), sample_rate,
+                     tuple(talkers[label] for label in order), start=(length.cumsum(0) - length)[keep])
     if device == bank.device or fits_on_device(corpus.samples.nbytes, free_bytes):
         return bank.to(device)
     return replace(bank, samples=bank.samples.pin_memory(), device=device)
-
-
-def _without(corpus: Corpus, out: Collection[str], count: int, told: str) -> Corpus:
-    """A corpus of `count` talkers without those labelled `out`, with a line of warning. told: what to call it."""
-    keep = [row for row, label in enumerate(corpus.talker) if label not in out]
-    if not keep:
-        raise SpeechError(f"{told} must hold talkers who are not in speech.eval, got {count}, all of whom are")
-    log.warning("warning: %d of the %d talkers of %s are in speech.eval, %s for one, and are left out of training",
-                len(out), count, told, min(out))
-    pieces = corpus.samples.split(list(corpus.length))
-    chosen = {name: tuple(getattr(corpus, name)[row] for row in keep)
-              for name in ("length", "talker", "names", "digests")}
-    return replace(corpus, samples=torch.cat([pieces[row] for row in keep]), **chosen)
 
 
 def fits_on_device(num_bytes: int, free_bytes: int | None) -> bool:

@@ -202,12 +202,13 @@ def test_what_a_run_says_of_its_training_is_found_beside_its_weights(run):
     nothing = dict.fromkeys(("minutes", "precision", "steps_before", "examples_before"))
     told = {"minutes": 3.5, "precision": "float32", "steps_before": 0, "examples_before": 0}
     (run / "result.json").write_text(json.dumps(told | {"steps": 7}))
-    assert training_record(run) == training_record(run / "checkpoint.pt") == told
+    assert training_record(run, 7) == training_record(run / "checkpoint.pt", 7) == told
+    assert training_record(run, 8) == nothing                           # of another run, whose file lies there
     for text in ("[1]", "{"):
         (run / "result.json").write_text(text)
-        assert training_record(run) == nothing
+        assert training_record(run, 7) == nothing
     (run / "result.json").unlink()
-    assert training_record(run) == nothing
+    assert training_record(run, 7) == nothing
 
 
 def test_evaluation_is_copied(run):

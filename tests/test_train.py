@@ -665,9 +665,10 @@ def test_real_speech_folders_are_heard(tiny):
 
 
 MISTAKES = {
-    "missing folder": (["speech.train=nowhere", "speech.eval=nowhere"], "speech.eval must be an existing folder"),
+    "missing folder": (["speech.train=nowhere", "speech.eval=alone"], "speech.train must be an existing folder"),
     "one folder only": (["speech.train=nowhere"], "speech.eval"),
-    "empty folder": (["speech.train=empty", "speech.eval=empty"], "speech.eval must hold audio"),
+    "empty folder": (["speech.train=empty", "speech.eval=alone"], "speech.train must hold audio"),
+    "missing evaluation": (["speech.train=alone", "speech.eval=nowhere"], "speech.eval must be an existing folder"),
     "nothing readable": (["speech.train=broken", "speech.eval=broken"], "skipped all 2 files"),
     "one speaker": (["speech.train=alone", "speech.eval=alone"], "at least 2 speakers"),
     "small room": (["scene.room_min_m=[1, 1, 1]"], "scene.room_min_m"),
