@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not way["compiled"]:
             results.measure(task_of_array(array, args.array_batch or batches[-1], way, device, args)
                             for array in args.arrays)
-    results.content["floor"] = floor(device)                            # last, or on a CPU all rows would count its memory
+    results.content["floor"] = floor(device)  # last: on a CPU every row after it would count its memory
     return results.finish()
 
 
