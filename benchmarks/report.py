@@ -205,7 +205,7 @@ def gpu_short(folder: Path) -> str:
         heads = {way: head for way, head in ((False, "by launches"), (True, "one CUDA graph")) if way in measured}
         rows = [[name, batch, *(number(ways[way]["scenes_per_s"]) if way in ways else "-" for way in heads),
                  *[mebibytes(ways[False]["peak_bytes"] if False in ways else None)] * (False in measured),
-                 *[mebibytes(ways[True]["reserved_bytes"] if True in ways else None)] * reserved]
+                 *[mebibytes(ways[True].get("reserved_bytes") if True in ways else None)] * reserved]
                 for (name, batch), ways in sorted(rates.items(), key=lambda it: (names.index(it[0][0]), it[0][1]))]
         machine = results["machine"]
         head = ["mixtures/s", "batch", *heads.values(), *["MiB, by launches"] * (False in measured),
