@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.ablations import read
 from benchmarks.ablations import table as ablation_table
 from ssl_gpu.pretrained import EVALUATION, PACKAGED
-from ssl_gpu.protocol import SNRS_DB
+from ssl_gpu.protocol import NOISES
 from ssl_gpu.report import is_leaked
 from ssl_gpu.scoring import BINS
 
@@ -106,10 +106,9 @@ def by_snr(path: Path) -> str:
     results = json.loads(path.read_text(encoding="utf-8"))
     lines = ["| | SNR | clips | cone MAE | median | within 5, 10 degrees | GCC-PHAT: cone MAE | within 10 |",
              "|---" * 8 + "|"]
-    for kind, letter in (("diffuse", "n"), ("white", "w")):
-        for snr in SNRS_DB:
-            row = results[f"e1{letter}{snr:.0f}"]
-            lines.append(f"| {kind} | {snr:.0f} dB {_snr_cells(row)}")
+    for name, mixture in NOISES.items():
+        kind, snr = ("diffuse", mixture.diffuse_snr_db) if mixture.diffuse_snr_db else ("white", mixture.sensor_snr_db)
+        lines.append(f"| {kind} | {snr[0]:.0f} dB {_snr_cells(results[name])}")
     return "\n".join((*lines, f"| none | {_snr_cells(results['e1'])}"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -121,7 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not way["compiled"]:
             results.measure(task_of_array(array, args.array_batch or batches[-1], way, device, args)
                             for array in args.arrays)
-    results.content["floor"] = floor(device)  # last: on a CPU every row after it would count its memory
+    try:
+        results.content["floor"] = floor(device)  # last: on a CPU every row after it would count its memory
+    except RuntimeError as error:  # of a GPU that is full, or spoiled by a capture that failed: the rows are there
+        print(f"no floor of the memory: {str(error).strip().splitlines()[0]}", file=sys.stderr)
     return results.finish()
 
 

@@ -15,13 +15,13 @@ import torch
 
 from ssl_gpu.assess import Assessment
 from ssl_gpu.plots import COLOURS, GREY
-from ssl_gpu.protocol import SNRS_DB
+from ssl_gpu.protocol import NOISES
 from ssl_gpu.report import is_leaked
 from ssl_gpu.scoring import LEAST_CLUSTERS
 
 CONDITIONS = {"separation_deg": "separation (degrees)", "angle_deg": "cone angle (degrees)", "t20_s": "T20 (s)",
               "drr_db": "direct-to-reverberant ratio (dB)", "level_gap_db": "level gap (dB)", "snr_db": "SNR (dB)"}
-NOISES = tuple(tuple(f"e1{letter}{snr:.0f}" for snr in SNRS_DB) for letter in "nw")  # of a kind, by ascending SNR
+KINDS = tuple(tuple(name for name in NOISES if name[:3] == kind) for kind in ("e1n", "e1w"))  # each by ascending SNR
 COLOUR_OF = dict(zip(("model", "GCC-PHAT"), COLOURS))  # in all pictures, whether there is a model or not
 EXAMPLES = 8  # clips of each set, its first
 STYLE = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{overflow-x:auto}"
@@ -44,7 +44,7 @@ def page(found: dict[str, Assessment], table: str, about: Mapping[str, str]) -> 
         parts += [_image(name, png) for png in (_by_condition(_bins(assessment)), _against_truth(assessment))
                   if png is not None]
         parts.append(_examples(assessment))
-    for kind in NOISES:
+    for kind in KINDS:
         names = [name for name in (*kind, "e1") if name in found]
         if len(names) > 1:
             by_set = [_bins(found[name]) for name in names]

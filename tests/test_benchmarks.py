@@ -119,6 +119,16 @@ def test_least_time_of_a_mixture_is_that_of_its_bytes(tmp_path, capsys):
     assert "Memory floor" not in report.markdown(results)               # of an older file
 
 
+def test_a_floor_that_cannot_be_measured_costs_no_row(tmp_path, monkeypatch, capsys):
+    def full(device):
+        raise RuntimeError("CUDA error: out of memory\nmore of it")
+
+    monkeypatch.setattr(common, "copy_speed", full)
+    results = run(bench_simulate, tmp_path, "--batch", "1", "--seconds", "0", "--check", "0")
+    assert len(results["rows"]) == 3 and results["complete"] and "floor" not in results
+    assert capsys.readouterr().err == "no floor of the memory: CUDA error: out of memory\n"
+
+
 def test_printed_table_is_in_the_units_of_its_head(capsys):
     """Per scene, not per call; a row that was not compared has a dash."""
     device = torch.device("cpu")
