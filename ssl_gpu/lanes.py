@@ -107,20 +107,23 @@ class ThreadTuner:
     deal the cores out, and half and one of the threads, are timed for PROBE_STEPS steps each, at the start and every
     EVERY_S seconds; the quickest serves until the next trial. The very first step of each does not count: threads are
     made in it, and lanes run one after the other (Lanes.gradients).
-    It changes rounding, so a run that must repeat to the bit does without it (enabled=False).
+    It changes rounding, so a run that must repeat to the bit does without it (enabled=False), or is told `fixed`, how
+    many lanes there are, without any trial.
     """
 
     PROBE_STEPS = 3
     EVERY_S = 60.0
 
-    def __init__(self, device: torch.device, enabled: bool = True, most_lanes: int = 1):
+    def __init__(self, device: torch.device, enabled: bool = True, most_lanes: int = 1, fixed: int | None = None):
         most = torch.get_num_threads()
         dealt = [(most // lanes, lanes) for lanes in range(1, min(most, most_lanes) + 1) if most % lanes == 0]
         self.choices = list(dict.fromkeys([*dealt, ((most + 1) // 2, 1), (1, 1)]))  # threads, lanes
-        self.enabled = enabled and device.type == "cpu" and most > 1
+        self.enabled = enabled and device.type == "cpu" and most > 1 and fixed is None
         self.lanes, self._known = 1, set()
         self.restart()
         self._probe()
+        if fixed is not None:
+            self._use((max(most // fixed, 1), fixed))
 
     def restart(self) -> None:
         """Forgets when the last step ended, after a pause that belongs to no step."""

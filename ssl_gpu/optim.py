@@ -50,6 +50,9 @@ class TrainConfig:
     graph: the whole step, simulation included, as one CUDA graph, which the CPU starts in one call; null: on a GPU,
         where the step never waits for it: not with exact rooms, nor where the speech did not fit there. The same draws
         and, to roundings, the same steps. What part of a step is simulation is not measured then.
+    lanes: parts of a batch that CPU cores share (ssl_gpu.lanes), each with as many of them; null: with max_minutes what
+        is found to be quickest, else 1. Without dropout a run of so many steps in so many lanes repeats to the bit;
+        other numbers of lanes round otherwise.
     seed: of the weights and of every draw.
     init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
         null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice, but
@@ -64,7 +67,8 @@ class TrainConfig:
         mixture.noise_probability.
     schedule, lr_end (share of lr that the cosine ends at), lr_every, lr_gamma: see Schedule.
     ema: decay of the averaged weights, which are then the ones evaluated; None for none.
-    evaluations: how often to evaluate, evenly over the run, the last one at its end.
+    evaluations: how often to evaluate, evenly over the run, the last one at its end; with max_minutes less often where
+        those on the way would take more than a tenth of them.
     log_every: steps between two lines of metrics.jsonl. checkpoint_minutes: time between two checkpoints.
 
     Raises ValueError naming the field, its value and the rule.
@@ -76,6 +80,7 @@ class TrainConfig:
     compile: bool = False
     overlap: bool | None = None
     graph: bool | None = None
+    lanes: int | None = None
     seed: int = 0
     init: str | None = None
     steps: int | None = None
@@ -103,8 +108,11 @@ class TrainConfig:
         for name in ("batch_size", "lr_every", "evaluations", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"train.steps must be >= 1, got {self.steps}")
+        for name in ("steps", "lanes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
+        if self.lanes is not None and self.lanes > self.batch_size:
+            raise ValueError(f"train.lanes must be at most train.batch_size={self.batch_size}, got {self.lanes}")
         for name in ("lr", "max_minutes", "clip_norm", "checkpoint_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be > 0, got {getattr(self, name)}")

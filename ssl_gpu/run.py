@@ -24,6 +24,7 @@ from ssl_gpu.corpus import find_audio
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import eval_speech, prepare_eval
 from ssl_gpu.features import FeatureConfig
+from ssl_gpu.lanes import separable
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
@@ -66,6 +67,7 @@ class Run:
     step_s: float = 0.0        # what a step takes, the slowest of late
     bfloat16: bool = False     # what train.precision has come to
     graph: bool = False        # what train.graph has come to
+    command: str = ""          # the command line, that of the last part of a resumed run
     settings: str = ""         # of a resumed run: which it goes on with
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations
@@ -165,8 +167,8 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     by_time = steps is None or done < steps
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
     changed = list(changes(cfg, resumed))
-    whatever = f", whatever {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} now" if changed else ""
-    return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{whatever}. Go on with {more}, or "
+    idle = f" ({', '.join(changed)}, given now, change{'s' * (len(changed) == 1)} nothing)" if changed else ""
+    return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{idle}. Go on with {more}, or "
             f"begin a new run with train.init={out}")
 
 
@@ -285,6 +287,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     if resumed is not None:
         with fitting(cfg, out, resumed):                               # or it would be told after minutes
             localizer.load_state_dict(resumed.model)
+    check_lanes(cfg.train.lanes, device, localizer)
     check_speech(cfg.speech)
     unheard = eval_speech(cfg, cfg.scene.num_src)                      # first: training is to leave its talkers out
     speech = training_speech(cfg, device, unheard.talkers)
@@ -371,6 +374,17 @@ def save(run: Run, step: int) -> None:
                            "evaluated": run.evaluated, "invalid": int(run.invalid),
                            "first": run.first, "first_examples": run.first_examples, "examples": run.examples,
                            "bfloat16": {run.device.type: run.bfloat16}})
+
+
+def check_lanes(lanes: int | None, device: torch.device, network: torch.nn.Module) -> None:
+    """Raises ValueError for train.lanes where a batch cannot be dealt out."""
+    if lanes in (None, 1):
+        return
+    if device.type != "cpu":
+        raise ValueError(f"train.lanes must be 1 or null on a {device.type}, got {lanes}")
+    if not separable(network):
+        raise ValueError(f"train.lanes must be 1 or null for a network with batch norm, which is of the whole batch, "
+                         f"got {lanes}")
 
 
 def uses_bfloat16(train: TrainConfig, device: torch.device, resumed: Checkpoint | None = None) -> bool:

@@ -21,7 +21,7 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
-from ssl_gpu.commandline import Parser, end_with, uninterrupted
+from ssl_gpu.commandline import Parser, end_with, told, uninterrupted
 from ssl_gpu.config import save_yaml
 from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
@@ -35,6 +35,7 @@ from ssl_gpu.trainlog import Log
 
 
 STREAMS = (rng.Stream.SPEECH, rng.Stream.SCENE)  # that the examples of a step are drawn from
+EVALUATING = 0.1  # of a run's minutes at most, but for the evaluation at its end
 
 
 def draw_examples(run: Run, step: int) -> tuple[torch.Tensor, Draw]:
@@ -201,16 +202,26 @@ def end_s(run: Run) -> float:
     return 2 * (run.eval_s + run.step_s) + 16e-8 * sum(p.numel() for p in run.localizer.parameters()) + 2
 
 
-def short_of_time(run: Run, steps: int, ready_s: float, step_s: float) -> str | None:
+def evaluations_in(run: Run) -> int:
+    """How often a run is evaluated: train.evaluations, where those on the way take at most a tenth of
+    train.max_minutes. (On a slow core four of them and the preparation left ten minutes of training with 36 steps.)"""
+    train = run.cfg.train
+    if train.max_minutes is None:
+        return train.evaluations
+    return min(train.evaluations, 1 + math.floor(EVALUATING * 60 * train.max_minutes / max(run.eval_s, 1e-3)))
+
+
+def short_of_time(run: Run, evaluations: int, steps: int, ready_s: float, step_s: float) -> str | None:
     """A line where less than half of what train.max_minutes left to this process is for its steps, and that ends the
-    run before train.steps. steps: done by it; ready_s: elapsed at the end of its first; step_s: of its last."""
+    run before train.steps. evaluations: of the run; steps: done by this process; ready_s: elapsed at the end of its
+    first; step_s: of its last."""
     train = run.cfg.train
     if train.max_minutes is None:
         return None
     budget_s, took_s = 60 * train.max_minutes - run.elapsed_s, ready_s - run.elapsed_s
     over, left_s = run.share >= 1, 60 * train.max_minutes - elapsed_s(run) - end_s(run)
-    evaluations = train.evaluations - 1 - math.floor(run.share * train.evaluations)  # but the last, which end_s has
-    count = steps if over else steps + max(1, round((left_s - evaluations * run.eval_s) / step_s))
+    on_the_way = evaluations - 1 - math.floor(run.share * evaluations)  # but the last, which end_s has
+    count = steps if over else steps + max(1, round((left_s - on_the_way * run.eval_s) / step_s))
     enough = train.steps is not None and run.step - run.first + count - steps >= train.steps
     if enough or took_s + end_s(run) <= 0.5 * budget_s:
         return None
@@ -226,7 +237,7 @@ def train(run: Run, log: Log) -> int:
     timer = runtime.StepTimer(run.device)
     lanes = Lanes(network, run.localizer.training_losses, run.bfloat16)
     tuner = ThreadTuner(run.device, enabled=cfg.max_minutes is not None,
-                        most_lanes=cfg.batch_size if separable(network) else 1)
+                        most_lanes=cfg.batch_size if separable(network) else 1, fixed=cfg.lanes)
     batches, draws = timed_batches(run, timer), timed_draws(run, timer, lanes)
     step, began, saved = run.step, (run.share, elapsed_s(run)), time.monotonic()
     begun, ready_s = step, 0.0
@@ -237,6 +248,9 @@ def train(run: Run, log: Log) -> int:
     # captured, which takes its time, too, and those after it are only queued, AHEAD of them at a time.
     usual = runtime.Graphed.WARM_UP + runtime.Graphed.AHEAD + 2 if run.graph else 2
     compiles = cfg.compile or run.graph
+    if (evaluations := evaluations_in(run)) < cfg.evaluations:
+        log.say(f"an evaluation takes {run.eval_s:.2g} s: there will be {evaluations} of train.evaluations="
+                f"{cfg.evaluations}, evenly over the run")
     run.localizer.train()
     while share < 1:
         if run.cfg.model.dropout > 0:   # whose masks are of torch's own generators, in lanes of one for all of them
@@ -272,12 +286,12 @@ def train(run: Run, log: Log) -> int:
         if step == begun + 1:
             ready_s = elapsed_s(run)                                   # with the compilation, where there is one
         if step == begun + usual or (step < begun + usual and share >= 1):
-            if (short := short_of_time(run, step - begun, ready_s, last_s)) is not None:
+            if (short := short_of_time(run, evaluations, step - begun, ready_s, last_s)) is not None:
                 log.warn(short)
         if step % cfg.log_every == 0 or share >= 1:
             log_step(run, log, step, share, rate, losses, invalid, timer.read())
         # An interruption may have come in between, hence not by the share before this step.
-        if share < 1 and math.floor(share * cfg.evaluations) > math.floor(run.evaluated * cfg.evaluations):
+        if share < 1 and math.floor(share * evaluations) > math.floor(run.evaluated * evaluations):
             log_evaluation(run, log, step, share)
             run.evaluated = share
             timer.restart()
@@ -346,7 +360,7 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
               "examples": run.examples, "steps_before": run.first, "examples_before": run.first_examples,
               "parameters": parameters,
               "precision": precision_name(run), "device": runtime.device_name(run.device),
-              "versions": runtime.versions(),
+              "versions": runtime.versions(), "command": run.command,
               "minutes": round(elapsed_s(run) / 60, 3)}
     write_json(run.out / "result.json", result)
     return result
@@ -414,11 +428,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="go on from the checkpoint in train.out, or in the newest run of this configuration, with "
                              "the settings that it holds, which overrides alone change")
     args = parser.parse_intermixed_args(arguments)
+    command = told("ssl_gpu.train", sys.argv[1:] if arguments is None else arguments)
     with contextlib.ExitStack() as held:
         try:
             run = begin(args, held)
             if run is None:
                 return 0
+            run.command = command
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

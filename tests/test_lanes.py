@@ -265,3 +265,11 @@ def test_threads_are_left_alone(monkeypatch, device, enabled, threads):
     machine = Machine(monkeypatch, threads, {2: 0.1, 1: 0.01})
     machine.run(ThreadTuner(device, enabled), 50)
     assert set(machine.used) == {threads}
+
+
+@pytest.mark.parametrize("fixed, threads", [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_lanes_that_are_asked_for_share_the_threads_without_a_trial(monkeypatch, fixed, threads):
+    machine = Machine(monkeypatch, 4, {4: 0.1, 2: 0.2, 1: 0.4})
+    tuner = ThreadTuner(CPU, most_lanes=32, fixed=fixed)
+    machine.run(tuner, 20)
+    assert set(machine.used) == {threads} and tuner.lanes == fixed

@@ -150,7 +150,7 @@ def test_averaged_model_takes_over_buffers_and_needs_no_gradient():
 @pytest.mark.parametrize("field, value", [
     ("steps", 0), ("batch_size", 0), ("lr", 0.0), ("max_minutes", -1.0), ("clip_norm", 0.0), ("weight_decay", -0.1),
     ("ema", 1.0), ("warmup", 1.5), ("lr_end", -0.1), ("evaluations", 0), ("log_every", 0), ("checkpoint_minutes", 0.0),
-    ("seed", -1), ("lr_every", 0), ("lr_gamma", 2.0)])
+    ("seed", -1), ("lr_every", 0), ("lr_gamma", 2.0), ("lanes", 0)])
 def test_impossible_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError) as error:
         TrainConfig(**{"steps": 1, field: value})

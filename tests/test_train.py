@@ -86,6 +86,7 @@ def test_result_has_every_key_for_model_baseline_and_chance(finished):
         assert 0 <= metrics["acc_at_5"] <= metrics["acc_at_10"] <= 1
     assert result["baseline"]["cone_mae_deg"] != result["cone_mae_deg"] != result["chance"]["cone_mae_deg"]
     assert result["steps"] == 4 and result["examples"] == 16 and result["target"] == "cone"
+    assert result["command"] == f"python -m ssl_gpu.train tiny.yaml train.out={finished}"
 
 
 def test_saved_config_repeats_the_run(finished):
@@ -332,28 +333,41 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
 
 
 @pytest.mark.parametrize("width", [0, 8])
-def test_lanes_train_the_same_weights(width, tiny, monkeypatch):
-    """Two and three parts of a batch of four side by side. Adam makes a step of the rounding error of a gradient that
-    is zero, so weights are compared as a whole with how far they have gone."""
-    class InLanes(train_cli.ThreadTuner):
-        def __init__(self, device, enabled, most_lanes):
-            assert most_lanes == 4
-            super().__init__(device, False)
-            self.lanes = count
-
+def test_lanes_train_the_same_weights(width, tiny):
+    """Two and three parts of a batch of four side by side, twice to the same bits. Adam makes a step of the rounding
+    error of a gradient that is zero, so weights are compared as a whole with how far they have gone."""
     common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32",
               f"features.mask_width={width}")
     assert start("train.out=plain", *common) == 0
-    monkeypatch.setattr(train_cli, "ThreadTuner", InLanes)
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
     begin = build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
     moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
     for count in (2, 3):
-        assert start(f"train.out=lanes{count}", *common) == 0
+        for name in ("lanes", "again"):
+            assert start(f"train.out={name}{count}", f"train.lanes={count}", *common) == 0
+        again = load_checkpoint(tiny / f"again{count}" / "checkpoint.pt").model
         found = load_checkpoint(tiny / f"lanes{count}" / "checkpoint.pt").model
+        assert all(torch.equal(found[key], again[key]) for key in found)
         assert 0.1 < moved and sum(float((found[k] - plain[k]).square().sum()) for k in plain) ** 0.5 < 0.05 * moved
         lines = [json.loads(line) for line in (tiny / f"lanes{count}" / "metrics.jsonl").read_text().splitlines()]
         assert all(0 < line["simulate_share"] < 1 for line in lines if "simulate_share" in line)
+
+
+@pytest.mark.parametrize("overrides, rule", [
+    (("train.lanes=5",), "train.lanes must be at most train.batch_size=4, got 5"),
+    (("train.lanes=2", "model.kind=original"), "train.lanes must be 1 or null for a network with batch norm, which is "
+                                               "of the whole batch, got 2")])
+def test_lanes_that_cannot_be_are_one_line(overrides, rule, tiny, capsys):
+    assert start("train.out=run", *overrides) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {rule}" and not (tiny / "run").exists()
+
+
+def test_lanes_are_for_a_cpu():
+    for lanes in (None, 1, 2):
+        run_setup.check_lanes(lanes, torch.device("cpu"), torch.nn.Linear(1, 1))
+    run_setup.check_lanes(1, torch.device("cuda", 0), torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="^train.lanes must be 1 or null on a cuda, got 2$"):
+        run_setup.check_lanes(2, torch.device("cuda", 0), torch.nn.Linear(1, 1))
 
 
 def test_noise_comes_with_the_warmup_whether_or_not_batches_are_made_ahead(tiny, monkeypatch):
@@ -444,7 +458,7 @@ def test_finished_run_is_left_as_it_is(by, tiny, capsys):
                                           f"{more}, or begin a new run with train.init=run\n", "")
     assert contents(tiny / "run") == before
     assert start("train.out=run", *length, "target.offsets=2", "scene.spacing_jitter_m=0.01", "--resume") == 0
-    assert ("run/result.json stays as it is, whatever scene.spacing_jitter_m, target.offsets are now. Go on"
+    assert ("run/result.json stays as it is (scene.spacing_jitter_m, target.offsets, given now, change nothing). Go on"
             in capsys.readouterr().out)
     (tiny / "run" / "result.json").unlink()
     assert start("train.out=run", *length, "--resume") == 0
@@ -553,8 +567,24 @@ def test_steps_that_there_is_time_for_are_counted(elapsed_s, before_s, change, e
     train = replace(from_mapping(RunConfig, {"train": {"max_minutes": 2}}).train, **change)
     run = SimpleNamespace(cfg=SimpleNamespace(train=train), elapsed_s=before_s, eval_s=1.0, step_s=2.0, share=0.1,
                           step=12, first=10, localizer=torch.nn.Linear(1, 1))
-    told = train_cli.short_of_time(run, 2, elapsed_s - 2, 2.0)
+    told = train_cli.short_of_time(run, train.evaluations, 2, elapsed_s - 2, 2.0)
     assert (told is None) if expected is None else told.endswith(expected)
+
+
+@pytest.mark.parametrize("minutes, eval_s, count", [(None, 99.0, 4), (10, 15.0, 4), (10, 20.0, 4), (10, 20.1, 3),
+                                                    (10, 45.0, 2), (10, 61.0, 1), (600, 45.0, 4)])
+def test_evaluations_on_the_way_take_a_tenth_of_the_minutes_at_most(minutes, eval_s, count):
+    train = SimpleNamespace(max_minutes=minutes, evaluations=4)
+    assert train_cli.evaluations_in(SimpleNamespace(cfg=SimpleNamespace(train=train), eval_s=eval_s)) == count
+
+
+def test_evaluations_that_there_is_no_time_for_are_left_out_and_told(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train_cli, "EVALUATING", 0.0)
+    assert start("train.out=run", "train.max_minutes=600") == 0
+    lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/acc_at_5" in line] == [4]
+    assert re.search(r"an evaluation takes [\d.e-]+ s: there will be 1 of train.evaluations=2, evenly over the run",
+                     capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("compile", [False, True])
