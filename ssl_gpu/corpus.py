@@ -276,7 +276,8 @@ def _write_cache(path: Path, corpus: Corpus) -> None:
             np.savez(file, samples=corpus.samples.numpy(), meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
         os.replace(temporary, path)
     except OSError as error:
-        log.warning("warning: speech cache %s cannot be written (%s); it is decoded again next time", path, error)
+        log.warning("warning: speech cache %s cannot be written (%s); the speech is decoded again next time", path,
+                    error.strerror or error)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -281,7 +281,8 @@ def check_rooms_kept(before: Mapping[str, Any], scene: SceneConfig) -> None:
 def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     """Build everything. Raises ValueError, naming key, value and rule, for whatever cannot be used."""
     device = runtime.pick_device(cfg.train.device, "train.device")
-    uses_graph(cfg, device, None)                                      # before anything that takes long
+    uses_graph(cfg, device, None)                                      # before anything that takes long, as is
+    cfg.simulator.fused_on(device)
     initial = initial_weights(cfg) if resumed is None else None
     localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)
     if resumed is not None:

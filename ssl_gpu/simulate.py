@@ -63,6 +63,7 @@ from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
 
 WAV_GAIN = float(OVERSAMPLING)  # undoes the 1/64 that the decimation from the 64x grid leaves in every RIR
 MAX_PLOTS = 16
+LONGEST_ROOM = 200.0  # m, of one that is not doubted; St Peter's is 186 m long
 # What scenes.json says of a scene beside what is read again.
 WRITTEN = {"array_pos", "direction", "azimuth_deg", "cone_angle_deg", "fname", "sample_rate", "method", "absorption",
            "clamped", "t20", "drr_db", "c50_db", "seed", "utterances", "offsets", "gain_db", "sensor_snr_db",
@@ -186,10 +187,12 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
 
 
 def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
-    """The first `count` scenes of a list, or all; a line where a key of it means nothing here. Raises ValueError for
+    """The first `count` scenes of a list, or all; lines where a key of it means nothing here, and where a room looks
+    like one in cm. Raises ValueError for
     fewer, or where rir.method refuses one."""
     scenes = read_scenes(path)
     warn_of_keys(path)
+    warn_of_size(path, scenes)
     if count is not None and count > len(scenes):
         raise ValueError(f"--num-scenes must be <= {len(scenes)}, the scenes in {path}, got {count}")
     scenes = scenes[:count]
@@ -208,6 +211,15 @@ def warn_of_keys(path: str) -> None:
     if unknown:
         print(f"warning: {path}: {', '.join(map(repr, unknown))} {'are' if len(unknown) > 1 else 'is'} ignored; of a "
               f"scene are read {', '.join(read)}", file=sys.stderr)
+
+
+def warn_of_size(path: str, scenes: SceneBatch) -> None:
+    """A line where a room is longer than any building is, as rooms in cm are."""
+    large = (scenes.room_dim > LONGEST_ROOM).any(-1).nonzero()[:, 0].tolist()
+    if large:
+        size = " x ".join(f"{side:g}" for side in scenes.room_dim[large[0]].tolist())
+        print(f"warning: {path}: scene {large[0]}{f' and {len(large) - 1} more' if len(large) > 1 else ''}: a room of "
+              f"{size} m; lengths are in m", file=sys.stderr)
 
 
 def warn_of_methods(path: str, entries: list[dict[str, Any]]) -> None:

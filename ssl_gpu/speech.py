@@ -280,10 +280,10 @@ def main(arguments: Iterable[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     hours = len(corpus.samples) / args.sample_rate / 3600
-    print(
-        f"{len(corpus.names)} utterances, {len(set(corpus.talker))} speakers, {hours:.2f} hours, "
-        f"{corpus.samples.nbytes / 1e6:.1f} MB at {args.sample_rate} Hz, {corpus.skipped} files skipped"
-    )
+    counts = {"utterance": len(corpus.names), "speaker": len(set(corpus.talker)), "file": corpus.skipped}
+    utterances, speakers, files = (f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
+    megabytes = corpus.samples.nbytes / 1e6
+    print(f"{utterances}, {speakers}, {hours:.2f} hours, {megabytes:.1f} MB at {args.sample_rate} Hz, {files} skipped")
     return 0
 
 

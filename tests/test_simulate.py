@@ -429,6 +429,18 @@ def test_keys_that_mean_nothing_are_pointed_out(folder, capsys):
         assert "ignored" not in capsys.readouterr().err
 
 
+CM = "warning: list.json: scene 1 and 1 more: a room of {} m; lengths are in m\n"
+
+
+@pytest.mark.parametrize("scale, said", [(30.0, ""), (100.0, CM)])
+def test_rooms_in_cm_are_doubted(scale, said, folder, capsys):
+    grown = {**ENTRY, "rt60": 1.0, **{key: (np.array(ENTRY[key]) * scale).tolist() for key in ("room_dim", "mic_pos", "src_pos")}}
+    Path("list.json").write_text(json.dumps([ENTRY, grown, grown]))
+    scenes = simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", None)
+    size = " x ".join(f"{side:g}" for side in grown["room_dim"])
+    assert len(scenes) == 3 and capsys.readouterr().err == said.format(size)
+
+
 def test_readme_and_help_show_the_smallest_list(folder):
     """The same line, and it renders."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
