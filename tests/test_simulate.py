@@ -434,7 +434,8 @@ CM = "warning: list.json: scene 1 and 1 more: a room of {} m; lengths are in m\n
 
 @pytest.mark.parametrize("scale, said", [(30.0, ""), (100.0, CM)])
 def test_rooms_in_cm_are_doubted(scale, said, folder, capsys):
-    grown = {**ENTRY, "rt60": 1.0, **{key: (np.array(ENTRY[key]) * scale).tolist() for key in ("room_dim", "mic_pos", "src_pos")}}
+    lengths = {key: (np.array(ENTRY[key]) * scale).tolist() for key in ("room_dim", "mic_pos", "src_pos")}
+    grown = {**ENTRY, "rt60": 1.0, **lengths}
     Path("list.json").write_text(json.dumps([ENTRY, grown, grown]))
     scenes = simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", None)
     size = " x ".join(f"{side:g}" for side in grown["room_dim"])
