@@ -35,6 +35,7 @@ OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.ba
 NETWORKS = {"librispeech": ("librispeech", None, ()), "original": ("original", 2, ()),
             "original-fft": ("original", 2, ("model.freeze_stft=true",)),
             "original-nchw": ("original", 2, ("model.channels_last=false",))}
+PROFILED = 3  # steps
 BURN_IN = 3  # steps; compilation is in the first, and a capture follows them
 
 
@@ -118,11 +119,37 @@ def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTi
     return readings
 
 
+def operations(steps: Steps, most: int) -> list[dict[str, Any]]:
+    """The `most` dearest operations of a step: name, ms and calls a step, share of all of them. On a GPU kernels, those
+    of captured steps, too; on a CPU torch's own, each less what it calls. Measured by torch's profiler over PROFILED
+    steps, which on a CPU makes them longer."""
+    on_gpu, kinds = runtime.is_gpu(steps.run.device), [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:  # or a second one warns
+        steps.take(PROFILED)
+        runtime.synchronize(steps.run.device)
+    spent = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
+             for event in profiler.key_averages() if not on_gpu or event.device_type.name == "CUDA"]
+    total = sum(time for time, _ in spent)
+    return [{"name": event.key, "ms": time / 1e3 / PROFILED, "calls": event.count / PROFILED, "share": time / total}
+            for time, event in sorted(spent, key=lambda pair: pair[0], reverse=True)[:most]]
+
+
+def listed(row: dict[str, Any]) -> str:
+    """The operations of a row, a line each."""
+    ways = [way for way in ("compiled", "overlap", "graph") if row.get(way)]
+    return "\n".join([f"\n{', '.join([row['name'], *ways])}: ms, share and calls of a step",
+                      *(f"{each['ms']:9.3f}  {100 * each['share']:4.1f} %  {each['calls']:7g}  {each['name'][:100]}"
+                        for each in row["operations"])])
+
+
 def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
-            every: int, overrides: Sequence[str] = (), graph: bool = False) -> tuple[dict[str, Any], None]:
+            every: int, overrides: Sequence[str] = (), graph: bool = False,
+            profile: int = 0) -> tuple[dict[str, Any], None]:
     """The row of one network, eager or compiled, simulation overlapped or not, or steps captured: `every` steps from
     one reading of the timer to the next; and then as many with one batch again and again, to know what simulation
-    costs."""
+    costs. profile: with so many of the dearest operations of a step."""
     if compile:
         torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
     gc.collect()  # what an earlier row captured
@@ -136,6 +163,8 @@ def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: 
     row = common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
                      cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, graph=graph,
                      share=share, parameters=sum(p.numel() for p in run.localizer.parameters()), bfloat16=run.bfloat16)
+    if profile:
+        row["operations"] = operations(steps, profile)
     steps.keep_batch()
     fixed_s = common.Timing.of([r.step_s for r in readings_of(steps, seconds, every)]).median_s
     return {**row, "fixed_step_s": fixed_s, "simulation_cost": (row["median_s"] - fixed_s) / row["median_s"]}, None
@@ -160,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="of the configurations, for example train.precision=bfloat16")
     parser.add_argument("--every", type=common.positive, metavar="N",
                         help="steps between two readings of the timer (default 1 on a CPU, 10 on a GPU)")
+    parser.add_argument("--profile", type=common.positive, default=0, metavar="N",
+                        help="list the N operations that take most of a step: kernels on a GPU, torch's on a CPU")
     args = parser.parse_args(arguments)
     device = common.start(args)
     on_cpu = device.type == "cpu"
@@ -171,10 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Eager first: compilation takes longest, and fails most.
     for compile, name, (overlap, graph) in product(common.CHOICES[args.compile], names, ways):
         batch = args.batch or (NETWORKS[name][1] if on_cpu else None)
-        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set, graph)
+        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set, graph,
+                       args.profile)
         tasks.append(common.Task(name, batch, compile, make, {"overlap": overlap, "graph": graph}))
     results.measure(tasks)
-    return results.finish()
+    status = results.finish()
+    for row in results.rows:
+        if "operations" in row:
+            print(listed(row))
+    return status
 
 
 if __name__ == "__main__":

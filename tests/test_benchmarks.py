@@ -1,4 +1,5 @@
 """Every benchmark from end to end in this process, as small as it gets: what it promises to write, and the tables."""
+import contextlib
 import importlib
 import json
 import os
@@ -6,6 +7,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,10 +165,14 @@ def test_oracle_notices_a_wrong_convolution():
     assert common.relative_l2(torch.from_numpy(heard).roll(1, -1), heard) > 0.1
 
 
-def test_training_benchmark_shares_a_step_out(tmp_path):
+def test_training_benchmark_shares_a_step_out(tmp_path, capsys):
     results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no", "--overlap", "both",
-                  "--set", "train.precision=float32", "speech.clip_s=1.0")
+                  "--profile", "3", "--set", "train.precision=float32", "speech.clip_s=1.0")
     check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled", "overlap", "fixed_step_s"})
+    out = capsys.readouterr().out
+    assert all(len(row["operations"]) == 3 for row in results["rows"])
+    assert all(f"  {each['name']}\n" in out for row in results["rows"] for each in row["operations"])
+    assert "\nlibrispeech, overlap: ms, share and calls of a step\n" in out
     assert [row["overlap"] for row in results["rows"]] == [False, True]
     for row in results["rows"]:
         assert row["simulation_cost"] == pytest.approx(1 - row["fixed_step_s"] / row["median_s"])
@@ -177,6 +183,36 @@ def test_training_benchmark_shares_a_step_out(tmp_path):
     text = report.markdown(results)
     assert "librispeech, 2.42 M, overlapped | 2 | float32" in text
     assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
+
+
+class FakeProfiler(contextlib.nullcontext):
+    """What a GPU's would have found in three steps: kernels, and the calls of the CPU that launched them."""
+
+    def key_averages(self):
+        kind = [SimpleNamespace(name=name) for name in ("CUDA", "CPU")]
+        return [SimpleNamespace(key=key, device_type=kind[cpu], count=count, self_device_time_total=time)
+                for key, cpu, count, time in (("small", 0, 6, 300.0), ("aten::mm", 1, 9, 0.0), ("large", 0, 3, 900.0))]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_operations_of_a_step(gpu, monkeypatch):
+    """As torch's profiler finds them; each call of a kernel is one of a step, whatever the CPU does."""
+    device, taken = torch.device("cpu"), []
+    steps = SimpleNamespace(run=SimpleNamespace(device=device), take=lambda count: taken.append(count) or [
+        torch.ones(300, 300) @ torch.ones(300, 300) + 1 for _ in range(count)])
+    if gpu:
+        monkeypatch.setattr(runtime, "is_gpu", lambda device: True)
+        monkeypatch.setattr(runtime, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.profiler, "profile", lambda activities, acc_events: FakeProfiler(FakeProfiler()))
+        assert bench_train.operations(steps, 9) == [
+            {"name": "large", "ms": pytest.approx(0.3), "calls": 1, "share": 0.75},
+            {"name": "small", "ms": pytest.approx(0.1), "calls": 2, "share": 0.25}]
+    else:
+        found = bench_train.operations(steps, 2)
+        assert len(found) == 2 and found[0]["ms"] >= found[1]["ms"] > 0 and sum(each["share"] for each in found) <= 1
+        names = {each["name"]: each["calls"] for each in bench_train.operations(steps, 99)}
+        assert names["aten::mm"] == 1 and names["aten::add"] == 1 and names["aten::ones"] == 2
+    assert set(taken) == {bench_train.PROFILED}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
