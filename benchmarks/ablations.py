@@ -61,6 +61,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hybrid alone": ("rir.hybrid_share=1",),
     "azimuth": ("target.angle=azimuth",),
     "hard labels": ("target.labels=hard",),
+    "labels of 5 degrees": ("target.sigma_deg=5",),
+    "a grid of 1 degree": ("target.grid_deg=1",),
+    "first 3 s of every utterance": ("speech.crop=first",),
     "earth mover's distance": ("target.emd_weight=1.0",),
     "no spacing jitter": ("scene.spacing_jitter_m=0",),
     "unlike microphones": ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=10"),
@@ -76,6 +79,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "windows of 16 ms": ("features.window=256", "features.hop=128"),  # which doubles the frames, and most of the cost
     "windows of 64 ms": ("features.window=1024",),
     "no averaging": ("train.ema=null",),
+    "no warm-up": ("train.warmup=0",),
+    "constant rate": ("train.lr_end=1",),
     "AdamW": ("train.optimizer=adamw", "train.lr=1e-3"),  # the better of 1e-3 and 2e-3
     "batches of 32": ("train.batch_size=32",),
     "batches of 8": ("train.batch_size=8",),

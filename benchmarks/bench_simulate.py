@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.content["floor"] = floor(device)  # last: on a CPU every row after it would count its memory
     except RuntimeError as error:  # of a GPU that is full, or spoiled by a capture that failed: the rows are there
         print(f"no floor of the memory: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    results.save()
     return results.finish()
 
 

@@ -9,7 +9,8 @@ Rows that are captured (train.graph) have steps that are one CUDA graph each, si
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -107,9 +108,25 @@ class OneBatch:
         """Nothing is to be made."""
 
 
+def fresh(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, overrides: Sequence[str],
+          graph: bool) -> Steps:
+    """Steps of a run that begins."""
+    if compile:
+        torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
+    gc.collect()  # what an earlier row captured
+    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", f"train.graph={str(graph).lower()}",
+                                        *overrides])
+    return Steps(run, runtime.compiled(run.localizer, compile))
+
+
+def burn_in(steps: Steps) -> None:
+    """The steps that compile and capture."""
+    steps.take(BURN_IN if steps.captured is None else runtime.Graphed.WARM_UP + BURN_IN)
+
+
 def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTimes]:
     """What the timer says, after a burn-in, of `every` steps each, for about `seconds` s."""
-    steps.take(BURN_IN if steps.captured is None else runtime.Graphed.WARM_UP + BURN_IN)
+    burn_in(steps)
     steps.timer.read()
     readings, spent = [], 0.0
     while len(readings) < common.LEAST_CALLS or spent < seconds:
@@ -120,9 +137,9 @@ def readings_of(steps: Steps, seconds: float, every: int) -> list[runtime.StepTi
 
 
 def operations(steps: Steps, most: int) -> list[dict[str, Any]]:
-    """The `most` dearest operations of a step: name, ms and calls a step, share of all of them. On a GPU kernels, those
-    of captured steps, too; on a CPU torch's own, each less what it calls. Measured by torch's profiler over PROFILED
-    steps, which on a CPU makes them longer."""
+    """The `most` dearest operations of a step: name, ms and calls a step, share of all of them. On a GPU kernels and
+    copies, those of captured steps, too; on a CPU torch's own, each less what it calls. Measured by torch's profiler
+    over PROFILED steps, which it makes longer."""
     on_gpu, kinds = runtime.is_gpu(steps.run.device), [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -130,10 +147,30 @@ def operations(steps: Steps, most: int) -> list[dict[str, Any]]:
         steps.take(PROFILED)
         runtime.synchronize(steps.run.device)
     spent = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
-             for event in profiler.key_averages() if not on_gpu or event.device_type.name == "CUDA"]
+             for event in profiler.key_averages() if not on_gpu or of_device(event)]
     total = sum(time for time, _ in spent)
+    if not total:
+        raise RuntimeError("torch's profiler saw nothing that the device did")
     return [{"name": event.key, "ms": time / 1e3 / PROFILED, "calls": event.count / PROFILED, "share": time / total}
             for time, event in sorted(spent, key=lambda pair: pair[0], reverse=True)[:most]]
+
+
+def of_device(event: Any) -> bool:
+    """Whether an entry of torch's profiler is what a GPU did, not a range of it that the optimiser or a compiled graph
+    has a name for, in which everything would count twice."""
+    return event.device_type.name == "CUDA" and not event.is_user_annotation
+
+
+def profiled(row: dict[str, Any], most: int, make: Callable[[], Steps]) -> None:
+    """Puts the operations of a row into it, of steps made anew; says so, and no more, where that fails."""
+    try:
+        steps = make()
+        burn_in(steps)
+        row["operations"] = operations(steps, most)
+        print(listed(row))
+    except Exception as error:                                          # the row stands
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"no operations of {row['name']}: {reason}", file=sys.stderr)
 
 
 def listed(row: dict[str, Any]) -> str:
@@ -145,17 +182,12 @@ def listed(row: dict[str, Any]) -> str:
 
 
 def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: torch.device, seconds: float,
-            every: int, overrides: Sequence[str] = (), graph: bool = False,
-            profile: int = 0) -> tuple[dict[str, Any], None]:
+            every: int, overrides: Sequence[str] = (), graph: bool = False) -> tuple[dict[str, Any], None]:
     """The row of one network, eager or compiled, simulation overlapped or not, or steps captured: `every` steps from
     one reading of the timer to the next; and then as many with one batch again and again, to know what simulation
-    costs. profile: with so many of the dearest operations of a step."""
-    if compile:
-        torch.compiler.reset()  # a network of an earlier row counts towards the eight that the compiler keeps
-    gc.collect()  # what an earlier row captured
-    run = prepare(name, batch, device, [f"train.overlap={str(overlap).lower()}", f"train.graph={str(graph).lower()}",
-                                        *overrides])
-    steps = Steps(run, runtime.compiled(run.localizer, compile))
+    costs."""
+    steps = fresh(name, batch, compile, overlap, device, overrides, graph)
+    run = steps.run
     runtime.reset_peak_memory(device)
     readings = readings_of(steps, seconds, every)
     share = {key: sum(r.share[key] for r in readings) / len(readings) for key in readings[0].share}
@@ -163,8 +195,6 @@ def measure(name: str, batch: int | None, compile: bool, overlap: bool, device: 
     row = common.row(name, cfg.train.batch_size, common.Timing.of([r.step_s for r in readings]),
                      cfg.train.batch_size * cfg.speech.clip_s, device, compiled=compile, overlap=overlap, graph=graph,
                      share=share, parameters=sum(p.numel() for p in run.localizer.parameters()), bfloat16=run.bfloat16)
-    if profile:
-        row["operations"] = operations(steps, profile)
     steps.keep_batch()
     fixed_s = common.Timing.of([r.step_s for r in readings_of(steps, seconds, every)]).median_s
     return {**row, "fixed_step_s": fixed_s, "simulation_cost": (row["median_s"] - fixed_s) / row["median_s"]}, None
@@ -190,26 +220,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=common.positive, metavar="N",
                         help="steps between two readings of the timer (default 1 on a CPU, 10 on a GPU)")
     parser.add_argument("--profile", type=common.positive, default=0, metavar="N",
-                        help="list the N operations that take most of a step: kernels on a GPU, torch's on a CPU")
+                        help="list the N operations that take most of a step, kernels on a GPU, torch's on a CPU; each "
+                             "row is prepared, and compiled, once more for it")
     args = parser.parse_args(arguments)
     device = common.start(args)
     on_cpu = device.type == "cpu"
     every, overlaps, graphs = args.every or (1 if on_cpu else 10), *(
         common.CHOICES[choice or ("no" if on_cpu else "both")] for choice in (args.overlap, args.graph))
     ways = [(overlap, False) for overlap in overlaps if False in graphs] + [(False, True)] * (True in graphs)
-    results, tasks = common.Results("bench_train", device, arguments, args.json), []
+    results, tasks, again = common.Results("bench_train", device, arguments, args.json), [], []
     names = args.model or (["librispeech"] if on_cpu else ["librispeech", "original"])
     # Eager first: compilation takes longest, and fails most.
     for compile, name, (overlap, graph) in product(common.CHOICES[args.compile], names, ways):
         batch = args.batch or (NETWORKS[name][1] if on_cpu else None)
-        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set, graph,
-                       args.profile)
+        make = partial(measure, name, batch, compile, overlap, device, args.seconds, every, args.set, graph)
         tasks.append(common.Task(name, batch, compile, make, {"overlap": overlap, "graph": graph}))
+        again.append(partial(fresh, name, batch, compile, overlap, device, args.set, graph))
     results.measure(tasks)
     status = results.finish()
-    for row in results.rows:
-        if "operations" in row:
-            print(listed(row))
+    if args.profile:                                                    # behind all rows, as it slows launches down
+        for row, make in zip(results.rows, again):
+            if "failed" not in row:
+                profiled(row, args.profile, make)
+        results.save()
     return status
 
 

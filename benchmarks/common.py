@@ -38,6 +38,7 @@ WORKLOAD = ("2x2: 2 microphones 10 cm apart, 2 sources, rooms of 3 x 3 x 2.5 to 
             "1024 to 4096 images, 16 kHz, 3 s of noise per source")
 BURN_IN = 3  # calls before the clock starts: kernels are chosen, memory is had, tables are made
 LEAST_CALLS = 5
+COPIES = 5  # in a timed call: on a GPU one takes 0.5 ms, and its launch and the wait for it a tenth of 0.2
 CHOICES = {"no": (False,), "yes": (True,), "both": (False, True)}
 UNFAITHFUL_TAPS = 6  # at its end an RIR differs from the reference's by design, see ssl_gpu.rir.render_rir
 
@@ -93,7 +94,12 @@ def copy_speed(device: torch.device) -> float:
     """Bytes per second, read and written, of a copy too large for caches: 1 GiB on a GPU, 256 MiB on a CPU."""
     source = torch.ones((1 << (28 if runtime.is_gpu(device) else 26),), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source), device, 0.1).median_s
+
+    def copies() -> None:
+        for _ in range(COPIES):
+            target.copy_(source)
+
+    return COPIES * 2 * source.nbytes / measure(copies, device, 0.1).median_s
 
 
 Check = Callable[[], float | None]
@@ -295,9 +301,9 @@ class Results:
         """The rows of the tasks, in their order."""
         for task in tasks:
             gc.collect()  # a cycle may still hold tensors of the row before, which would count in this one's peak
-            runtime.release_memory(self.device)
-            runtime.reset_peak_memory(self.device)
             try:
+                runtime.release_memory(self.device)  # which fails, too, on a GPU that the row before has spoiled
+                runtime.reset_peak_memory(self.device)
                 row, check = task.make()
             except Exception as error:
                 row, check = {"name": task.name, "batch": task.batch, "compiled": task.compiled, **task.more}, None
@@ -326,6 +332,7 @@ class Results:
                 row["error"] = error
             except Exception as error:  # its times stand, but nothing says that they are those of the right numbers
                 self._fail(row, error)
+            self.save()                                                 # each takes seconds: whatever ends them
         self.content["complete"] = True
         self.save()
         print(markdown(self.content))

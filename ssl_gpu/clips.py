@@ -98,4 +98,4 @@ class Digest:
 def without_audio(clips: Clips) -> Clips:
     """The same clips, to be kept when their audio is no longer needed."""
     values = {field.name: getattr(clips, field.name) for field in fields(clips)}
-    return Clips(**{**values, "audio": clips.audio[..., :0], "draws": ()})
+    return Clips(**{**values, "audio": clips.audio[..., :0].clone(), "draws": ()})  # a view would keep all of it

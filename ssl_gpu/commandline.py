@@ -31,15 +31,16 @@ class Parser(argparse.ArgumentParser):
 
 def told(module: str, arguments: Sequence[str]) -> str:
     """The command line `python -m module ARGUMENTS` as results have it that others may read: without --json, and of
-    files and folders the last name."""
+    files and folders the last name, those that are not there yet, too."""
     words, shown = list(arguments), []
     while words:
         word = words.pop(0)
-        key, equals, value = ("", "", word) if os.path.exists(word) else word.partition("=")
+        key, equals, value = ("", "", word) if "=" not in word or os.path.exists(word) else word.partition("=")
         if word == "--json":
             del words[:1]
         elif key != "--json":
-            shown.append(key + equals + os.path.basename(os.path.abspath(value)) if os.path.exists(value) else word)
+            path = os.path.exists(value) or os.sep in value
+            shown.append(key + equals + os.path.basename(os.path.abspath(value)) if path else word)
     return shlex.join(["python", "-m", module, *shown])
 
 

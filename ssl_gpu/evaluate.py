@@ -157,7 +157,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     names = [name.strip() for name in sets.split(",")]
     unknown = [name for name in names if name not in SETS]
     if "" in unknown:                                                   # a shell parts "e1, e2" into two words
-        raise ValueError(f"--sets must be names separated by commas alone, as in e1,e2, got {sets!r}")
+        raise ValueError(f"--sets must have a name between commas, as in e1,e2 without a blank, got {sets!r}")
     if unknown:
         raise ValueError(f"--sets must be of {', '.join(SETS)}, got {unknown[0]!r}")
     if count is not None and count < 1:

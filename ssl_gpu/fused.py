@@ -134,7 +134,8 @@ def image_tables_program(places, rooms, mic_pos, src_pos, room_dim, rt60, chosen
     alpha = one - tl.exp(sabine / (one / tl.load(at) + one / tl.load(at + 1) + one / tl.load(at + 2)) / seconds)
     log2_coefficient = tl.log2(tl.maximum(tl.sqrt(one - alpha * alpha), least))
     reflections = (tl.log2(reach) - log2_1000) / log2_coefficient
-    last = tl.ceil(seconds.to(tl.float32) * slots_per_s).to(tl.float64) - one
+    per_s = tl.full((block,), slots_per_s, tl.float32)                  # a compiler (inductor) hands it over as float64
+    last = tl.ceil(seconds.to(tl.float32) * per_s).to(tl.float64) - one
     if has_chosen:
         last = tl.where(tl.load(chosen + batch) != 0, last, -one)
     room = rooms + batch * 5
@@ -199,7 +200,8 @@ def add_images_program(total, table, places, rooms, direction, ratio, perturbati
 
     # Slots are found in float64, as in rir.find_arrivals; strengths in float32, which moves them by 1e-6 at most.
     metres = dist.to(tl.float32)
-    spread = tl.load(perturbation + at, mask=inside, other=0.0) * tl.exp2(perturbation_exponent * tl.log2(near))
+    exponent = tl.full((block,), perturbation_exponent, tl.float32)     # from inductor it is float64
+    spread = tl.load(perturbation + at, mask=inside, other=0.0) * tl.exp2(exponent * tl.log2(near))
     strength = tl.exp2(tl.maximum(metres * slope + 1 + spread, 1.0) * log2_coefficient)
     strength = tl.where(image < 0, 1.0, strength) / metres
     slot = tl.ceil(dist * slots_per_m)

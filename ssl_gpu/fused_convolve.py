@@ -114,7 +114,8 @@ def multiply_program(out, sources, responses, pairs, base, blocks, scale, srcs: 
         re, im = tl.split(tl.load(responses + 2 * (place * base + k)[:, None] + part, mask=inside, other=0.0))
         sum_re += source_re * re - source_im * im
         sum_im += source_re * im + source_im * re
-    value = tl.join(sum_re * (0.5 * scale), sum_im * (0.5 * scale))
+    half = tl.full((block,), 0.5 * scale, tl.float32)                   # from inductor scale is float64
+    value = tl.join(sum_re * half, sum_im * half)
     tl.store(out + 2 * (index * base + k)[:, None] + part, value, mask=inside)
 
 

@@ -50,9 +50,10 @@ class TrainConfig:
     graph: the whole step, simulation included, as one CUDA graph, which the CPU starts in one call; null: on a GPU,
         where the step never waits for it: not with exact rooms, nor where the speech did not fit there. The same draws
         and, to roundings, the same steps. What part of a step is simulation is not measured then.
-    lanes: parts of a batch that CPU cores share (ssl_gpu.lanes), each with as many of them; null: with max_minutes what
-        is found to be quickest, else 1. Without dropout a run of so many steps in so many lanes repeats to the bit;
-        other numbers of lanes round otherwise.
+    lanes: on a CPU, into how many parts a batch is dealt (ssl_gpu.lanes), side by side, each on an equal share of
+        torch's threads, one at least; best as many as there are cores. null: with max_minutes what is found to be
+        quickest, else 1. On as many threads and lanes, and with dropout in one lane, a run of steps alone repeats to
+        the bit on a CPU.
     seed: of the weights and of every draw.
     init: weights to start from: `packaged`, the folder of a run, its checkpoint, or a folder of ssl_gpu.pretrained;
         null: drawn from the seed. The steps count on from theirs, so that with the same seed no room comes twice, but

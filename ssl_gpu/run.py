@@ -67,7 +67,7 @@ class Run:
     step_s: float = 0.0        # what a step takes, the slowest of late
     bfloat16: bool = False     # what train.precision has come to
     graph: bool = False        # what train.graph has come to
-    command: str = ""          # the command line, that of the last part of a resumed run
+    command: str = ""          # the command line (commandline.told), that of the last part of a resumed run
     settings: str = ""         # of a resumed run: which it goes on with
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations

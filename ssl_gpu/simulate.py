@@ -187,12 +187,11 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
 
 
 def given_scenes(cfg: RunConfig, path: str, count: int | None) -> SceneBatch:
-    """The first `count` scenes of a list, or all; lines where a key of it means nothing here, and where a room looks
-    like one in cm. Raises ValueError for
-    fewer, or where rir.method refuses one."""
+    """The first `count` scenes of a list, or all; lines where a room looks like one in cm, and where a key of it means
+    nothing here. Raises ValueError for fewer, or where rir.method refuses one."""
+    warn_of_size(path, count)                                           # first: of rooms in cm it may be all that helps
     scenes = read_scenes(path)
     warn_of_keys(path)
-    warn_of_size(path, scenes)
     if count is not None and count > len(scenes):
         raise ValueError(f"--num-scenes must be <= {len(scenes)}, the scenes in {path}, got {count}")
     scenes = scenes[:count]
@@ -213,11 +212,13 @@ def warn_of_keys(path: str) -> None:
               f"scene are read {', '.join(read)}", file=sys.stderr)
 
 
-def warn_of_size(path: str, scenes: SceneBatch) -> None:
-    """A line where a room is longer than any building is, as rooms in cm are."""
-    large = (scenes.room_dim > LONGEST_ROOM).any(-1).nonzero()[:, 0].tolist()
+def warn_of_size(path: str, count: int | None) -> None:
+    """A line where one of the first `count` rooms of a list is longer than hardly any room is, as rooms in cm are."""
+    rooms = [entry.get("room_dim") for entry in read_entries(path)[:count]]
+    large = [index for index, room in enumerate(rooms) if isinstance(room, list) and any(
+        isinstance(side, (int, float)) and side > LONGEST_ROOM for side in room)]
     if large:
-        size = " x ".join(f"{side:g}" for side in scenes.room_dim[large[0]].tolist())
+        size = " x ".join(map(str, rooms[large[0]]))
         print(f"warning: {path}: scene {large[0]}{f' and {len(large) - 1} more' if len(large) > 1 else ''}: a room of "
               f"{size} m; lengths are in m", file=sys.stderr)
 

@@ -203,8 +203,9 @@ def end_s(run: Run) -> float:
 
 
 def evaluations_in(run: Run) -> int:
-    """How often a run is evaluated: train.evaluations, where those on the way take at most a tenth of
-    train.max_minutes. (On a slow core four of them and the preparation left ten minutes of training with 36 steps.)"""
+    """How often a run is evaluated: train.evaluations, or as often as those on the way take a tenth of
+    train.max_minutes, by the time of one in this part of the run. (On a slow core four of them and the preparation left
+    ten minutes of training with 36 steps.)"""
     train = run.cfg.train
     if train.max_minutes is None:
         return train.evaluations
@@ -249,8 +250,8 @@ def train(run: Run, log: Log) -> int:
     usual = runtime.Graphed.WARM_UP + runtime.Graphed.AHEAD + 2 if run.graph else 2
     compiles = cfg.compile or run.graph
     if (evaluations := evaluations_in(run)) < cfg.evaluations:
-        log.say(f"an evaluation takes {run.eval_s:.2g} s: there will be {evaluations} of train.evaluations="
-                f"{cfg.evaluations}, evenly over the run")
+        log.say(f"an evaluation takes {run.eval_s:.1f} s: there will be {evaluations} instead of train.evaluations="
+                f"{cfg.evaluations}, the last one at the end")
     run.localizer.train()
     while share < 1:
         if run.cfg.model.dropout > 0:   # whose masks are of torch's own generators, in lanes of one for all of them
@@ -392,7 +393,9 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
 def outcome(run: Run, log: Log, args: argparse.Namespace) -> tuple[dict[str, Any] | None, str, int]:
     """Trains to the end: the result, or a line that says what came in between; and the exit status."""
     try:
-        return finish(run, log, train(run, log)), "", 0
+        with runtime.cpu_threads(run.threads):                          # and again behind it, whatever steps had
+            steps = train(run, log)
+        return finish(run, log, steps), "", 0
     except KeyboardInterrupt:
         return None, *interrupted(run, args)
     except (FloatingPointError, CheckpointError, OSError) as error:

@@ -379,7 +379,7 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--sets", "e1,e9"], "--sets must be of e0, e0b, e1, e1p, e1n0, e1n5, e1n10, e1n20, e1w0, e1w5, e1w10, e1w20, e2, "
      "e3, got 'e9'"),
-    (["--sets", "e1,", "e2"], "--sets must be names separated by commas alone, as in e1,e2, got 'e1,'"),
+    (["--sets", "e1,", "e2"], "--sets must have a name between commas, as in e1,e2 without a blank, got 'e1,'"),
     (["--sets", "e1", "--clips", "0"], "--clips must be >= 1, got 0"),
     (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),

@@ -13,8 +13,8 @@ equal power 11.77 / 9.99. It is for the frames. torch.stft by its default centre
 hear the clip's ends mirrored, with directions of their own, of which a maximum is full and a mean is not; how full
 depends on the floor for rounding noise, as clips end in silence. With such frames and a floor of 1e-8 of the loudest
 bin everything is within 2 degrees of the table (maximum: 11.66 / 9.39, and 12.57 / 11.12), with 1e-7 added to every
-|X0 X1| within 0.6 (11.43 / 9.92 and 13.65 / 12.24). So the table was made with centred frames, and ours are the better
-baseline.
+|X0 X1| within 0.6 (11.43 / 9.92 and 13.65 / 12.24). So the table was most likely made with centred frames, and ours are
+the better baseline. (Draws of other talkers, and other floors, by scripts that are not kept.)
 
 Synthetic voices overlap less and are easier to tell apart. They cannot stand for the table: what they are held to are
 their own errors, recorded in VOICES, and the definition.
@@ -43,8 +43,9 @@ TABLE = {FRA: {Pooling.MAX: ((11.3, 9.9), 1.1, (72, 77, 80)), Pooling.MEAN: ((20
          ISM: {Pooling.MAX: ((14.2, 12.2), 3.1, (59, 69, 75)), Pooling.MEAN: ((22.8, 19.3), 7.9, (40, 56, 63))}}
 VOICES = {Pooling.MAX: ((8.09, 6.00), 0.75, (80.6, 83.9, 86.0)),
           Pooling.MEAN: ((21.77, 16.72), 7.08, (44.6, 54.3, 60.5))}
-OURS = {FRA: {Pooling.MAX: (10.06, 9.02), Pooling.MEAN: (21.39, 18.37)},
-        ISM: {Pooling.MAX: (11.49, 10.04), Pooling.MEAN: (23.32, 19.26)}}  # mean errors with frames within the clip
+OURS = {  # the same with frames within the clip
+    FRA: {Pooling.MAX: ((10.06, 9.02), 1.08, (74, 79, 81)), Pooling.MEAN: ((21.39, 18.37), 7.42, (43, 53, 58))},
+    ISM: {Pooling.MAX: ((11.49, 10.04), 2.74, (61, 72, 79)), Pooling.MEAN: ((23.32, 19.26), 8.28, (38, 54, 62))}}
 TABLE_FLOOR = 1e-8  # of the loudest bin, for centred frames
 
 
@@ -105,14 +106,15 @@ def centred(blocks):
         yield torch.nn.functional.pad(audio, (baselines.N_FFT // 2,) * 2, mode="reflect"), *others
 
 
-def compare(errors, expected, tolerance, num_clips):
-    """Errors and median within `tolerance` degrees, shares within 5 of a hundred: two standard errors of theirs."""
+def compare(errors, expected, tolerance, num_clips, share=5):
+    """Errors and median within `tolerance` degrees, shares within `share` of a hundred; 2 and 5 are two standard errors
+    of the table."""
     for pooling, (mae, median, shares) in expected.items():
         error = errors[pooling]
         assert error.shape == (num_clips, 2)
         np.testing.assert_allclose(error.mean(0), mae, rtol=0, atol=tolerance)
         np.testing.assert_allclose(np.median(error), median, rtol=0, atol=tolerance)
-        np.testing.assert_allclose([100 * (error <= limit).mean() for limit in (5, 10, 15)], shares, rtol=0, atol=5)
+        np.testing.assert_allclose([100 * (error <= limit).mean() for limit in (5, 10, 15)], shares, rtol=0, atol=share)
 
 
 def by_definition(audio, pooling):
@@ -166,7 +168,6 @@ def test_errors_with_librispeech_are_those_of_the_table(librispeech, rooms, monk
     if rooms == ISM:
         pytest.importorskip("pyroomacoustics")
     blocks = list((in_fra_rooms if rooms == FRA else in_ism_rooms)(librispeech, *drawn(librispeech, PER_ROOM)))
-    for pooling, error in errors_of(blocks).items():
-        np.testing.assert_allclose(error.mean(0), OURS[rooms][pooling], rtol=0, atol=0.3)
+    compare(errors_of(blocks), OURS[rooms], 0.3, NUM_EVAL_SCENES * PER_ROOM, share=1)
     monkeypatch.setattr(baselines, "POWER_FLOOR", TABLE_FLOOR)
     compare(errors_of(centred(blocks)), TABLE[rooms], 2.0, NUM_EVAL_SCENES * PER_ROOM)

@@ -185,13 +185,56 @@ def test_training_benchmark_shares_a_step_out(tmp_path, capsys):
     assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
 
 
+def results_of(tmp_path):
+    return common.Results("bench_rir", torch.device("cpu"), [], tmp_path / "results.json")
+
+
+def tasks_of(*checks):
+    """A row each, whose error a check is to find."""
+    row = {"name": "draw", "batch": 2, "compiled": False, "median_s": 1.0, "p10_s": 1.0, "p90_s": 1.0,
+           "scenes_per_s": 2.0, "audio_s_per_s": None, "peak_bytes": 0, "error": None}
+    return [common.Task("draw", 2, False, lambda check=check: (dict(row), check)) for check in checks]
+
+
+def test_a_device_that_a_row_has_spoiled_costs_rows_and_not_what_was_measured(tmp_path, monkeypatch, capsys):
+    """Of three rows the second cannot even be begun."""
+    begun = []
+
+    def release(device):
+        begun.append(device)
+        if len(begun) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runtime, "release_memory", release)
+    results = results_of(tmp_path)
+    results.measure(tasks_of(lambda: 1e-7, lambda: 1e-7, lambda: 3e-7))
+    assert results.finish() == 1
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row.get("error") for row in rows] == [1e-7, None, 3e-7] and "illegal memory access" in rows[1]["failed"]
+
+
+def test_errors_that_are_found_outlast_what_ends_the_next(tmp_path):
+    results = results_of(tmp_path)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    results.measure(tasks_of(lambda: 1e-7, interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        results.finish()
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [row["error"] for row in content["rows"]] == [1e-7, None] and not content["complete"]
+
+
 class FakeProfiler(contextlib.nullcontext):
     """What a GPU's would have found in three steps: kernels, and the calls of the CPU that launched them."""
 
     def key_averages(self):
         kind = [SimpleNamespace(name=name) for name in ("CUDA", "CPU")]
-        return [SimpleNamespace(key=key, device_type=kind[cpu], count=count, self_device_time_total=time)
-                for key, cpu, count, time in (("small", 0, 6, 300.0), ("aten::mm", 1, 9, 0.0), ("large", 0, 3, 900.0))]
+        return [SimpleNamespace(key=key, device_type=kind[cpu], count=count, self_device_time_total=time,
+                                is_user_annotation="#" in key)
+                for key, cpu, count, time in (("small", 0, 6, 300.0), ("aten::mm", 1, 9, 0.0), ("large", 0, 3, 900.0),
+                                              ("Optimizer.step#AdamW.step", 0, 3, 1000.0))]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -213,6 +256,16 @@ def test_operations_of_a_step(gpu, monkeypatch):
         names = {each["name"]: each["calls"] for each in bench_train.operations(steps, 99)}
         assert names["aten::mm"] == 1 and names["aten::add"] == 1 and names["aten::ones"] == 2
     assert set(taken) == {bench_train.PROFILED}
+
+
+def test_operations_that_cannot_be_had_cost_a_line(tmp_path, monkeypatch, capsys):
+    """As where a GPU's counters are not for everyone."""
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(
+        SimpleNamespace(key_averages=list)))
+    results = run(bench_train, tmp_path, "--batch", "1", "--seconds", "0", "--compile", "no", "--profile", "3", "--set",
+                  "speech.clip_s=0.5")
+    assert results["complete"] and "operations" not in results["rows"][0]
+    assert "no operations of librispeech: torch's profiler saw nothing that the device did\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -433,7 +486,8 @@ def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_
                         write(path, content) or lengths.append(len(json.loads(path_of(path))["rows"])))
     assert benchmark.main([*arguments, "--seconds", "0", "--device", "cpu", "--threads", "1", "--json", str(path)]) == 1
     results = json.loads(path.read_text())
-    assert lengths == [*range(1, rows + 1), rows] and results["complete"]
+    again = [rows] * (1 + (benchmark is bench_simulate))                # with the floor of the memory
+    assert lengths == [*range(1, rows + 1), *again] and results["complete"]
     assert [index for index, row in enumerate(results["rows"]) if "failed" in row] == [1]
     bad, line = results["rows"][1], "RuntimeError: CUDA error: an illegal | access"
     more = {bench_rir: {"fused": False}, bench_simulate: {"fused": False, "graph": False}}.get(benchmark, overlap)

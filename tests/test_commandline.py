@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ssl_gpu.commandline import Parser, uninterrupted
+from ssl_gpu.commandline import Parser, told, uninterrupted
 
 
 @pytest.mark.parametrize("words, problem", [
@@ -66,3 +66,13 @@ def test_what_is_uninterrupted_is_done_as_a_whole(heard):
     thread.start()
     thread.join()
     assert done == [1, 3]
+
+
+def test_commands_are_told_with_the_last_names_of_paths(tmp_path, monkeypatch):
+    """Of those that are there, and of those that are not yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speech").mkdir()
+    words = [str(tmp_path / "a.yaml"), f"speech.eval={tmp_path / 'speech'}", "train.out=/home/someone/runs/first",
+             "--json", "/home/someone/x.json", "rir.hybrid_share=0.5", "train.lr=1e-3", "--json=y"]
+    assert told("ssl_gpu.train", words) == ("python -m ssl_gpu.train a.yaml speech.eval=speech train.out=first "
+                                            "rir.hybrid_share=0.5 train.lr=1e-3")

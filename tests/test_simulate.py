@@ -1,4 +1,5 @@
 """Rooms rendered into files, as a user starts it: what is in them, that they repeat, and a line for every mistake."""
+import contextlib
 import json
 import math
 import os
@@ -429,17 +430,20 @@ def test_keys_that_mean_nothing_are_pointed_out(folder, capsys):
         assert "ignored" not in capsys.readouterr().err
 
 
-CM = "warning: list.json: scene 1 and 1 more: a room of {} m; lengths are in m\n"
+CM = "warning: list.json: scene 1: a room of 600.0 x 500.0 x 300.0 m; lengths are in m\n"
 
 
-@pytest.mark.parametrize("scale, said", [(30.0, ""), (100.0, CM)])
-def test_rooms_in_cm_are_doubted(scale, said, folder, capsys):
-    lengths = {key: (np.array(ENTRY[key]) * scale).tolist() for key in ("room_dim", "mic_pos", "src_pos")}
-    grown = {**ENTRY, "rt60": 1.0, **lengths}
-    Path("list.json").write_text(json.dumps([ENTRY, grown, grown]))
-    scenes = simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", None)
-    size = " x ".join(f"{side:g}" for side in grown["room_dim"])
-    assert len(scenes) == 3 and capsys.readouterr().err == said.format(size)
+@pytest.mark.parametrize("scale, rt60, count, said, refused", [
+    (30.0, 1.0, None, "", ""), (100.0, 1.0, 2, CM, ""), (100.0, 1.0, 1, "", ""),
+    (100.0, 1.0, None, CM.replace("1:", "1 and 1 more:"), ""),
+    (100.0, 0.3, 2, CM, "340 m/s \\* rt60 = 102 m must exceed the distance")])
+def test_rooms_in_cm_are_doubted(scale, rt60, count, said, refused, folder, capsys):
+    lengths = {"room_dim": [6, 5, 3], "mic_pos": [[2, 2, 1.2], [2.1, 2, 1.2]], "src_pos": [[4, 3, 1.6]]}
+    grown = {"rt60": rt60, **{key: (np.array(value) * scale).tolist() for key, value in lengths.items()}}
+    Path("list.json").write_text(json.dumps([{"rt60": 0.4, **lengths}, grown, grown]))
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+        simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", count)
+    assert capsys.readouterr().err == said
 
 
 def test_readme_and_help_show_the_smallest_list(folder):

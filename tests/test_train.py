@@ -26,11 +26,12 @@ from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import load_checkpoint
 from ssl_gpu.config import RunConfig, from_mapping, load_config, to_mapping
 from ssl_gpu.evaluate import eval_speech, prepare_eval
+from ssl_gpu.lanes import ThreadTuner
 from ssl_gpu.localizer import Localizer
 from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
-from ssl_gpu.simulator import Simulator
+from ssl_gpu.simulator import Simulator, SimulatorConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -86,7 +87,7 @@ def test_result_has_every_key_for_model_baseline_and_chance(finished):
         assert 0 <= metrics["acc_at_5"] <= metrics["acc_at_10"] <= 1
     assert result["baseline"]["cone_mae_deg"] != result["cone_mae_deg"] != result["chance"]["cone_mae_deg"]
     assert result["steps"] == 4 and result["examples"] == 16 and result["target"] == "cone"
-    assert result["command"] == f"python -m ssl_gpu.train tiny.yaml train.out={finished}"
+    assert result["command"] == "python -m ssl_gpu.train tiny.yaml train.out=run"
 
 
 def test_saved_config_repeats_the_run(finished):
@@ -333,18 +334,22 @@ def test_batches_made_ahead_are_the_same_and_resume(tiny):
 
 
 @pytest.mark.parametrize("width", [0, 8])
-def test_lanes_train_the_same_weights(width, tiny):
+def test_lanes_train_the_same_weights(width, tiny, monkeypatch):
     """Two and three parts of a batch of four side by side, twice to the same bits. Adam makes a step of the rounding
     error of a gradient that is zero, so weights are compared as a whole with how far they have gone."""
     common = ("train.steps=4", "train.warmup=0", "mixture.diffuse_snr_db=[0, 10]", "train.precision=float32",
               f"features.mask_width={width}")
-    assert start("train.out=plain", *common) == 0
+    dealt, in_lanes = [], train_cli.in_lanes
+    monkeypatch.setattr(train_cli, "in_lanes", lambda *args: dealt.append(args[-1]) or in_lanes(*args))
+    assert start("train.out=plain", *common) == 0 and not dealt
     plain = load_checkpoint(tiny / "plain" / "checkpoint.pt").model
     begin = build_localizer(load_config(RunConfig, tiny / "plain" / "config.yaml")).state_dict()
     moved = sum(float((plain[key] - begin[key]).square().sum()) for key in begin) ** 0.5
     for count in (2, 3):
         for name in ("lanes", "again"):
             assert start(f"train.out={name}{count}", f"train.lanes={count}", *common) == 0
+        assert dealt == [count] * 8
+        dealt.clear()
         again = load_checkpoint(tiny / f"again{count}" / "checkpoint.pt").model
         found = load_checkpoint(tiny / f"lanes{count}" / "checkpoint.pt").model
         assert all(torch.equal(found[key], again[key]) for key in found)
@@ -360,6 +365,31 @@ def test_lanes_train_the_same_weights(width, tiny):
 def test_lanes_that_cannot_be_are_one_line(overrides, rule, tiny, capsys):
     assert start("train.out=run", *overrides) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {rule}" and not (tiny / "run").exists()
+
+
+def test_threads_are_those_of_before_when_a_run_is_over(tiny, monkeypatch):
+    """Of four, of which two lanes have two each: the next run of the process has four again."""
+    before, most = torch.get_num_threads(), []
+    monkeypatch.setattr(train_cli, "ThreadTuner", lambda *args, most_lanes, **more: most.append(
+        (torch.get_num_threads(), most_lanes)) or ThreadTuner(*args, most_lanes=most_lanes, **more))
+    try:
+        torch.set_num_threads(4)
+        for name in ("first", "second"):
+            assert start(f"train.out={name}", "train.steps=1", "train.lanes=2") == 0
+            assert torch.get_num_threads() == 4
+        assert most == [(4, 4), (4, 4)]                                 # as many lanes as a batch has clips, at most
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_kernels_that_cannot_be_had_are_told_before_speech_is_made(tiny, monkeypatch, capsys):
+    def refuse(self, device):
+        raise ValueError("simulator.fused must be false or null where Triton is not installed, got true")
+
+    monkeypatch.setattr(SimulatorConfig, "fused_on", refuse)
+    assert start("train.out=run") == 2
+    assert tuple(capsys.readouterr()) == ("", "error: simulator.fused must be false or null where Triton is not "
+                                              "installed, got true\n") and not (tiny / "run").exists()
 
 
 def test_lanes_are_for_a_cpu():
@@ -579,12 +609,14 @@ def test_evaluations_on_the_way_take_a_tenth_of_the_minutes_at_most(minutes, eva
 
 
 def test_evaluations_that_there_is_no_time_for_are_left_out_and_told(tiny, monkeypatch, capsys):
+    counts, short_of_time = [], train_cli.short_of_time
     monkeypatch.setattr(train_cli, "EVALUATING", 0.0)
-    assert start("train.out=run", "train.max_minutes=600") == 0
+    monkeypatch.setattr(train_cli, "short_of_time", lambda *args: counts.append(args[1]) or short_of_time(*args))
+    assert start("train.out=run", "train.max_minutes=600") == 0 and counts == [1]
     lines = [json.loads(line) for line in (tiny / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/acc_at_5" in line] == [4]
-    assert re.search(r"an evaluation takes [\d.e-]+ s: there will be 1 of train.evaluations=2, evenly over the run",
-                     capsys.readouterr().out)
+    assert re.search(r"an evaluation takes \d+\.\d s: there will be 1 instead of train.evaluations=2, the last one at "
+                     r"the end\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("compile", [False, True])
