@@ -165,6 +165,7 @@ def profiled(row: dict[str, Any], most: int, make: Callable[[], Steps]) -> None:
     """Puts the operations of a row into it, of steps made anew; says so, and no more, where that fails."""
     try:
         steps = make()
+        runtime.release_memory(steps.run.device)
         burn_in(steps)
         row["operations"] = operations(steps, most)
         print(listed(row))
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row, make in zip(results.rows, again):
             if "failed" not in row:
                 profiled(row, args.profile, make)
-        results.save()
+                results.save()
     return status
 
 

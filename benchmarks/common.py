@@ -38,7 +38,7 @@ WORKLOAD = ("2x2: 2 microphones 10 cm apart, 2 sources, rooms of 3 x 3 x 2.5 to 
             "1024 to 4096 images, 16 kHz, 3 s of noise per source")
 BURN_IN = 3  # calls before the clock starts: kernels are chosen, memory is had, tables are made
 LEAST_CALLS = 5
-COPIES = 5  # in a timed call: on a GPU one takes 0.5 ms, and its launch and the wait for it a tenth of 0.2
+COPIES = 5  # in a timed call: on a GPU a copy takes 0.5 ms, the launch and the wait for them some 0.02
 CHOICES = {"no": (False,), "yes": (True,), "both": (False, True)}
 UNFAITHFUL_TAPS = 6  # at its end an RIR differs from the reference's by design, see ssl_gpu.rir.render_rir
 

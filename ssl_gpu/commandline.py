@@ -35,7 +35,9 @@ def told(module: str, arguments: Sequence[str]) -> str:
     words, shown = list(arguments), []
     while words:
         word = words.pop(0)
-        key, equals, value = ("", "", word) if "=" not in word or os.path.exists(word) else word.partition("=")
+        key, equals, value = word.partition("=")
+        if not equals or os.sep in key or os.path.exists(word):         # no override, but perhaps a path
+            key, equals, value = "", "", word
         if word == "--json":
             del words[:1]
         elif key != "--json":

@@ -213,12 +213,13 @@ def warn_of_keys(path: str) -> None:
 
 
 def warn_of_size(path: str, count: int | None) -> None:
-    """A line where one of the first `count` rooms of a list is longer than hardly any room is, as rooms in cm are."""
+    """A line where one of the first `count` rooms of a list is longer than almost any room is, as rooms in cm are.
+    Entries that are none are read_scenes' to tell of."""
     rooms = [entry.get("room_dim") for entry in read_entries(path)[:count]]
-    large = [index for index, room in enumerate(rooms) if isinstance(room, list) and any(
-        isinstance(side, (int, float)) and side > LONGEST_ROOM for side in room)]
+    large = [index for index, room in enumerate(rooms) if isinstance(room, list) and len(room) == 3 and all(
+        type(side) in (int, float) and 0 < side < 1e9 for side in room) and max(room) > LONGEST_ROOM]
     if large:
-        size = " x ".join(map(str, rooms[large[0]]))
+        size = " x ".join(f"{side:g}" for side in rooms[large[0]])
         print(f"warning: {path}: scene {large[0]}{f' and {len(large) - 1} more' if len(large) > 1 else ''}: a room of "
               f"{size} m; lengths are in m", file=sys.stderr)
 

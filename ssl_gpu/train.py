@@ -204,8 +204,8 @@ def end_s(run: Run) -> float:
 
 def evaluations_in(run: Run) -> int:
     """How often a run is evaluated: train.evaluations, or as often as those on the way take a tenth of
-    train.max_minutes, by the time of one in this part of the run. (On a slow core four of them and the preparation once
-    left ten minutes of training with 36 steps.)"""
+    train.max_minutes, by the time of one in this part of the run. (Once four of them and the preparation left time
+    for only 36 steps of a run of ten minutes.)"""
     train = run.cfg.train
     if train.max_minutes is None:
         return train.evaluations

@@ -73,6 +73,7 @@ def test_commands_are_told_with_the_last_names_of_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "speech").mkdir()
     words = [str(tmp_path / "a.yaml"), f"speech.eval={tmp_path / 'speech'}", "train.out=/home/someone/runs/first",
-             "--json", "/home/someone/x.json", "rir.hybrid_share=0.5", "train.lr=1e-3", "--json=y"]
+             "--json", "/home/someone/x.json", "rir.hybrid_share=0.5", "train.lr=1e-3", "--json=y",
+             "--out", "/home/someone/lr=3/x"]
     assert told("ssl_gpu.train", words) == ("python -m ssl_gpu.train a.yaml speech.eval=speech train.out=first "
-                                            "rir.hybrid_share=0.5 train.lr=1e-3")
+                                            "rir.hybrid_share=0.5 train.lr=1e-3 --out x")

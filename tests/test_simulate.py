@@ -430,7 +430,7 @@ def test_keys_that_mean_nothing_are_pointed_out(folder, capsys):
         assert "ignored" not in capsys.readouterr().err
 
 
-CM = "warning: list.json: scene 1: a room of 600.0 x 500.0 x 300.0 m; lengths are in m\n"
+CM = "warning: list.json: scene 1: a room of 600 x 500 x 300 m; lengths are in m\n"
 
 
 @pytest.mark.parametrize("scale, rt60, count, said, refused", [
@@ -444,6 +444,16 @@ def test_rooms_in_cm_are_doubted(scale, rt60, count, said, refused, folder, caps
     with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
         simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", count)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("room", [None, True, "600", [600, 500], ["a", 500, 300], [600, [5], None], [600, 500, True],
+                                  [10 ** 400, 500, 300], [-600, 500, 300], {"x": 600}])
+def test_rooms_that_are_none_are_not_doubted_but_refused(room, folder, capsys):
+    entry = {"rt60": 0.4, "mic_pos": [[2, 2, 1.2], [2.1, 2, 1.2]], "src_pos": [[4, 3, 1.6]], "room_dim": room}
+    Path("list.json").write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match="^list.json: scene 0"):
+        simulate.given_scenes(load_config(RunConfig, "tiny.yaml"), "list.json", None)
+    assert capsys.readouterr().err == ""
 
 
 def test_readme_and_help_show_the_smallest_list(folder):
