@@ -184,10 +184,11 @@ def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
 
 
 def report(folder: Path, gpu: bool = False) -> str:
-    """All tables of CPUs or of GPUs, and under them every note once."""
+    """All tables of CPUs or of GPUs, and under them every note once, of the peers' own, which files hold, the newest."""
     found = newest(folder, gpu)
-    unique = dict.fromkeys(note for results in found for note in notes(results))
-    return "\n\n".join([*map(titled_table, found), *unique])
+    unique = {"the peers'" if note == results.get("notes") else note: note
+              for results in sorted(found, key=lambda results: results["date"]) for note in notes(results)}
+    return "\n\n".join([*map(titled_table, found), *unique.values()])
 
 
 def gpu_short(folder: Path) -> str:

@@ -978,3 +978,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
         bench_rir.main(["--device", "cpu", "--json", str(tmp_path / "nowhere" / "a.json")])
     assert error.value.code == 2
     assert "--json must be a file in an existing folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("older", ["2026-01-01", "2026-03-03"])
+def test_what_is_said_of_peers_stands_once_and_as_it_was_said_last(older, tmp_path):
+    """Two files of two machines, whose words changed in between, whichever table comes first."""
+    results = json.loads((common.ROOT / "benchmarks" / "results" / "2026-11-27-amd-epyc-peers.json").read_text())
+    for number, date in enumerate((older, "2026-02-02")):
+        text = {**results, "date": date, "notes": f"said on {date}",
+                "machine": {**results["machine"], "device": f"CPU {number}"}}
+        (tmp_path / f"{number}.json").write_text(json.dumps(text))
+    found = report.report(tmp_path)
+    assert found.count("### Other simulators") == 2 and found.count("said on") == found.count(
+        f"said on {max(older, '2026-02-02')}") == 1
