@@ -184,7 +184,7 @@ def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
 
 
 def report(folder: Path, gpu: bool = False) -> str:
-    """All tables of CPUs or of GPUs, and under them every note once, of the peers' own, which files hold, the newest."""
+    """All tables of CPUs or of GPUs, under them every note once; of the peers' own, which files hold, the newest."""
     found = newest(folder, gpu)
     unique = {"the peers'" if note == results.get("notes") else note: note
               for results in sorted(found, key=lambda results: results["date"]) for note in notes(results)}
