@@ -27,6 +27,7 @@ class FeatureConfig:
         frame; 0: no gate.
     mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
         maps in which bins count by that; 0: none.
+    mask_layers: its convolutions over frames.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -38,10 +39,11 @@ class FeatureConfig:
     num_delays: int = 33
     gate_bands: int = 0
     mask_width: int = 0
+    mask_layers: int = 4
 
     def __post_init__(self):
         check_fields(self, "features")
-        for name, least in (("window", 2), ("hop", 1), ("num_bands", 1)):
+        for name, least in (("window", 2), ("hop", 1), ("num_bands", 1), ("mask_layers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_delays < 8:

@@ -7,18 +7,21 @@ What a mask is to be, no recording tells; a simulator does, bin by bin: Simulato
 """
 from __future__ import annotations
 
+from itertools import cycle
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_gpu import products, runtime
 
-DILATIONS = (1, 2, 4, 8)  # of the convolutions over frames, in turn: 15 frames, 0.24 s, on either side
+DILATIONS = (1, 2, 4, 8)  # of the convolutions over frames, in turn: four reach 15 frames, 0.24 s, to either side
 POWER = 4                 # of the share of direct sound: most bins are mostly something else, and weigh next to nothing
 NEIGHBOURS = (3, 5)       # frames and bins over which the coherence of the microphones is measured
 PER_BIN = 5               # numbers that the network is told of every bin
 OF_FRAME = 2              # numbers that the convolutions over frames give every bin
 NEAR_WIDTH = 8            # channels of the convolution over a bin and its neighbours
+PACK = 8                  # bins of it that are one row where it is a product
 
 
 class MaskNetwork(nn.Module):
@@ -26,15 +29,15 @@ class MaskNetwork(nn.Module):
 
     spectra [batch, mic=2, frame, freq] complex, of clips of one level, phat [batch, frame, freq] their normalised
     cross-spectrum -> logits [batch, frame, freq]. Every frame's bins are told together, so that harmonics and what a
-    fricative sounds like can be learned, and convolutions over frames tell an onset from a decay; what these say of
-    every bin is joined to what it and its neighbours were.
+    fricative sounds like can be learned, and convolutions over frames, `layers` of them, tell an onset from a decay;
+    what these say of every bin is joined to what it and its neighbours were.
     """
 
-    def __init__(self, num_bins: int, width: int):
+    def __init__(self, num_bins: int, width: int, layers: int = len(DILATIONS)):
         super().__init__()
         self.first = nn.Linear(PER_BIN * num_bins, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in DILATIONS)
-        self.convs = nn.ModuleList(nn.Linear(3 * width, width) for _ in DILATIONS)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.convs = nn.ModuleList(nn.Linear(3 * width, width) for _ in range(layers))
         self.said = nn.Linear(width, OF_FRAME * num_bins)
         self.near = nn.Conv2d(PER_BIN + OF_FRAME, NEAR_WIDTH, 3, padding=1)
         self.last = nn.Linear(NEAR_WIDTH, 1)
@@ -42,16 +45,18 @@ class MaskNetwork(nn.Module):
     def forward(self, spectra: Tensor, phat: Tensor) -> Tensor:
         bins = told(spectra, phat)
         x = self.first(bins.transpose(1, 2).flatten(2))                  # [batch, frame, width]
-        for reach, norm, conv in zip(DILATIONS, self.norms, self.convs):
+        for reach, norm, conv in zip(cycle(DILATIONS), self.norms, self.convs):
             x = x + F.gelu(conv(neighbours(norm(x), reach)))
         said = self.said(x).unflatten(-1, (OF_FRAME, -1)).transpose(1, 2)
         x = torch.cat((bins.to(said.dtype), said), 1)
-        if torch.is_grad_enabled() and runtime.prefers_products(x.device):  # for the gradients of two small weights
-            x = products.strided3x3(x, self.near.weight, self.near.bias, (1, 1)).relu().permute(0, 2, 3, 1)
-            logits = products.linear(x, self.last.weight, self.last.bias)
+        if torch.is_grad_enabled() and runtime.prefers_products(x.device):
+            # For the gradients of two small weights. Forward and back, 128 clips of 3 s, compiled, on an H200: 1.3 ms,
+            # by windows of single bins 5.3, by cuDNN 3.7, and with the last layer as a product 0.5 more.
+            x = products.conv3x3(x, self.near.weight, self.near.bias, PACK).relu()
+            logits = (x * self.last.weight.view(1, -1, 1, 1)).sum(1) + self.last.bias
         else:
-            logits = self.last(self.near(x).relu().permute(0, 2, 3, 1))
-        return logits.squeeze(-1) + said[:, 0]
+            logits = self.last(self.near(x).relu().permute(0, 2, 3, 1)).squeeze(-1)
+        return logits + said[:, 0]
 
 
 def neighbours(x: Tensor, reach: int) -> Tensor:

@@ -293,7 +293,9 @@ class ConformerLocalizer(nn.Module):
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
         self.gate = _gate(features.gate_bands, 2 * features.num_bands) if features.gate_bands else None
-        self.mask = MaskNetwork(self.front.num_bins, features.mask_width) if features.mask_width else None
+        self.mask = None
+        if features.mask_width:
+            self.mask = MaskNetwork(self.front.num_bins, features.mask_width, features.mask_layers)
         self.level_sizes = (features.num_bands, features.gate_bands)
         width, masked = cfg.channels, features.num_bands if features.mask_width else 0
         self.conv = nn.Sequential(

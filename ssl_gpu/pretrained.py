@@ -123,8 +123,8 @@ def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig, fine: Co
 
 def shapes_weights(key: str, masks: bool) -> bool:
     """Whether the shapes of a localiser's weights may follow from a key of the configuration. masks: it learns masks,
-    which have a weight for every bin of the transform."""
-    if key in ("features.window", "features.band_hz", "rir.sample_rate"):
+    by a network that has a weight for every bin of the transform."""
+    if key in ("features.window", "features.band_hz", "features.mask_layers", "rir.sample_rate"):
         return masks
     if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "features.hop"):
         return False

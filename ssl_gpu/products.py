@@ -56,14 +56,19 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, before: int) -> Tensor:
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, pack: int) -> Tensor:
     """3 x 3 convolution, padded by 1: x [batch, in, height, width], weight [out, in, 3, 3] -> [batch, out, height,
-    width], channels last in memory. `pack` >= 2 neighbours in width, of which it must be a multiple, are one row.
+    width], channels last in memory. `pack` >= 2 neighbours in width are one row; what is missing to a whole pack, or to
+    rows that ALIGN divides, is filled with zeros.
 
     A row is a pack with its neighbours in the lines before, at and after it, its product the pack's outputs of all
     channels, by a banded matrix. A window per output would be copied 9-fold, this is 3.75-fold with a pack of 8.
     """
-    height, channels = x.shape[2], x.shape[1]
-    aligned = 3 * (pack + 2) * channels % ALIGN == 0
-    reach = 1 if aligned else 2                                          # neighbours on either side, 1 of them used
+    height, width = x.shape[2:]
+    reach = next((reach for reach in (1, 2) if 3 * (pack + 2 * reach) * x.shape[1] % ALIGN == 0), None)
+    filler = 0 if reach else -x.shape[1] % ALIGN
+    reach = reach or 1                                                   # neighbours on either side, 1 of them used
+    x = F.pad(x, (0, -width % pack, 0, 0, 0, filler))
+    weight = F.pad(weight, (0, 0, 0, 0, 0, filler))
+    channels = x.shape[1]
     x = rearrange(x, "b c t (f p) -> b t f (p c)", p=pack)
     left = F.pad(x[..., -reach * channels:], (0, 0, 1, -1))              # the end of the pack before
     right = F.pad(x[..., :reach * channels], (0, 0, -1, 1))
@@ -71,7 +76,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, pack: int) -> Tensor:
     x = torch.cat([x[:, line:line + height] for line in range(3)], -1)
     weight = rearrange(banded(weight, pack, pack + 2 * reach, reach - 1), "o c t p s -> (p o) (t s c)")
     out = linear(x, weight, bias.repeat(pack))
-    return rearrange(out, "b t f (p o) -> b o t (f p)", p=pack)
+    return rearrange(out, "b t f (p o) -> b o t (f p)", p=pack)[..., :width]
 
 
 def strided3x3(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:

@@ -190,16 +190,18 @@ def test_a_band_of_few_bins_has_few_neighbours():
     assert_close(around(torch.ones(1, 1, 3))[0, 0], torch.tensor([3.0, 3.0, 3.0]))
 
 
-def test_masks_move_with_the_sound_and_reach_as_far_as_they_say():
+@pytest.mark.parametrize("layers, reach", [(4, 15), (6, 18), (7, 22)])
+def test_masks_move_with_the_sound_and_reach_as_far_as_they_say(layers, reach):
+    """1 + 2 + 4 + 8 frames in turn, and a neighbour's one."""
     torch.manual_seed(0)
-    network = MaskNetwork(20, 16)
+    network = MaskNetwork(20, 16, layers)
     spectra = torch.randn(1, 2, 64, 20, dtype=torch.complex64, generator=seeded(1))
     phat = torch.polar(torch.ones(1, 64, 20), torch.zeros(1, 64, 20))
     moved = phat.clone()
     moved[:, 30, 3] = -1
     with torch.no_grad():
         change = (network(spectra, moved) - network(spectra, phat)).abs().amax((0, 2)).nonzero().flatten()
-    assert (int(change[0]), int(change[-1])) == (30 - 16, 30 + 16)      # 1 + 2 + 4 + 8 frames, and a neighbour's one
+    assert (int(change[0]), int(change[-1])) == (30 - reach - 1, 30 + reach + 1)
     assert network(spectra, phat).shape == (1, 64, 20)
 
 
@@ -290,6 +292,8 @@ def test_masks_are_learned():
 
 
 def test_settings_that_cannot_be_are_one_line():
+    with pytest.raises(ValueError, match="^features.mask_layers must be >= 1, got 0$"):
+        load_config(RunConfig, None, ["train.steps=1", "features.mask_layers=0"])
     with pytest.raises(ValueError, match="^features.mask_width must be >= 0, got -1$"):
         load_config(RunConfig, None, ["train.steps=1", "features.mask_width=-1"])
     with pytest.raises(ValueError, match="^features.mask_width must be 0 for model.kind=original, which has no masks, "

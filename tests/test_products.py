@@ -58,13 +58,15 @@ def test_depthwise_is_that_of_the_convolution(tokens, taps):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("channels_in, channels_out, pack", [(2, 4, 16), (4, 8, 8), (3, 5, 2)])
-def test_packed_convolution_is_that_of_torch(channels_in, channels_out, pack, channels_last):
-    x = noise(2, channels_in, 7, 32)
+@pytest.mark.parametrize("channels_in, channels_out, pack, width", [
+    (2, 4, 16, 32), (4, 8, 8, 32), (3, 5, 2, 32), (7, 8, 8, 29), (4, 3, 8, 33), (7, 2, 4, 3)])
+def test_packed_convolution_is_that_of_torch(channels_in, channels_out, pack, width, channels_last):
+    """Of widths that no pack divides, too, and of channels for which no row of any reach is aligned."""
+    x = noise(2, channels_in, 7, width)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     inputs = x, noise(channels_out, channels_in, 3, 3, seed=1), noise(channels_out, seed=2)
     found = with_gradients(lambda *args: products.conv3x3(*args, pack), *inputs)
-    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert width % pack or found[0].is_contiguous(memory_format=torch.channels_last)
     assert_close(found, with_gradients(lambda *args: F.conv2d(*args, padding=1), *inputs), **EXACT)
 
 
