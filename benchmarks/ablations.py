@@ -70,6 +70,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "a third of the scenes planar": ("scene.planar_share=0.33",),
     "levels -6 to 6 dB": ("mixture.level_difference_db=[-6, 6]",),
     "no masks": ("features.mask_width=0",),
+    "masks of 8 layers": ("features.mask_layers=8",),  # 2.86 M parameters
     "no gate": ("features.gate_bands=0",),
     "16 bands": ("features.num_bands=16",),
     "17 delays": ("features.num_delays=17",),
