@@ -204,6 +204,15 @@ def nearest_mic(scenes: SceneBatch) -> tuple[Tensor, Tensor, Tensor]:
     return offset, direct, direct.argmin(1)
 
 
+def closest_mic(scenes: SceneBatch) -> Tensor:
+    """How far every source is from the microphone nearest to it, [batch, src] m, as nearest_mic measures it; on a GPU
+    in few kernels, and to a few roundings of float64."""
+    if not runtime.is_gpu(scenes.rt60.device):
+        return nearest_mic(scenes)[1].amin(1)
+    dist = torch.cdist(scenes.src_pos, scenes.mic_pos, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+    return dist.mul_(dist).add_(DISTANCE_EPSILON).sqrt_()
+
+
 def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> ImageBatch:
     """Draw the images of every source of every scene, on the scenes' device, without a device sync.
 
@@ -230,9 +239,7 @@ def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generato
         count = (count * scenes.rt60[:, None]).ceil()
     if scenes.num_images is not None:  # and yet it is drawn: or all that follows would be other numbers
         count = torch.where(scenes.num_images[:, None] > 0, scenes.num_images[:, None], count)
-    _, direct, nearest = nearest_mic(scenes)
-    closest = direct.gather(1, nearest[:, None]).squeeze(1)
-    span = image_span(cfg, scenes.rt60[:, None], closest).to(torch.float32)
+    span = image_span(cfg, scenes.rt60[:, None], closest_mic(scenes)).to(torch.float32)
     place = uniform(0, 1) if cfg.decay is Decay.MEASURED else rounded_root(uniform(0, 1))
     ratio = place.mul_(span[..., None]).add_(1)
     azimuth = uniform(-math.pi, math.pi)

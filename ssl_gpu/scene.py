@@ -294,6 +294,8 @@ def _uniform(shape: Sequence[int], low: Tensor | float, high: Tensor | float, ge
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         return rng.uniform(shape, low, high, generator=generator, dtype=torch.float64)
     draw = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    if runtime.is_gpu(draw.device):                                     # a kernel less, and maybe a rounding
+        return torch.addcmul(low if isinstance(low, Tensor) else _table((low,), draw.device), high - low, draw)
     return low + (high - low) * draw
 
 
@@ -358,7 +360,8 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
         candidate = torch.cat((candidate[..., :2], height[..., None]), -1)
     dist = torch.linalg.vector_norm(candidate - centre[:, None, None], dim=-1)
     to_mic = torch.linalg.vector_norm(candidate[:, :, :, None] - mic_pos[:, None, None], dim=-1).amin(-1)
-    valid = (dist >= cfg.src_dist_m[0]) & (dist <= cfg.src_dist_m[1]) & (to_mic >= MIN_SRC_MIC_DIST)
+    # In few kernels, since a batch of 256 scenes on a GPU waits for their number.
+    valid = (dist.clamp(*cfg.src_dist_m) == dist) & (to_mic >= MIN_SRC_MIC_DIST)
     first = valid.to(torch.uint8).argmax(-1)
     src_pos = candidate.gather(2, first[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
 

@@ -11,7 +11,7 @@ import torch
 from oracle import arrivals as oracle_arrivals, fra_rir, gcc_delay, ks, ks_uniform
 from torch.testing import assert_close
 
-from ssl_gpu import rir
+from ssl_gpu import rir, runtime
 from ssl_gpu.directivity import LookVector, Pattern
 from ssl_gpu.laws import Decay, ImageDirections, ImageRange, SrcDirections
 from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, render_rir
@@ -149,6 +149,18 @@ def test_slices_of_a_batch_render_to_slices_of_its_rirs():
     assert_rir_close(part.early, whole[picked].early)
     assert part.length.tolist() == whole[picked].length.tolist() == [int(whole.length[2]), int(whole.length[0])]
     assert whole[1:3].full.shape[0] == whole[1:3].early.shape[0] == whole[1:3].length.shape[0] == 2
+
+
+def test_fewer_kernels_draw_the_same(monkeypatch):
+    """As a GPU does it, from the numbers of a CPU's generator: rooms to roundings of float64, images of float32."""
+    scene = SceneConfig(num_mics=3, rotate=True, spacing_jitter_m=0.004)
+    scenes, images = draw(scene=scene, batch=50)
+    monkeypatch.setattr(runtime, "is_gpu", lambda device: True)
+    others, again = draw(scene=scene, batch=50)
+    for one, other, most in ((scenes, others, 1e-12), (images, again, 1e-6)):
+        for name in (field.name for field in fields(one) if isinstance(getattr(one, field.name), torch.Tensor)):
+            assert_close(getattr(other, name), getattr(one, name), rtol=most, atol=most)
+    assert not torch.equal(others.src_pos, scenes.src_pos) or not torch.equal(again.ratio, images.ratio)
 
 
 def test_padded_images_contribute_nothing():
