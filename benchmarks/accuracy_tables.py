@@ -24,8 +24,9 @@ CIRCUMSTANCES = {"separation_deg": "{:g} to {:g} degrees apart", "angle_deg": "c
 # The runs of docs/results/leak-<run>.json, in order.
 LEAK = {"original-300": "small network, 300 of the original's rooms, with e0's 200",
         "law-300": "small network, 300 other rooms of the law",
-        "original-h200": "57 M network, the original's 3,000 rooms, with e0's 200",
-        "law-h200": "57 M network, 3,000 other rooms of the law"}
+        "original-h200": "57 M network, the original's 3,000 rooms, with e0's 200, all of its 1,000 steps",
+        "original-h200-310-steps": "the same, ended after 310 steps",
+        "law-h200": "57 M network, 3,000 other rooms of the law, ended after 356"}
 
 
 def pair(values: list[float], digits: int = 2) -> str:
