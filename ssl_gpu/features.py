@@ -27,7 +27,7 @@ class FeatureConfig:
         frame; 0: no gate.
     mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
         maps in which bins count by that; 0: none.
-    mask_layers: its convolutions over frames.
+    mask_layers: number of its convolutions over frames, which reach 1, 2, 4 and 8 frames to either side, in turn.
 
     Raises ValueError naming the field, its value and the rule.
     """

@@ -50,8 +50,8 @@ class MaskNetwork(nn.Module):
         said = self.said(x).unflatten(-1, (OF_FRAME, -1)).transpose(1, 2)
         x = torch.cat((bins.to(said.dtype), said), 1)
         if torch.is_grad_enabled() and runtime.prefers_products(x.device):
-            # For the gradients of two small weights. Forward and back, 128 clips of 3 s, compiled, on an H200: 1.3 ms,
-            # by windows of single bins 5.3, by cuDNN 3.7, and with the last layer as a product 0.5 more.
+            # For the gradients of two small weights, which took a quarter of a training step on an H200: entry 54 of
+            # docs/performance.md. Under autocast these logits are float32, since the weight of the sum is.
             x = products.conv3x3(x, self.near.weight, self.near.bias, PACK).relu()
             logits = (x * self.last.weight.view(1, -1, 1, 1)).sum(1) + self.last.bias
         else:

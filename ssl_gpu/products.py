@@ -6,6 +6,8 @@ windows are copied side by side, which a compiler does while it computes them, a
 """
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -56,19 +58,23 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, before: int) -> Tensor:
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, pack: int) -> Tensor:
     """3 x 3 convolution, padded by 1: x [batch, in, height, width], weight [out, in, 3, 3] -> [batch, out, height,
-    width], channels last in memory. `pack` >= 2 neighbours in width are one row; what is missing to a whole pack, or to
-    rows that ALIGN divides, is filled with zeros.
+    width], channels last in memory, with gaps between lines where pack does not divide width. `pack` >= 2 neighbours in
+    width are one row; what is missing to a whole pack, or to rows that ALIGN divides, is filled with zeros.
 
     A row is a pack with its neighbours in the lines before, at and after it, its product the pack's outputs of all
     channels, by a banded matrix. A window per output would be copied 9-fold, this is 3.75-fold with a pack of 8.
     """
-    height, width = x.shape[2:]
-    reach = next((reach for reach in (1, 2) if 3 * (pack + 2 * reach) * x.shape[1] % ALIGN == 0), None)
-    filler = 0 if reach else -x.shape[1] % ALIGN
-    reach = reach or 1                                                   # neighbours on either side, 1 of them used
-    x = F.pad(x, (0, -width % pack, 0, 0, 0, filler))
-    weight = F.pad(weight, (0, 0, 0, 0, 0, filler))
-    channels = x.shape[1]
+    channels, height, width = x.shape[1:]
+    reach, filler = 1, 0                                                # neighbours on either side, 1 of them used
+    if 3 * (pack + 2) * channels % ALIGN:
+        if 3 * (pack + 4) * channels % ALIGN == 0:
+            reach = 2
+        else:
+            filler = -channels % (ALIGN // math.gcd(3 * (pack + 2), ALIGN))
+    if width % pack or filler:                                          # or it would be copied for nothing
+        x = F.pad(x, (0, -width % pack, 0, 0, 0, filler))
+        weight = F.pad(weight, (0, 0, 0, 0, 0, filler))
+        channels += filler
     x = rearrange(x, "b c t (f p) -> b t f (p c)", p=pack)
     left = F.pad(x[..., -reach * channels:], (0, 0, 1, -1))              # the end of the pack before
     right = F.pad(x[..., :reach * channels], (0, 0, -1, 1))

@@ -210,7 +210,7 @@ def closest_mic(scenes: SceneBatch) -> Tensor:
     if not runtime.is_gpu(scenes.rt60.device):
         return nearest_mic(scenes)[1].amin(1)
     dist = torch.cdist(scenes.src_pos, scenes.mic_pos, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
-    return dist.mul_(dist).add_(DISTANCE_EPSILON).sqrt_()
+    return (dist * dist + DISTANCE_EPSILON).sqrt()
 
 
 def draw_images(cfg: RirConfig, scenes: SceneBatch, *, generator: torch.Generator) -> ImageBatch:

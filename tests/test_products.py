@@ -59,14 +59,14 @@ def test_depthwise_is_that_of_the_convolution(tokens, taps):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels_in, channels_out, pack, width", [
-    (2, 4, 16, 32), (4, 8, 8, 32), (3, 5, 2, 32), (7, 8, 8, 29), (4, 3, 8, 33), (7, 2, 4, 3)])
+    (2, 4, 16, 32), (4, 8, 8, 32), (3, 5, 2, 32), (7, 8, 8, 29), (4, 3, 8, 33), (7, 2, 4, 3), (3, 2, 5, 7)])
 def test_packed_convolution_is_that_of_torch(channels_in, channels_out, pack, width, channels_last):
     """Of widths that no pack divides, too, and of channels for which no row of any reach is aligned."""
     x = noise(2, channels_in, 7, width)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     inputs = x, noise(channels_out, channels_in, 3, 3, seed=1), noise(channels_out, seed=2)
     found = with_gradients(lambda *args: products.conv3x3(*args, pack), *inputs)
-    assert width % pack or found[0].is_contiguous(memory_format=torch.channels_last)
+    assert found[0].stride(1) == 1 and (width % pack or found[0].is_contiguous(memory_format=torch.channels_last))
     assert_close(found, with_gradients(lambda *args: F.conv2d(*args, padding=1), *inputs), **EXACT)
 
 
@@ -89,6 +89,7 @@ def test_patches_are_the_strided_convolution(channels_in, channels_out):
 
 @pytest.mark.parametrize("function, shape, weight, more", [
     (products.depthwise, (2, 18, 6), (6, 1, 7), (3,)), (products.conv3x3, (2, 4, 5, 16), (8, 4, 3, 3), (8,)),
+    (products.conv3x3, (2, 7, 9, 29), (8, 7, 3, 3), (8,)),
     (products.strided3x3, (2, 3, 5, 6), (4, 3, 3, 3), ((1, 2),)), (products.patches, (2, 3, 8, 8), (4, 3, 4, 4), ())])
 def test_autocast_reaches_output_and_not_the_gradients_of_weights(function, shape, weight, more):
     inputs = [noise(*size, dtype=torch.float32) for size in (shape, weight, weight[:1])]
@@ -97,7 +98,7 @@ def test_autocast_reaches_output_and_not_the_gradients_of_weights(function, shap
         found = with_gradients(lambda *args: function(*args, *more), *inputs)
     assert [value.dtype for value in found] == [torch.bfloat16] + [torch.float32] * 3
     for low, high in zip(found, exact):
-        assert (low - high).norm() < 0.03 * high.norm()
+        assert (low - high).norm() < 0.05 * high.norm()
 
 
 @pytest.mark.parametrize("first_bin", [0, 1])

@@ -180,7 +180,7 @@ def test_a_batch_is_few_launches(request):
     with Launches() as launches:
         simulator(dry, generator=FakeGenerator())
     assert launches.names.count("image_tables") == launches.names.count("add_images") == 1
-    assert len(launches.names) <= 80, launches.names                   # of docs/performance.md, entry 54
+    assert len(launches.names) <= 80, launches.names                   # of docs/performance.md, entry 55
 
 
 def test_exact_rooms_wait_as_they_say(request):

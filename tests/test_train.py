@@ -298,13 +298,14 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: train.init={tiny / 'masks'} does not fit the configuration: "
         "rir.sample_rate=8000 (was 16000), features.band_hz=[100.0, 3000.0] (was [100.0, 7900.0])")
-    capsys.readouterr()
-    for begin, width, told in (("masks", 8, "features.mask_layers=5 (was 4)"), ("plain", 0, None)):
+    # Their layers, where both have some: without, another misfit is told alone.
+    for begin, more, told in (("masks", ["features.mask_width=8"], "features.mask_layers=5 (was 4)"),
+                              ("plain", ["features.mask_width=0", "model.dim=8"], "model.dim=8 (was 16)")):
+        capsys.readouterr()
         assert start("train.out=deeper", "train.steps=1", *common, f"train.init={begin}", "features.mask_layers=5",
-                     f"features.mask_width={width}") == (2 if told else 0)
-        if told:
-            assert capsys.readouterr().err.splitlines()[-1] == (
-                f"error: train.init={tiny / begin} does not fit the configuration: {told}")
+                     *more) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: train.init={tiny / begin} does not fit the configuration: {told}")
     assert start("train.out=masks", "train.steps=2", "--resume") == 0
 
 
