@@ -5,7 +5,8 @@ model: e0 the original's protocol, e0b and e1 2,000 fresh rooms of its law, e1p 
 with diffuse noise at 5 dB (and e1n0, e1n10, e1n20), e1w5 with white noise (and e1w0, e1w10, e1w20), e2 rooms by
 pyroomacoustics, e3 measured rooms, a folder named by e3.dir=DIR. A model trained with scene.pool=original has been in
 e0's rooms: its e0 is marked as leaked, in the table and as leaked_rooms in JSON. So is a result on talkers of the
-training, leaked_talkers.
+training, leaked_talkers. With --validation on clips of the same kinds that no published set has, to choose between
+weights by: "split" in JSON is then validation, otherwise test.
 """
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from ssl_gpu.measured import read_measured
 from ssl_gpu.outputs import output_file, output_folder, write_each
 from ssl_gpu.plots import require_matplotlib
 from ssl_gpu.pretrained import load_localizer, packaged, read_weights, tell_spacing, training_record
-from ssl_gpu.protocol import LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics
+from ssl_gpu.protocol import FRESH, LAW, SETS, SetOptions, eval_rooms_trained_in, import_pyroomacoustics
 from ssl_gpu.report import announced, result_table, sets_table
 from ssl_gpu.scene import SceneConfig
 from ssl_gpu.speech import SpeechBank, SpeechError, load_bank, voices_bank
@@ -143,11 +144,12 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return {**score_model(eval_set, localizer), **fixed, "steps": weights.step}
 
 
-def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (),
-                  count: int | None = None) -> dict[str, Assessment]:
+def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] = (), count: int | None = None,
+                  validation: bool = False) -> dict[str, Assessment]:
     """A checkpoint on the sets named in `sets`, separated by commas; None: the baselines alone, on speech.eval.
 
-    overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones.
+    overrides: of the configuration, and e3.dir=DIR. count: clips of each set, its first ones. validation: of the same
+    kinds, but with scenes, draws and pairs of utterances that no published set has.
     Results have what is known of the weights: target, steps and examples of their training, what training_record
     finds, parameters, weights_digest;
     leaked_rooms, how many rooms of the set they were trained in, and leaked_talkers, how many talkers of speech.eval,
@@ -162,6 +164,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         raise ValueError(f"--sets must be of {', '.join(SETS)}, got {unknown[0]!r}")
     if count is not None and count < 1:
         raise ValueError(f"--clips must be >= 1, got {count}")
+    if validation and (other := [name for name in names if name not in FRESH]):
+        raise ValueError(f"--validation must have sets of {', '.join(FRESH)}, whose scenes are drawn, got {other[0]!r}")
     folder, overrides = measured_folder(overrides, names)
     weights = None if path is None else read_weights(path)
     cfg = from_mapping(RunConfig, apply_overrides(NO_RUN if weights is None else weights.config, overrides))
@@ -188,13 +192,15 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
                  "parameters": sum(p.numel() for p in localizer.parameters()),
                  "leaked_talkers": leaked_talkers(weights.talkers, speech), "weights_digest": weights.digest,
                  **training_record(path, weights.step)}
-    about |= {"device": runtime.device_name(device), "versions": runtime.versions()}
+    about |= {"device": runtime.device_name(device), "versions": runtime.versions(),
+              "split": "validation" if validation else "test"}
 
     def localizer_for(spacing: float) -> Localizer:
         tell_spacing(localizer, cfg, spacing)
         return localizer
 
-    options = SetOptions(speech, device, count, measured)
+    split = rng.Split.VALIDATION if validation else rng.Split.TEST
+    options = SetOptions(speech, device, count, measured, split)
     found = dict(assess(names, options, None if weights is None else localizer_for))
     trained = None if weights is None else from_mapping(SceneConfig, weights.config.get("scene", {}), "scene")
     for name, assessment in found.items():
@@ -212,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", metavar="NAME,...", help=f"of {', '.join(SETS)}")
     parser.add_argument("--baselines", action="store_true", help="with --sets: no model, the classical baselines alone")
     parser.add_argument("--clips", type=int, metavar="N", help="with --sets: only the first N clips of each")
+    parser.add_argument("--validation", action="store_true",
+                        help="with --sets: other clips of the same kinds, to choose between weights by")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
     parser.add_argument("--html", metavar="FILE", help="with --sets: a page with tables and plots; needs matplotlib")
     parser.add_argument("--manifest", metavar="DIR", help="with --sets: what each clip is made of, DIR/<set>.jsonl")
@@ -252,7 +260,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, list[tuple
     """Does what the command line, of these words, says, and returns the table to be printed and the files to be
     written, for write_each. Raises ValueError and OSError."""
     command = told("ssl_gpu.evaluate", words)                           # now, before there are files to be named
-    only = [f"--{name}" for name in ("baselines", "clips", "html", "manifest")
+    only = [f"--{name}" for name in ("baselines", "clips", "validation", "html", "manifest")
             if (value := getattr(args, name)) is not None and value is not False]
     if args.sets is None and only:
         instead = "; without it the number of clips is eval.num_clips" if only[0] == "--clips" else ""
@@ -271,7 +279,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, list[tuple
         if html is not None:
             require_matplotlib()
         path = None if args.baselines else args.checkpoint or packaged()
-        found = evaluate_sets(path, args.sets, args.overrides, args.clips)
+        found = evaluate_sets(path, args.sets, args.overrides, args.clips, args.validation)
         result = {name: assessment.result | {"command": command} for name, assessment in found.items()}
         table = sets_table(result)
     files = []

@@ -285,6 +285,24 @@ def test_baselines_need_no_model(tmp_path, monkeypatch, capsys):
     assert "model" not in capsys.readouterr().out
 
 
+def test_clips_to_choose_by_are_of_no_published_set(checkpoint, tmp_path, monkeypatch, capsys):
+    """Other scenes, images, pairs and noise, and both JSON and table say so; those of e1 are heard in e1n5, too."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for split, option in (("test", ()), ("validation", ("--validation",))):
+        assert run(checkpoint, "--sets", "e1,e1n5", "--clips", 3, *option, "--json", "a.json", "--manifest", split) == 0
+        found[split] = json.loads(Path("a.json").read_text())
+        assert {result["split"] for result in found[split].values()} == {split}
+        assert ("clips of validation" in capsys.readouterr().out) == bool(option)
+        rows = [[json.loads(line) for line in Path(f"{split}/{name}.jsonl").read_text().splitlines()]
+                for name in ("e1", "e1n5")]
+        assert [row["room_dim"] for row in rows[0]] == [row["room_dim"] for row in rows[1]]
+        found[split, "rooms"] = [row["room_dim"] for row in rows[0]]
+    assert found["test"]["e1"]["eval_digest"] != found["validation"]["e1"]["eval_digest"]
+    assert not any(room in found["test", "rooms"] for room in found["validation", "rooms"])
+    assert "--validation" in found["validation"]["e1"]["command"]
+
+
 def test_page_holds_tables_and_plots(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     assert run(checkpoint, "--sets", "e1", "--clips", 9, "--html", tmp_path / "page.html") == 0
@@ -392,6 +410,9 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e1", "--manifest", "m", "--clips", "0"], "--clips must be >= 1, got 0"),
     (["--clips", "3"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["--baselines"], "--baselines goes with --sets"),
+    (["--validation"], "--validation goes with --sets"),
+    (["--validation", "--sets", "e1,e3"], "--validation must have sets of e0b, e1, e1p, e1n0, e1n5, e1n10, e1n20, "
+     "e1w0, e1w5, e1w10, e1w20, e2, whose scenes are drawn, got 'e3'"),
     (["--clips", "0"], "--clips goes with --sets; without it the number of clips is eval.num_clips"),
     (["e3.dir=", "--sets", "e3"], "e3 has e3.dir=DIR, a folder of measured RIRs, and nothing else, got e3.dir="),
     (["e3.dirs=x"], "e3 has e3.dir=DIR, a folder of measured RIRs, and nothing else, got e3.dirs=x"),
