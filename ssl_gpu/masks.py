@@ -50,8 +50,8 @@ class MaskNetwork(nn.Module):
         said = self.said(x).unflatten(-1, (OF_FRAME, -1)).transpose(1, 2)
         x = torch.cat((bins.to(said.dtype), said), 1)
         if torch.is_grad_enabled() and runtime.prefers_products(x.device):
-            # For the gradients of two small weights, which took a quarter of a training step on an H200: entry 54 of
-            # docs/performance.md. Under autocast these logits are float32, since the weight of the sum is.
+            # Forward and back this took a quarter of a training step on an H200, much of it for the gradients of two
+            # small weights: entry 54 of docs/performance.md. Under autocast its logits are float32, as the weight is.
             x = products.conv3x3(x, self.near.weight, self.near.bias, PACK).relu()
             logits = (x * self.last.weight.view(1, -1, 1, 1)).sum(1) + self.last.bias
         else:

@@ -208,15 +208,19 @@ def test_masks_move_with_the_sound_and_reach_as_far_as_they_say(layers, reach):
 def test_products_are_the_convolutions(monkeypatch):
     """In training on a GPU: the same logits and gradients."""
     network, heard = MaskNetwork(20, 16), torch.randn(2, 2, 12, 20, dtype=torch.complex64, generator=seeded(1))
-    results = []
+    results, phat = [], heard[:, 0] / heard[:, 0].abs()
     for on in (False, True):
         monkeypatch.setattr(runtime, "prefers_products", lambda device: on)
         network.zero_grad()
-        logits = network(heard, heard[:, 0] / heard[:, 0].abs())
+        logits = network(heard, phat)
         logits.square().sum().backward()
         results.append((logits, *(weight.grad for weight in network.parameters())))
     for plain, product in zip(*results):
         assert_close(product, plain, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(heard, phat)
+    assert logits.dtype == torch.float32
+    assert (logits - results[1][0]).norm() < 0.02 * results[1][0].norm()
 
 
 def test_masks_are_told_beside_logits_in_training_alone():

@@ -60,12 +60,17 @@ def test_depthwise_is_that_of_the_convolution(tokens, taps):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels_in, channels_out, pack, width", [
     (2, 4, 16, 32), (4, 8, 8, 32), (3, 5, 2, 32), (7, 8, 8, 29), (4, 3, 8, 33), (7, 2, 4, 3), (3, 2, 5, 7)])
-def test_packed_convolution_is_that_of_torch(channels_in, channels_out, pack, width, channels_last):
+def test_packed_convolution_is_that_of_torch(channels_in, channels_out, pack, width, channels_last, monkeypatch):
     """Of widths that no pack divides, too, and of channels for which no row of any reach is aligned."""
+    rows, linear = [], products.linear
+    monkeypatch.setattr(products, "linear", lambda x, *more: rows.append(x.shape[-1]) or linear(x, *more))
     x = noise(2, channels_in, 7, width)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     inputs = x, noise(channels_out, channels_in, 3, 3, seed=1), noise(channels_out, seed=2)
     found = with_gradients(lambda *args: products.conv3x3(*args, pack), *inputs)
+    least = 3 * (pack + 2) * channels_in
+    assert all(row % products.ALIGN == 0 and row >= least for row in rows) and rows
+    assert (channels_in, pack) != (7, 8) or rows == [240]               # a channel of zeros
     assert found[0].stride(1) == 1 and (width % pack or found[0].is_contiguous(memory_format=torch.channels_last))
     assert_close(found, with_gradients(lambda *args: F.conv2d(*args, padding=1), *inputs), **EXACT)
 
@@ -93,12 +98,16 @@ def test_patches_are_the_strided_convolution(channels_in, channels_out):
     (products.strided3x3, (2, 3, 5, 6), (4, 3, 3, 3), ((1, 2),)), (products.patches, (2, 3, 8, 8), (4, 3, 4, 4), ())])
 def test_autocast_reaches_output_and_not_the_gradients_of_weights(function, shape, weight, more):
     inputs = [noise(*size, dtype=torch.float32) for size in (shape, weight, weight[:1])]
-    exact = with_gradients(lambda *args: function(*args, *more), *inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(lambda *args: function(*args, *more), *inputs)
-    assert [value.dtype for value in found] == [torch.bfloat16] + [torch.float32] * 3
-    for low, high in zip(found, exact):
-        assert (low - high).norm() < 0.05 * high.norm()
+    results = []
+    for bfloat16 in (False, True):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            out = function(*leaves, *more)
+        out.backward(noise(*out.shape, dtype=torch.float32, seed=3).to(out.dtype))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert [value.dtype for value in results[1]] == [torch.bfloat16] + [torch.float32] * 3
+    for low, high in zip(*reversed(results)):
+        assert (low - high).norm() < 0.01 * high.norm()
 
 
 @pytest.mark.parametrize("first_bin", [0, 1])

@@ -155,13 +155,12 @@ def test_slices_of_a_batch_render_to_slices_of_its_rirs():
 def test_fewer_kernels_draw_the_same(num_mics, monkeypatch):
     """As a GPU does it, from the numbers of a CPU's generator: rooms to roundings of float64, images of float32."""
     scene = SceneConfig(num_mics=num_mics, rotate=True, spacing_jitter_m=0.004 if num_mics > 1 else 0.0)
-    scenes, images = draw(scene=scene, batch=50)
     called = []
     for name in ("addcmul", "cdist"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, _real=real, _name=name, **more: called.append(_name)
                             or _real(*args, **more))
-    assert_close(closest_mic(scenes), nearest_mic(scenes)[1].amin(1), rtol=0, atol=0)
+    scenes, images = draw(scene=scene, batch=50)
     assert not called
     monkeypatch.setattr(runtime, "is_gpu", lambda device: True)
     others, again = draw(scene=scene, batch=50)

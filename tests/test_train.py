@@ -298,7 +298,8 @@ def test_masks_may_not_be_added_to_weights_without_them(tiny, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: train.init={tiny / 'masks'} does not fit the configuration: "
         "rir.sample_rate=8000 (was 16000), features.band_hz=[100.0, 3000.0] (was [100.0, 7900.0])")
-    # Their layers, where both have some: without, another misfit is told alone.
+    # Of masks of other layers that is told, too; where neither has masks their layers mean nothing.
+    assert start("train.out=none", "train.steps=1", *common, "train.init=plain", "features.mask_layers=5") == 0
     for begin, more, told in (("masks", ["features.mask_width=8"], "features.mask_layers=5 (was 4)"),
                               ("plain", ["features.mask_width=0", "model.dim=8"], "model.dim=8 (was 16)")):
         capsys.readouterr()
