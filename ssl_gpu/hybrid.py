@@ -18,7 +18,7 @@ from ssl_gpu import rng
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, shortest_rt60, trace_images
-from ssl_gpu.rir import RirConfig, is_early, unit_from_polar
+from ssl_gpu.rir import RirConfig, is_early, last_early_slot, unit_from_polar
 from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
@@ -77,7 +77,8 @@ def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: 
     """
     arrivals = find_hybrid_arrivals(cfg, rir_cfg, scenes, tail)
     slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
-    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
+                      early_stop=last_early_slot(rir_cfg, scenes))
 
 
 def find_hybrid_arrivals(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: TailBatch) -> Arrivals:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl_gpu import rng, runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checks import check_fields
-from ssl_gpu.convolve import convolve_blocks, convolve_sources
+from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.microphones import Microphones, draw_microphones
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import RirBatch
@@ -19,8 +19,6 @@ from ssl_gpu.synthesis import RirBatch
 # Added to the diagonal of the coherence matrix of diffuse noise. At low frequencies a small array is all but coherent
 # and float32 loses the little that is not: four microphones 2 cm apart came out 1e8 times too loud, eight as NaN.
 DIFFUSE_LOADING = 1e-4
-# Samples, two blocks of convolve_blocks: a scene of 8 s takes 5.3 ms at once and 3.8 in blocks, of 30 s 30 and 13.
-LONG = 2 * 65536
 
 
 @dataclass(frozen=True)
@@ -171,17 +169,16 @@ def _coherence(dist: Tensor, wave_number: Tensor) -> Tensor:
     return phase.sin() / phase
 
 
-def _add_noise(audio: Tensor, noise: Tensor, signal: Tensor, snr: Tensor) -> Tensor:
-    """audio plus noise, both and the signal [batch, mic, sample], the noise `snr` [batch] dB below the signal."""
-    ratio = signal.square().mean((1, 2)) / noise.square().mean((1, 2)).clamp(min=1e-20)
-    return torch.addcmul(audio, noise, torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None])
+def _valid(heard: Tensor, valid: Tensor) -> Tensor:
+    """What is heard in valid scenes. Those that break their law may render as NaN, and NaN times a weight of 0 is NaN:
+    they fall silent. A part of a longer transform gets a place of its own."""
+    return heard.masked_fill_(~valid, 0.0) if heard.is_contiguous() else torch.where(valid, heard, 0.0)
 
 
-def _convolve(dry: Tensor, rir: Tensor, mics: Microphones | None, keep_src: bool = False) -> Tensor:
-    """convolve_sources as long as the dry speech; of long speech on a CPU in blocks, which is quicker there."""
-    if mics is None and dry.device.type == "cpu" and dry.shape[-1] > LONG:
-        return convolve_blocks(dry, rir, keep_src=keep_src)[..., :dry.shape[-1]]
-    return convolve_sources(dry, rir, dry.shape[-1], keep_src, mics)
+def _noise_scale(noise: Tensor, power: Tensor, snr: Tensor) -> Tensor:
+    """The factor [batch, 1, 1] that brings noise [batch, mic, sample] `snr` [batch] dB below power [batch]."""
+    ratio = power / noise.square().mean((1, 2)).clamp(min=1e-20)
+    return torch.sqrt(ratio * 10 ** (-snr / 10))[:, None, None]
 
 
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False,
@@ -217,16 +214,18 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
         speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid, out)
     if speech is None:
         dry = dry * draw.gain[..., None]
-        # Scenes that break their law may render as NaN, and NaN times a weight of 0 is NaN: they fall silent.
-        speech = torch.where(valid, _convolve(dry, rirs.full, mics), 0.0)
+        speech = _valid(convolve_sources(dry, rirs.full[..., :rirs.full_end], num_samples, microphones=mics, out=out),
+                        valid)
         if rirs.early is not None:
-            early = torch.where(valid[..., None], _convolve(dry, rirs.early, mics, keep_src=True), 0.0)
-    audio = speech
+            early = convolve_sources(dry, rirs.early[..., :rirs.early_end], num_samples, True, mics)
+            early = _valid(early, valid[..., None])
+    audio, noises = speech, []
     if draw.sensor is not None:
-        audio = _add_noise(audio, draw.sensor, speech, draw.sensor_snr)
+        noises.append((draw.sensor, draw.sensor_snr))
     if draw.diffuse is not None:
-        noise = diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate, mics)
-        audio = _add_noise(audio, noise, speech, draw.diffuse_snr)
-    if out is not None and audio is not out:
-        audio = out.copy_(audio)
+        noises.append((diffuse_noise(draw.diffuse, scenes.mic_pos, rirs.sample_rate, mics), draw.diffuse_snr))
+    if noises:
+        power = speech.square().mean((1, 2))
+    for noise, snr in noises:
+        audio = torch.addcmul(audio, noise, _noise_scale(noise, power, snr), out=out)
     return MixtureBatch(audio, early, scenes, rirs.sample_rate, draw.sensor_snr, draw.diffuse_snr)

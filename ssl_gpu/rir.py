@@ -381,6 +381,21 @@ def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist
     return torch.where(images.active[:, None, None], decay, 0.0)
 
 
+def last_direct_slot(cfg: RirConfig, scenes: SceneBatch) -> int | None:
+    """The last slot that the direct path of one of the scenes may be in, None where nothing is known of them."""
+    if scenes.max_dist is None:
+        return None
+    return math.ceil(math.hypot(scenes.max_dist, math.sqrt(DISTANCE_EPSILON)) / SPEED_OF_SOUND
+                     * (OVERSAMPLING * cfg.sample_rate)) + 1
+
+
+def last_early_slot(cfg: RirConfig, scenes: SceneBatch) -> int | None:
+    """Likewise of what is_early."""
+    direct = last_direct_slot(cfg, scenes)
+    return None if direct is None else max(0, direct + math.floor(OVERSAMPLING * cfg.sample_rate
+                                                                  * cfg.early_window_ms[1] / 1000))
+
+
 def is_early(cfg: RirConfig, slot: Tensor, direct_slot: Tensor, last: Tensor) -> Tensor:
     """Which slots [..., image] int64 are in the early window after the direct path, and not behind the last slot."""
     start, stop = (math.floor(OVERSAMPLING * cfg.sample_rate * ms / 1000) for ms in cfg.early_window_ms)
@@ -416,7 +431,8 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, fused: bo
     arrivals = find_arrivals(cfg, scenes, images)
     if cfg.in_bands:
         return _render_bands(cfg, scenes, images, arrivals, slots, fused)
-    return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
+    return synthesize(cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
+                      early_stop=last_early_slot(cfg, scenes))
 
 
 def can_add_images(cfg: RirConfig, scenes: SceneBatch) -> bool:
@@ -457,9 +473,10 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
-        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60, fused))
+        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60, fused,
+                                early_stop=last_early_slot(cfg, scenes)))
         rates.append(decay_rate(air, ratio, reach))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
     full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, rates, cfg.sample_rate), 0.0)
                    for columns in ([part.full for part in parts], [part.early for part in parts]))
-    return replace(parts[0], full=full, early=early)
+    return replace(parts[0], full=full, early=early, early_end=None)    # bands ring on for longer

@@ -16,7 +16,7 @@ from ssl_gpu.directivity import Pattern
 from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
 from ssl_gpu.ism import IsmConfig, check_feasible, direct_images, render_ism
 from ssl_gpu.rir import (FRA_CHOICES, ImageBatch, Method, RirConfig, add_images, can_add_images, direct_arrivals,
-                         draw_images, find_arrivals, render_rir)
+                         draw_images, find_arrivals, last_direct_slot, last_early_slot, render_rir)
 from ssl_gpu.scene import SceneBatch
 from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, slots_in_rir, synthesize, synthesize_added
 
@@ -135,7 +135,8 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     if draw.tail is not None:
         arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
                          find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
-    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
+    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
+                      early_stop=last_early_slot(rir_cfg, scenes))
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
 
 
@@ -151,7 +152,8 @@ def render_direct(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, method
         walls = Arrivals(*direct_images(cfg, rir_cfg, scenes), None)    # its slots are rounded, those of FRA-RIR up
         arrivals = _pick(method != METHODS.index(Method.FRA), walls, arrivals)
     slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
-    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
+                      last_direct_slot(rir_cfg, scenes))
 
 
 def _render_added(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw, slots: Tensor) -> RirBatch:
@@ -189,4 +191,4 @@ def _with_exact_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, me
     exact = render_ism(cfg, rir_cfg, scenes[index])
     full, early = (None if all_of is None else all_of.index_copy(0, index, part)
                    for all_of, part in ((rirs.full, exact.full), (rirs.early, exact.early)))
-    return replace(rirs, full=full, early=early)
+    return replace(rirs, full=full, early=early, early_end=None)

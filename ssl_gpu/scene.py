@@ -147,8 +147,7 @@ class SceneConfig:
         if self.src_dist_m[0] >= reach:
             raise ValueError(f"scene.src_dist_m: the low end {self.src_dist_m[0]} m cannot be kept in the smallest "
                              f"room, where a source may be {reach:.3g} m from the array at most")
-        inner = [high - 2 * self.wall_dist_m for high in self.room_max_m]
-        farthest = min(self.src_dist_m[1] + self.radius, math.hypot(*inner))
+        farthest = min(self.src_dist_m[1] + self.radius, self.max_dist)
         if SPEED_OF_SOUND * self.rt60_s[0] <= math.sqrt(farthest ** 2 + DISTANCE_EPSILON):
             raise ValueError(f"scene.rt60_s: {SPEED_OF_SOUND:g} m/s * {self.rt60_s[0]} s = "
                              f"{SPEED_OF_SOUND * self.rt60_s[0]:.3g} m must exceed the largest source distance, "
@@ -163,6 +162,11 @@ class SceneConfig:
             centre = [sum(axis) / len(self.mic_array_m) for axis in zip(*self.mic_array_m)]
             return max(math.dist(position, centre) for position in self.mic_array_m)
         return 0.5 * (self.num_mics - 1) * (self.mic_spacing_m + self.spacing_jitter_m)
+
+    @property
+    def max_dist(self) -> float:
+        """Distance in m from a source to a microphone that none exceeds, be it in a scene that breaks the law."""
+        return math.hypot(*(high - 2 * self.wall_dist_m for high in self.room_max_m))
 
     @property
     def aperture(self) -> float:
@@ -184,7 +188,8 @@ class SceneBatch:
     valid [batch] bool: False where no candidate met the law, such a scene must not be used;
     max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it;
     num_images [batch] int64: how many images FRA-RIR renders each with, 0 or None: as many as RirConfig draws;
-    max_images: a number no num_images exceeds, None without them.
+    max_images: a number no num_images exceeds, None without them;
+    max_dist m: a number that no distance from a source to a microphone exceeds, None where none is known.
     """
 
     room_dim: Tensor
@@ -197,6 +202,7 @@ class SceneBatch:
     max_rt60: float
     num_images: Tensor | None = None
     max_images: int | None = None
+    max_dist: float | None = None
 
     def __len__(self) -> int:
         return self.rt60.shape[0]
@@ -224,7 +230,7 @@ class SceneBatch:
         for field in fields(cls):
             column = [getattr(batch, field.name) for batch in batches]
             join = max if field.name.startswith("max_") else torch.cat
-            joined[field.name] = None if column[0] is None else join(column)
+            joined[field.name] = None if any(part is None for part in column) else join(column)
         return cls(**joined)
 
     @property
@@ -370,7 +376,7 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     else:
         src_orientation = _orientation(cfg.src_orientation_deg, (batch, cfg.num_src), device)
     return SceneBatch(room, rt60, mic_pos, src_pos, mic_orientation, src_orientation,
-                      valid.any(-1).all(-1), cfg.rt60_s[1])
+                      valid.any(-1).all(-1), cfg.rt60_s[1], max_dist=cfg.max_dist)
 
 
 def check_places(cfg: SceneConfig, samples: int = 1000) -> None:
@@ -426,8 +432,9 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         orientations.append(angles)
     longest = float(rt60.max()) if max_rt60 is None else max_rt60
     _refuse(rt60 > longest, lambda b: f"rt60 must be <= max_rt60={longest:g} s, got {rt60[b]:g}")
+    farthest = float(torch.cdist(src_pos, mic_pos).max())
     scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
-                        torch.ones_like(rt60, dtype=torch.bool), longest)
+                        torch.ones_like(rt60, dtype=torch.bool), longest, max_dist=farthest)
     if num_images is None:
         return scenes
     num_images = _as_tensor("num_images", num_images)
@@ -471,5 +478,6 @@ def original_scenes() -> SceneBatch:
     offset = torch.tensor([[-RADIUS, 0, 0], [RADIUS, 0, 0]], dtype=torch.float64)
     look = torch.zeros(len(rt60), 2, 2, dtype=torch.float64)
     valid = torch.ones(len(rt60), dtype=torch.bool)
-    return SceneBatch(room_dim, rt60, centre[:, None] + offset, src_pos, look, look.clone(), valid, RT60_S[1],
-                      num_images, NUM_IMAGES[1] - 1)
+    mic_pos = centre[:, None] + offset
+    return SceneBatch(room_dim, rt60, mic_pos, src_pos, look, look.clone(), valid, RT60_S[1], num_images,
+                      NUM_IMAGES[1] - 1, float(torch.cdist(src_pos, mic_pos).max()))

@@ -97,7 +97,8 @@ def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int,
     drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))
     rirs = render_rooms(cfg.ism, rir, scene, drawn)
     if early:
-        rirs = replace(rirs, early=render_rooms(cfg.ism, replace(cfg.rir, early=True), scene, drawn).early)
+        both = render_rooms(cfg.ism, replace(cfg.rir, early=True), scene, drawn)
+        rirs = replace(rirs, early=both.early, early_end=both.early_end)
     return rirs, drawn
 
 

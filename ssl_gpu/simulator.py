@@ -232,7 +232,7 @@ class Simulator:
                       for i in range(0, len(block), chunk)]
         early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
         full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
-        self.bank = scenes.to(device), RirBatch(full, early, length, self.rir.sample_rate)
+        self.bank = scenes.to(device), replace(rooms[0], full=full, early=early, length=length)
         self.bank_name = name_of_bank(scenes, self.scene, self.rir, self.ism)
         self.bank_method = None if methods[0] is None else torch.cat(methods)
 

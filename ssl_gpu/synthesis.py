@@ -8,8 +8,8 @@ rir_kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -33,18 +33,21 @@ RINGING_S = 0.045
 class RirBatch:
     """full, early [batch, mic, src, tap] float32 (early None unless asked for), zero from tap `length` on;
     length [batch] int64 taps: ceil(rt60 sample_rate), the product rounded to float32 as the reference does;
-    sample_rate Hz. The scale is the reference's: a direct path at d m peaks at about 0.0155 / d.
+    sample_rate Hz; full_end, early_end: taps that full and early have nothing behind, in whichever scene, None where it
+    is not known beforehand. The scale is the reference's: a direct path at d m peaks at about 0.0155 / d.
     """
 
     full: Tensor
     early: Tensor | None
     length: Tensor
     sample_rate: int
+    full_end: int | None = None
+    early_end: int | None = None
 
     def __getitem__(self, index: slice | Tensor) -> "RirBatch":
         """The RIRs of a slice or of an index tensor [n] of scenes."""
         early = None if self.early is None else self.early[index]
-        return RirBatch(self.full[index], early, self.length[index], self.sample_rate)
+        return replace(self, full=self.full[index], early=early, length=self.length[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +154,22 @@ def taps_for(sample_rate: int, max_rt60: float) -> int:
     return -(-(-(-max_slots // 8)) // 8)
 
 
-def synthesize(sample_rate: int, arrivals: Arrivals, slots: Tensor, max_rt60: float, fused: bool = False) -> RirBatch:
+def synthesize(sample_rate: int, arrivals: Arrivals, slots: Tensor, max_rt60: float, fused: bool = False,
+               stop: int | None = None, early_stop: int | None = None) -> RirBatch:
     """Arrivals to RIRs: scatter the kernel of each arrival at the target rate, then the high-pass in frequency.
 
     slots [batch] int64, the length of each RIR on the 64x grid; max_rt60 s fixes the number of taps. fused: as for
-    scatter.add_kernels.
+    scatter.add_kernels. stop, early_stop: slots that no arrival, and no early one, is behind, where that is known: what
+    rings on for more than RINGING_S behind them is then left out, 1e-7 of it, for transforms of few points.
     """
-    taps = taps_for(sample_rate, max_rt60)
-    train = add_kernels(_kernel_on(sample_rate, arrivals.slot.device), arrivals.slot, arrivals.amplitude,
-                        arrivals.early, _fft_length(sample_rate, taps, slots.device), MAIN_TAPS, fused)
-    return _filter(sample_rate, train, taps, slots, fused)
+    device, taps = slots.device, taps_for(sample_rate, max_rt60)
+    lengths = (_fft_length(sample_rate, taps, device, stop),)
+    if arrivals.early is not None:
+        own = lengths[0] if fused and is_gpu(device) else _fft_length(sample_rate, taps, device, early_stop)
+        lengths = (lengths[0], min(lengths[0], own))
+    trains = add_kernels(_kernel_on(sample_rate, device), arrivals.slot, arrivals.amplitude, arrivals.early, lengths,
+                         MAIN_TAPS, fused)
+    return _filter(sample_rate, trains, taps, slots, fused)
 
 
 def synthesize_added(sample_rate: int, shape: tuple[int, int, int], add: Callable[[Tensor, Tensor], None],
@@ -170,7 +179,7 @@ def synthesize_added(sample_rate: int, shape: tuple[int, int, int], add: Callabl
     taps, device = taps_for(sample_rate, max_rt60), slots.device
     train = torch.zeros(2, *shape, _fft_length(sample_rate, taps, device), dtype=torch.float32, device=device)
     add(train, _kernel_by_phase(sample_rate, device))
-    return _filter(sample_rate, train[..., None, :], taps, slots, fused=True)
+    return _filter(sample_rate, (train,), taps, slots, fused=True)
 
 
 def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch:
@@ -183,32 +192,42 @@ def synthesize_dense(sample_rate: int, train: Tensor, slots: Tensor) -> RirBatch
     spread = train.new_zeros(2, *shape, _fft_length(sample_rate, taps, train.device))  # main, remainder
     for tap in range(MAIN_TAPS + 2):
         spread[0 if tap < MAIN_TAPS else 1, ..., tap:tap + taps] += products[..., tap]
-    return _filter(sample_rate, spread, taps, slots)
+    return _filter(sample_rate, [spread[..., part, :] for part in range(shape[3])], taps, slots)
 
 
-def _fft_length(sample_rate: int, taps: int, device: torch.device) -> int:
-    """Points of the transform that filters RIRs: their taps, what the kernel reaches beyond them, and its ringing."""
+def _fft_length(sample_rate: int, taps: int, device: torch.device, stop: int | None = None) -> int:
+    """Points of the transform that filters RIRs: their taps, what the kernel reaches beyond them, and its ringing; of
+    those whose arrivals end before the slot `stop` no more than they need."""
+    if stop is not None:
+        taps = min(taps, stop // OVERSAMPLING + 1)
     return transform_length(taps + LEAD + TAIL + 1 + math.ceil(RINGING_S * sample_rate), device)
 
 
-def _filter(sample_rate: int, train: Tensor, taps: int, slots: Tensor, fused: bool = False) -> RirBatch:
-    """Kernels added up, [main or remainder, batch, mic, src, late or early, sample] from LEAD samples before the first
-    tap to the end of the transform, to RIRs. fused: as for scatter.add_kernels, one pass over the spectra, not two."""
-    n_fft = train.shape[-1]
-    main, rest = _response_on(sample_rate, n_fft, train.device)
+def _filter(sample_rate: int, trains: Sequence[Tensor], taps: int, slots: Tensor, fused: bool = False) -> RirBatch:
+    """Kernels added up to RIRs: trains [main or remainder, batch, mic, src, sample] from LEAD samples before the first
+    tap to the end of the transform, of all arrivals, or of the late ones and of the early ones, which may be shorter.
+    fused: as for scatter.add_kernels, one pass over the spectra, not two."""
     length = taps_in_rir(slots)
-    inside = runtime.indices(taps, train.device) < length[:, None, None, None]
 
-    def finish(train: Tensor) -> Tensor:                                # [main or remainder, batch, mic, src, sample]
+    def finish(train: Tensor) -> tuple[Tensor, int | None]:
+        n_fft, device = train.shape[-1], train.device
+        main, rest = _response_on(sample_rate, n_fft, device)
         spectrum, other = (torch.fft.rfft(part).contiguous() for part in (train[0], train[1]))
-        if fused and is_gpu(train.device):
+        if fused and is_gpu(device):
             from ssl_gpu.fused import filter_spectra  # Triton is not everywhere where torch is
             filter_spectra(*map(torch.view_as_real, (spectrum, other, main, rest)))
         else:
             spectrum.mul_(main).addcmul_(other, rest)
-        rir = torch.fft.irfft(spectrum, n_fft, norm="forward" if is_gpu(train.device) else "backward")
-        return torch.where(inside, rir[..., LEAD:LEAD + taps], 0.0)
+        rir = torch.fft.irfft(spectrum, n_fft, norm="forward" if is_gpu(device) else "backward")[..., LEAD:LEAD + taps]
+        end = rir.shape[-1]
+        rir = torch.where(runtime.indices(end, device) < length[:, None, None, None], rir, 0.0)
+        return (rir, None) if end == taps else (torch.nn.functional.pad(rir, (0, taps - end)), end)
 
-    if train.shape[-2] == 1:
-        return RirBatch(finish(train.squeeze(-2)), None, length, sample_rate)
-    return RirBatch(finish(train.sum(-2)), finish(train[..., 1, :]), length, sample_rate)
+    if len(trains) == 1:
+        (full, full_end), early, early_end = finish(trains[0]), None, None
+    else:
+        late, first = trains
+        early, early_end = finish(first)
+        late[..., :first.shape[-1]] += first                            # the late ones are all from here on
+        full, full_end = finish(late)
+    return RirBatch(full, early, length, sample_rate, full_end, early_end)

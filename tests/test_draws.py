@@ -115,23 +115,6 @@ def test_microphones_are_not_spread_over_others(mics, told):
         mix(torch.rand(3, 1, 500), rirs, scenes, draw)
 
 
-def test_long_speech_is_convolved_in_blocks_and_alike(monkeypatch):
-    calls, blocks = [], mixture.convolve_blocks
-    monkeypatch.setattr(mixture, "convolve_blocks", lambda *args, **keys: calls.append(args) or blocks(*args, **keys))
-    generator, samples = seeded(), mixture.LONG + 1
-    full = torch.rand(1, 2, 2, 700, generator=generator)
-    rirs = RirBatch(full, full.clone(), torch.full((1,), 700), 16000)
-    scenes = sample_scenes(LAW, 1, generator=generator)
-    for num_samples, expected in ((samples, 2), (mixture.LONG, 0)):
-        dry = torch.randn(1, 2, num_samples, generator=generator)
-        draw = draw_mixture(MixtureConfig(), 1, 2, 2, num_samples, generator=generator)
-        found, scale = mix(dry, rirs, scenes, draw), float(full.norm())
-        assert len(calls) == expected
-        calls.clear()
-        assert_close(found.audio, convolve_sources(dry, full, num_samples), rtol=0, atol=2e-6 * scale)
-        assert_close(found.early, convolve_sources(dry, full, num_samples, keep_src=True), rtol=0, atol=2e-6 * scale)
-
-
 def test_looks_of_rotated_arrays_are_those_of_their_direction():
     """The reference's law of look vectors has no period: 300 degrees would look elsewhere than -60."""
     law = SceneConfig(rotate=True, mic_orientation_deg=(150, 45))

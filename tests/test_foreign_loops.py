@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from ssl_gpu import runtime
-from ssl_gpu.convolve import convolve_blocks, convolve_sources
+from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.ism import Absorption, IsmConfig
 from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
 from ssl_gpu.rir import Method, RirConfig
@@ -190,7 +190,7 @@ def test_rooms_that_absorb_everything_render(room, rt60, near, decay):
 def test_long_speech_may_be_whole_numbers():
     generator = seeded()
     dry, rir = torch.randint(-2000, 2000, (2, 1, 700), generator=generator, dtype=torch.int16), torch.rand(2, 2, 1, 50)
-    assert_close(convolve_blocks(dry, rir, 256), convolve_sources(dry.float(), rir), rtol=0, atol=1e-2)
+    assert_close(convolve_sources(dry, rir, block=256), convolve_sources(dry.float(), rir), rtol=0, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself

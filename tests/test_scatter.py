@@ -63,8 +63,17 @@ def test_kernels_are_added_up_where_the_arrivals_are(with_early):
         for tap in range(16):
             expected[(int(tap >= MAIN_TAPS), *place, part, begin + tap)] += \
                 TABLE[tap, phase].double() * amplitude[tuple(index)].double()
-    found = add_kernels(TABLE, slot, amplitude, early if with_early else None, LENGTH, MAIN_TAPS)
-    assert_close(found, expected[..., :1 + with_early, :].float(), rtol=0, atol=1e-7)
+    lengths = (LENGTH, LENGTH)[:1 + with_early]
+    found = add_kernels(TABLE, slot, amplitude, early if with_early else None, lengths, MAIN_TAPS)
+    assert len(found) == 1 + with_early
+    for part, sums in enumerate(found):
+        assert_close(sums, expected[..., part, :].float(), rtol=0, atol=1e-7)
+    if with_early:                                                      # the early ones in rows as long as they need
+        slot = torch.where(early, slot % 640, slot)
+        for part, short in zip(add_kernels(TABLE, slot, amplitude, early, lengths, MAIN_TAPS),
+                               add_kernels(TABLE, slot, amplitude, early, (LENGTH, 26), MAIN_TAPS)):
+            assert_close(short, part[..., :short.shape[-1]], rtol=0, atol=0)
+            assert not part[..., short.shape[-1]:].any()
 
 
 @pytest.mark.parametrize("count", [7, 64, 70])  # arrivals: less than a program takes, as many, more
@@ -74,10 +83,11 @@ def test_triton_kernel_adds_the_same(count, with_early, interpreted):
     fused, program = interpreted
     slot, amplitude, early = (x.transpose(0, 1) for x in arrivals(count, (2, 3, 1)))
     early = early if with_early else None
-    expected = add_kernels(TABLE, slot, amplitude, early, LENGTH, MAIN_TAPS)
-    found = torch.zeros_like(expected).flatten(-2)
+    lengths = (LENGTH,) if early is None else (LENGTH, LENGTH)
+    expected = torch.cat(add_kernels(TABLE, slot, amplitude, early, lengths, MAIN_TAPS), -1)
+    found = torch.zeros_like(expected)
     fused.launch(program("add_kernels_program"), found, TABLE.T.contiguous(), slot, amplitude, early, MAIN_TAPS)
-    assert_close(found.view_as(expected), expected, rtol=0, atol=1e-7)
+    assert_close(found, expected, rtol=0, atol=1e-7)
 
 
 def test_triton_kernel_writes_nowhere_else(interpreted):
@@ -87,8 +97,8 @@ def test_triton_kernel_writes_nowhere_else(interpreted):
     found = torch.zeros(2, 1, 3, 1, LENGTH)
     fused.launch(program("add_kernels_program"), found, TABLE.T.contiguous(), slot, torch.ones(slot.shape), None,
                  MAIN_TAPS)
-    only = add_kernels(TABLE, slot[..., 4:], torch.ones(1, 3, 1, 1), None, LENGTH, MAIN_TAPS)
-    assert_close(found, only.squeeze(-2), rtol=0, atol=0)
+    only = add_kernels(TABLE, slot[..., 4:], torch.ones(1, 3, 1, 1), None, (LENGTH,), MAIN_TAPS)[0]
+    assert_close(found, only, rtol=0, atol=0)
 
 
 def tables(cfg, scenes, chosen, interpreted):
@@ -147,7 +157,7 @@ def test_triton_kernel_finds_the_images_and_adds_them(cfg, scene, some, interpre
     images, table = draw_images(cfg, scenes, generator=generator), _kernel_on(cfg.sample_rate, torch.device("cpu"))
     chosen = torch.tensor([True, False, True])
     arrivals, length = find_arrivals(cfg, scenes, images), int(scenes.max_rt60 * cfg.sample_rate) + 20
-    expected = add_kernels(table, arrivals.slot, arrivals.amplitude, None, length, MAIN_TAPS).squeeze(-2)
+    expected = add_kernels(table, arrivals.slot, arrivals.amplitude, None, (length,), MAIN_TAPS)[0]
     if some:
         expected[:, ~chosen] = 0
     found = torch.zeros_like(expected)
@@ -289,8 +299,10 @@ def test_fused_scatter_is_taken_on_a_gpu_alone(with_early, monkeypatch):
     slot, amplitude, early = arrivals()
     with FakeTensorMode(allow_non_fake_inputs=True):
         slot, amplitude, early, table = (torch.empty_like(x, device="cuda") for x in (slot, amplitude, early, TABLE))
-        found = add_kernels(table, slot, amplitude, early if with_early else None, LENGTH, MAIN_TAPS, fused=True)
-        assert found.shape == (2, 2, 2, 1, 1 + with_early, LENGTH) and found.is_cuda and len(calls) == 1
+        lengths = (LENGTH, LENGTH)[:1 + with_early]
+        found = add_kernels(table, slot, amplitude, early if with_early else None, lengths, MAIN_TAPS, fused=True)
+        assert len(found) == 1 + with_early and len(calls) == 1
+        assert all(sums.shape == (2, 2, 2, 1, LENGTH) and sums.is_cuda for sums in found)
     monkeypatch.undo()
     dry, plain = torch.randn(2, 2, 400), Simulator(config=SimulatorConfig(fused=False))
     draw = plain.draw(2, 400, generator=torch.Generator().manual_seed(0))
@@ -311,7 +323,8 @@ def test_fused_scatter_is_one_kernel_of_a_compiled_graph(with_early):
     torch.compiler.reset()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         slot, amplitude, early, table = (torch.empty_like(x, device="cuda") for x in (slot, amplitude, early, TABLE))
-        compiled(table, slot, amplitude, early if with_early else None, LENGTH, MAIN_TAPS, True)
+        lengths = (LENGTH, LENGTH)[:1 + with_early]
+        compiled(table, slot, amplitude, early if with_early else None, lengths, MAIN_TAPS, True)
     (graph,) = graphs
     calls = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert len([call for call in calls if "triton_kernel_wrapper" in call]) == 1
