@@ -1,4 +1,4 @@
-"""Convolution of sources with their RIRs: at once, each source kept, in blocks, and by torchaudio for comparison."""
+"""Convolution of sources with their RIRs: as it is, each source kept, in one block; torchaudio's for comparison."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from torchaudio.functional import fftconvolve
 from benchmarks import common
 from benchmarks.bench_rir import render_chunks
 from ssl_gpu.commandline import end_with
-from ssl_gpu.convolve import convolve_blocks, convolve_sources
+from ssl_gpu.convolve import convolve_sources
 from ssl_gpu.rir import RirConfig, draw_images
 from ssl_gpu.scene import SceneConfig, sample_scenes
 
 CFG = replace(RirConfig(), early=False)
 LONG_S = 30.0
 BLOCK = 65536
-SAMPLES = round(common.CLIP_S * CFG.sample_rate)
-WINDOW = 4000  # samples of the long signal that are compared with the oracle, across the end of the first block
+SAMPLES, LONG = round(common.CLIP_S * CFG.sample_rate), round(LONG_S * CFG.sample_rate)
+WINDOW = 4000  # samples of the long signal that are compared with the oracle, across the end of the first BLOCK
 
 
 def by_torchaudio(dry: Tensor, rir: Tensor) -> Tensor:
@@ -35,9 +35,14 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, int, int]] = {
     "3 s, sources added up": (lambda dry, rir: convolve_sources(dry, rir, SAMPLES), common.CLIP_S, 0, SAMPLES),
     "3 s, each source kept": (lambda dry, rir: convolve_sources(dry, rir, SAMPLES, keep_src=True), common.CLIP_S, 0,
                               SAMPLES),
+    "3 s, in one block": (lambda dry, rir: convolve_sources(dry, rir, SAMPLES, block=SAMPLES), common.CLIP_S, 0,
+                          SAMPLES),
     "3 s, torchaudio.functional.fftconvolve": (by_torchaudio, common.CLIP_S, 0, SAMPLES),
-    "30 s, at once": (convolve_sources, LONG_S, BLOCK - WINDOW, BLOCK + WINDOW),
-    "30 s, in blocks": (lambda dry, rir: convolve_blocks(dry, rir, BLOCK), LONG_S, BLOCK - WINDOW, BLOCK + WINDOW),
+    "30 s": (lambda dry, rir: convolve_sources(dry, rir, LONG), LONG_S, BLOCK - WINDOW, BLOCK + WINDOW),
+    "30 s, in blocks of 65,536": (lambda dry, rir: convolve_sources(dry, rir, LONG, block=BLOCK), LONG_S,
+                                  BLOCK - WINDOW, BLOCK + WINDOW),
+    "30 s, in one block": (lambda dry, rir: convolve_sources(dry, rir, LONG, block=LONG), LONG_S, BLOCK - WINDOW,
+                           BLOCK + WINDOW),
 }
 
 

@@ -99,11 +99,11 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
         raise ValueError(f"convolve_sources: block must be >= 1 sample, got {block}")
     num_samples = num_samples or total
     around = 0 if microphones is None else REACH
-    before, (batch, mics, srcs) = taps - 1 + around, rir.shape[:3]     # samples that a block hears before its own
+    before, (mics, srcs) = taps - 1 + around, rir.shape[1:3]           # samples that a block hears before its own
     if block is None:
         outputs = mics * srcs if keep_src else mics
-        on_cpu = signal.device.type == "cpu"
-        block = best_block(num_samples, before + around, srcs + outputs, mics * srcs) if on_cpu else num_samples
+        in_blocks = runtime.prefers_parts(signal.device)
+        block = best_block(num_samples, before + around, srcs + outputs, mics * srcs) if in_blocks else num_samples
     # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front.
     n_fft = transform_length(min(block, num_samples) + before + around, signal.device)
     block = min(n_fft - before - around, num_samples)                   # so that few blocks are padded, and copied

@@ -14,14 +14,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ssl_gpu import rng
+from ssl_gpu import rng, runtime
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.directivity import Pattern, look_vector, pattern_gain
 from ssl_gpu.ism import IsmConfig, Shoebox, image_table, nearest_slot, shortest_rt60, trace_images
 from ssl_gpu.rir import RirConfig, is_early, last_early_slot, unit_from_polar
 from ssl_gpu.runtime import constant
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.synthesis import Arrivals, RirBatch, slots_in_rir, synthesize
+from ssl_gpu.synthesis import PART, Arrivals, RirBatch, in_parts, slots_in_rir, synthesize
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,9 @@ def render_hybrid(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, tail: 
     Never waits for the device, so it cannot refuse an infeasible RT60 but takes walls of absorption 0.99 for it:
     check_law (as Simulator does) or check_feasible beforehand.
     """
+    if runtime.prefers_parts(scenes.rt60.device) and len(scenes) > PART:
+        return in_parts(lambda some: render_hybrid(cfg, rir_cfg, scenes[some], tail[some], fused),
+                        torch.arange(len(scenes)))
     arrivals = find_hybrid_arrivals(cfg, rir_cfg, scenes, tail)
     slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
     return synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,

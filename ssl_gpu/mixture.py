@@ -182,12 +182,13 @@ def _noise_scale(noise: Tensor, power: Tensor, snr: Tensor) -> Tensor:
 
 
 def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fused: bool = False,
-        out: Tensor | None = None) -> MixtureBatch:
+        out: Tensor | None = None, early_out: Tensor | None = None) -> MixtureBatch:
     """What the microphones hear, as long as the dry speech: dry [batch, src, sample] float32 through the RIRs; nothing
     in scenes that are not valid.
 
     fused: on a GPU with ssl_gpu.fused_convolve where that fits, which is for float32 without gradients, to a few
-    roundings the same. out [batch, mic, sample]: where the audio is put, if there is such a place.
+    roundings the same. out [batch, mic, sample], early_out [batch, mic, src, sample]: where audio and early are put, if
+    there is such a place.
     Raises ValueError when the shapes of dry speech, RIRs, scenes and draw do not belong together.
     """
     if dry.ndim != 3 or dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
@@ -217,7 +218,8 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
         speech = _valid(convolve_sources(dry, rirs.full[..., :rirs.full_end], num_samples, microphones=mics, out=out),
                         valid)
         if rirs.early is not None:
-            early = convolve_sources(dry, rirs.early[..., :rirs.early_end], num_samples, True, mics)
+            early = convolve_sources(dry, rirs.early[..., :rirs.early_end], num_samples, True, mics,
+                                     out=early_out)
             early = _valid(early, valid[..., None])
     audio, noises = speech, []
     if draw.sensor is not None:

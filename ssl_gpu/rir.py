@@ -23,8 +23,13 @@ from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.synthesis import (MAIN_TAPS, OVERSAMPLING, Arrivals, RirBatch, slots_in_rir, synthesize,
-                               synthesize_added)
+from ssl_gpu.synthesis import (MAIN_TAPS, OVERSAMPLING, Arrivals, RirBatch, in_parts, slots_in_rir,
+                               synthesize, synthesize_added)
+
+
+# Room for images on a CPU is a multiple of this many: at the end of other rows torch's loops take other instructions,
+# by which some amplitudes are one bit off, and an RIR would depend on what it is rendered with.
+ALIGNED = 64
 
 
 class Method(Enum):
@@ -183,7 +188,17 @@ class ImageBatch:
 
     def __getitem__(self, index: slice | Tensor) -> "ImageBatch":
         """The images of a slice or of an index tensor [n] of scenes."""
-        return ImageBatch(*(None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)))
+        direction = self.direction.movedim(-1, 0)[:, index].movedim(0, -1)  # its axes stay apart in memory
+        others = [getattr(self, f.name) for f in fields(self)[1:]]
+        return ImageBatch(direction, *(None if x is None else x[index] for x in others))
+
+    def without_padding(self, index: slice | Tensor) -> "ImageBatch":
+        """The images of some scenes, with no more room than these need; waits for the device."""
+        there = self.active[index].any(0).nonzero()
+        most = -(-(int(there[-1]) + 1 if len(there) else 1) // ALIGNED) * ALIGNED
+        cosine = None if self.src_cosine is None else self.src_cosine[..., :most]
+        return ImageBatch(self.direction[:, :, :most], self.ratio[..., :most], self.perturbation[..., :most], cosine,
+                          self.active[:, :most], self.band_ratio)[index]
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """The same images on another device."""
@@ -423,11 +438,20 @@ def render_rir(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, fused: bo
     if cfg.method is not Method.FRA or cfg.is_mixed:
         raise ValueError(f"render_rir is of rir.method=fra alone, got {cfg.method.value} with rir.hybrid_share="
                          f"{cfg.hybrid_share}, rir.ism_share={cfg.ism_share}; rooms.render_rooms renders any")
-    slots = slots_in_rir(cfg.sample_rate, scenes.rt60)
     if fused and can_add_images(cfg, scenes):
+        slots = slots_in_rir(cfg.sample_rate, scenes.rt60)
         return synthesize_added(cfg.sample_rate, (len(scenes), scenes.mic_pos.shape[1], scenes.src_pos.shape[1]),
                                 lambda total, table: add_images(cfg, scenes, images, total, table), slots,
                                 scenes.max_rt60)
+    if not runtime.prefers_parts(scenes.rt60.device):
+        return _render(cfg, scenes, images, fused)
+    return in_parts(lambda some: _render(cfg, scenes[some], images.without_padding(some), fused),
+                    images.active.sum(-1).argsort(stable=True))
+
+
+def _render(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, fused: bool) -> RirBatch:
+    """render_rir, all scenes at a time."""
+    slots = slots_in_rir(cfg.sample_rate, scenes.rt60)
     arrivals = find_arrivals(cfg, scenes, images)
     if cfg.in_bands:
         return _render_bands(cfg, scenes, images, arrivals, slots, fused)

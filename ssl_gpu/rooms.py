@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_gpu import runtime
 from ssl_gpu.directivity import Pattern
 from ssl_gpu.hybrid import TailBatch, draw_tail, find_hybrid_arrivals, render_hybrid
 from ssl_gpu.ism import IsmConfig, check_feasible, direct_images, render_ism
 from ssl_gpu.rir import (FRA_CHOICES, ImageBatch, Method, RirConfig, add_images, can_add_images, direct_arrivals,
                          draw_images, find_arrivals, last_direct_slot, last_early_slot, render_rir)
 from ssl_gpu.scene import SceneBatch
-from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, slots_in_rir, synthesize, synthesize_added
+from ssl_gpu.synthesis import MAIN_TAPS, Arrivals, RirBatch, in_parts, slots_in_rir, synthesize, synthesize_added
 
 METHODS = tuple(Method)  # their order is that of RoomDraw.method
 
@@ -113,8 +114,9 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     fused: as for scatter.add_kernels, of all but exact rooms.
 
     In a mixed batch FRA-RIR and the hybrid method both find their arrivals for every scene, and `where` picks: finding
-    them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. Exact
-    rooms, whose cost is of another order, are rendered apart and put in their places.
+    them is a fraction of the cost, and shapes stay fixed whatever the draw. Only what was picked is synthesised. On a
+    CPU, where shapes may differ, scenes of one method are rendered together. Exact rooms, whose cost is of another
+    order, are rendered apart and put in their places.
     Raises ValueError as check_drawn does, and for a room with walls whose RT60 is infeasible, see IsmConfig; of hybrid
     rooms on a GPU, where that would wait for it, Simulator looks at the RT60 beforehand. Compiled, it checks nothing.
     """
@@ -131,13 +133,34 @@ def render_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: R
     slots = slots_in_rir(rir_cfg.sample_rate, scenes.rt60)
     if fused and draw.tail is not None and rir_cfg.ism_share == 0 and can_add_images(rir_cfg, scenes):
         return _render_added(cfg, rir_cfg, scenes, draw, slots)
-    arrivals = find_arrivals(rir_cfg, scenes, draw.images)
+    hybrid = torch.zeros_like(draw.method, dtype=torch.bool)
     if draw.tail is not None:
-        arrivals = _pick(draw.method == METHODS.index(Method.HYBRID),
-                         find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
-    rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
-                      early_stop=last_early_slot(rir_cfg, scenes))
+        hybrid = draw.method == METHODS.index(Method.HYBRID)
+    if runtime.prefers_parts(scenes.rt60.device):
+        count = draw.images.active.sum(-1) + hybrid * draw.images.active.shape[-1]
+        rirs = in_parts(lambda some: _render_alike(cfg, rir_cfg, scenes[some], draw, hybrid[some], some),
+                        count.argsort(stable=True))
+    else:
+        arrivals = find_arrivals(rir_cfg, scenes, draw.images)
+        if draw.tail is not None:
+            arrivals = _pick(hybrid, find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail), arrivals)
+        rirs = synthesize(rir_cfg.sample_rate, arrivals, slots, scenes.max_rt60, fused,
+                          early_stop=last_early_slot(rir_cfg, scenes))
     return _with_exact_rooms(cfg, rir_cfg, scenes, draw.method, rirs) if rir_cfg.ism_share > 0 else rirs
+
+
+def _render_alike(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, draw: RoomDraw, hybrid: Tensor,
+                  some: Tensor) -> RirBatch:
+    """On a CPU the RIRs of some of a mixed batch, exact rooms aside: scenes, and whether they are hybrid, of some [n],
+    the draw of all. Arrivals are found by those methods alone that one of them has."""
+    arrivals = None
+    if not hybrid.all():
+        arrivals = find_arrivals(rir_cfg, scenes, draw.images.without_padding(some))
+    if hybrid.any():
+        others, arrivals = arrivals, find_hybrid_arrivals(cfg, rir_cfg, scenes, draw.tail[some])
+        arrivals = arrivals if others is None else _pick(hybrid, arrivals, others)
+    return synthesize(rir_cfg.sample_rate, arrivals, slots_in_rir(rir_cfg.sample_rate, scenes.rt60), scenes.max_rt60,
+                      early_stop=last_early_slot(rir_cfg, scenes))
 
 
 def render_direct(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, method: Tensor | None,

@@ -184,6 +184,12 @@ def indices(count: int, device: torch.device) -> torch.Tensor:
     return _arange(1 << max(count - 1, 0).bit_length(), device)[:count]
 
 
+def prefers_parts(device: torch.device) -> bool:
+    """Whether a batch is simulated in small parts, whose shapes may follow from values: on a CPU, for its caches, but
+    not for the compiler. A GPU wants all at once, and would have to be waited for."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def is_gpu(device: torch.device) -> bool:
     """Whether it is one that our kernels for GPUs run on."""
     return device.type == "cuda"

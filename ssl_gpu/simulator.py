@@ -25,16 +25,16 @@ from ssl_gpu.pool import check_pool, draw_original_images
 from ssl_gpu.rir import Method, RirConfig
 from ssl_gpu.rooms import RoomDraw, check_drawn, draw_rooms, render_direct, render_rooms
 from ssl_gpu.scene import Pool, SceneBatch, SceneConfig, check_places, original_scenes, sample_scenes
-from ssl_gpu.synthesis import RirBatch
+from ssl_gpu.synthesis import PART, RirBatch
 
 BANK_BLOCK = 64  # rooms of a bank whose images are drawn at a time; fixed, or the rooms would depend on the chunk
 
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """chunk: scenes rendered at a time, which bounds the memory; the result does not depend on it. None: 16 on a CPU
-    (2.7 ms a scene against 4.3 in chunks of 64, whose temporaries go back to the system every time); elsewhere 1,024
-    of 2 microphones x 2 sources, and as many times fewer as there are more pairs.
+    """chunk: scenes rendered at a time, which bounds the memory; the result does not depend on it. None: 1,024 of 2
+    microphones x 2 sources, 64 on a CPU, of which eight at a time are rendered and mixed, and as many times fewer as
+    there are more pairs.
     compile: render and mix every chunk by torch.compile, each as one graph, to a few roundings the same. It compiles
         for every size of chunk that occurs, eight at most, and what is left runs plainly: let the chunk divide the
         batch, and batches be alike. For a GPU; a CPU is twice as slow with it (docs/performance.md).
@@ -69,7 +69,7 @@ class SimulatorConfig:
 
     def chunk_on(self, device: torch.device, pairs: int = 4) -> int:
         """Scenes rendered at a time on this device; pairs: microphones x sources of each."""
-        return self.chunk or (16 if device.type == "cpu" else max(1, 1024 * 4 // pairs))
+        return self.chunk or max(1, (64 if device.type == "cpu" else 1024) * 4 // pairs)
 
 
 NO_TRITON = "Triton is not installed"
@@ -280,20 +280,24 @@ class Simulator:
         fused = self.config.fused_on(dry.device)
         # Two microphones share a transform there: one that hears nothing would hear 1e-7 of the other.
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
-        chunks, parts = self._chunks(dry, draw), []
-        whole = None                                                    # where the parts go, if there are several
-        if len(chunks) > 1:
+        chunks = [(chunk, self._parts(chunk, dry.device)) for chunk in self._chunks(dry, draw)]
+        several = len(chunks) > 1 or len(chunks[0][1]) > 1
+        whole = early = None                                            # where the parts go, if there are several
+        if several:
             dtype = torch.promote_types(dry.dtype, torch.float32)       # as of a gain times the speech
-            whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1], dtype=dtype)
-        for part in chunks:
-            scenes = draw.scenes[part]
-            rirs = self.bank[1][draw.bank_row[part]] if draw.rooms is None else \
-                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[part], fused)
-            out = None if whole is None else whole[part]
-            parts.append(self._mix(dry[part], rirs, scenes, draw.mixture[part], fused_mix, out))
-        if whole is None:
-            return replace(parts[0], scenes=draw.scenes)
-        early = None if parts[0].early is None else torch.cat([part.early for part in parts])
+            heard = len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1]
+            whole = dry.new_empty(heard, dtype=dtype)
+            early = dry.new_empty(*heard[:2], dry.shape[1], heard[2], dtype=dtype) if self.rir.early else None
+        for chunk, parts in chunks:
+            scenes = draw.scenes[chunk]
+            rirs = self.bank[1][draw.bank_row[chunk]] if draw.rooms is None else \
+                self._render_rooms(self.ism, self.rir, scenes, draw.rooms[chunk], fused)
+            for part in parts:
+                own = slice(part.start - chunk.start, part.stop - chunk.start)
+                mixture = self._mix(dry[part], rirs[own], scenes[own], draw.mixture[part], fused_mix,
+                                    None if whole is None else whole[part], None if early is None else early[part])
+        if not several:
+            return replace(mixture, scenes=draw.scenes)
         return MixtureBatch(whole, early, draw.scenes, self.rir.sample_rate, draw.mixture.sensor_snr,
                             draw.mixture.diffuse_snr)
 
@@ -315,10 +319,11 @@ class Simulator:
         whole = dry.new_empty(len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1],
                               dtype=torch.promote_types(dry.dtype, torch.float32))
         quiet = replace(draw.mixture, sensor=None, diffuse=None)
-        for part in self._chunks(dry, draw):
-            of_part = None if method is None else method[part]
-            rirs = render_direct(self.ism, self.rir, draw.scenes[part], of_part, fused)
-            self._mix(dry[part], rirs, draw.scenes[part], quiet[part], fused_mix, whole[part])
+        for chunk in self._chunks(dry, draw):
+            for part in self._parts(chunk, dry.device):
+                of_part = None if method is None else method[part]
+                rirs = render_direct(self.ism, self.rir, draw.scenes[part], of_part, fused)
+                self._mix(dry[part], rirs, draw.scenes[part], quiet[part], fused_mix, whole[part])
         return whole
 
     def _check(self, dry: Tensor, draw: Draw) -> None:
@@ -338,7 +343,12 @@ class Simulator:
         """The parts of a batch that are rendered at a time."""
         pairs = draw.scenes.mic_pos.shape[1] * draw.scenes.src_pos.shape[1]
         chunk = self.config.chunk_on(dry.device, pairs)
-        return [slice(start, start + chunk) for start in range(0, len(dry), chunk)]
+        return [slice(start, min(start + chunk, len(dry))) for start in range(0, len(dry), chunk)]
+
+    def _parts(self, chunk: slice, device: torch.device) -> list[slice]:
+        """The parts of a chunk that are mixed at a time: on a CPU a few, see synthesis.PART."""
+        step = PART if runtime.prefers_parts(device) and not self.config.compile else chunk.stop - chunk.start
+        return [slice(start, min(start + step, chunk.stop)) for start in range(chunk.start, chunk.stop, step)]
 
     @torch.no_grad()
     def captured(self, batch: int, num_samples: int, *,

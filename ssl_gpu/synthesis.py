@@ -27,6 +27,7 @@ LEAD, TAIL = 6, 9  # samples before and after its own that an arrival reaches
 MAIN_TAPS = 14     # taps of the kernel's main part; the two-tap remainder sits at 8 and 9 samples
 # The high-pass rings on: 20/32/45 ms to fall to 1e-3/1e-5/1e-7. With 45 ms of padding what wraps round is below 2e-8.
 RINGING_S = 0.045
+PART = 8  # scenes rendered at a time on a CPU, whose temporaries then stay in its caches: entry 56 of performance.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,22 @@ class Arrivals:
     slot: Tensor
     amplitude: Tensor
     early: Tensor | None
+
+
+def in_parts(render: Callable[[Tensor], RirBatch], order: Tensor) -> RirBatch:
+    """The RIRs of a batch on a CPU, PART scenes at a time, of which render(index) renders some. order: an index tensor
+    of all, in which those that cost alike follow one another."""
+    whole = None
+    for index in order.split(PART):
+        part = render(index)
+        if whole is None:
+            full, early, length = (None if some is None else some.new_empty(len(order), *some.shape[1:])
+                                   for some in (part.full, part.early, part.length))
+            whole = replace(part, full=full, early=early, length=length)
+        for there, some in ((whole.full, part.full), (whole.early, part.early), (whole.length, part.length)):
+            if there is not None:
+                there[index] = some
+    return whole
 
 
 def slots_in_rir(sample_rate: int, rt60: Tensor) -> Tensor:

@@ -35,11 +35,13 @@ def test_equals_the_sum_of_direct_convolutions(**shape):
     assert_close(convolve_sources(signal, rir, keep_src=True).double(), alone, atol=tolerance, rtol=0)
 
 
-@given(**SHAPES, block=st.one_of(st.integers(1, 10), st.integers(1, 400)), cut=st.floats(0.01, 1), unlike=st.booleans())
+@given(**SHAPES, block=st.one_of(st.integers(1, 10), st.integers(1, 400)), cut=st.floats(0.01, 1),
+       unlike=st.booleans())
 @settings(deadline=None, max_examples=100)
 def test_blocks_equal_the_whole(block, cut, unlike, **shape):
     signal, rir = draw(**shape, dtype=torch.float64)
-    microphones = draw_microphones(3, 10, *rir.shape[:2], generator=torch.Generator().manual_seed(0)) if unlike else None
+    generator = torch.Generator().manual_seed(0)
+    microphones = draw_microphones(3, 10, *rir.shape[:2], generator=generator) if unlike else None
     samples = math.ceil(cut * (signal.shape[-1] + rir.shape[-1] - 1))
     for keep_src in (False, True):
         whole = convolve_sources(signal, rir, samples, keep_src, microphones, block=samples)

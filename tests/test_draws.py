@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssl_gpu import mixture, runtime
-from ssl_gpu.convolve import convolve_sources
+from ssl_gpu import runtime
 from ssl_gpu.ism import IsmConfig
 from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
 from ssl_gpu.rir import RirConfig

@@ -9,7 +9,7 @@ from oracle import cosine_between, gain
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_gpu import bands, rir
+from ssl_gpu import bands, rir, runtime
 from ssl_gpu.acoustics import distance
 from ssl_gpu.bands import air_absorption_db, join_bands, octave_centres
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
@@ -587,7 +587,8 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_choice_waits_for_the_device():
+def test_no_choice_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(runtime, "prefers_parts", lambda device: False)  # all at once, as on a GPU
     scenes = rooms(3)
     render_rir(ALL, scenes, draw_images(ALL, scenes, generator=seeded()))  # fills the tables, which may wait
     with NoWaiting():

@@ -265,11 +265,11 @@ def test_scenes_that_break_their_law_are_silent_and_leave_the_others_alone():
 def test_chunk_below_one_is_refused():
     with pytest.raises(ValueError, match="^simulator.chunk must be >= 1 scene, got 0$"):
         SimulatorConfig(chunk=0)
-    assert [SimulatorConfig().chunk_on(torch.device(device)) for device in ("cpu", "meta")] == [16, 1024]
+    assert [SimulatorConfig().chunk_on(torch.device(device)) for device in ("cpu", "meta")] == [64, 1024]
     assert SimulatorConfig(7).chunk_on(torch.device("cpu")) == 7
     meta = torch.device("meta")
     assert [SimulatorConfig().chunk_on(meta, pairs) for pairs in (1, 8, 32, 9999)] == [4096, 512, 128, 1]
-    assert SimulatorConfig(7).chunk_on(meta, 32) == 7 and SimulatorConfig().chunk_on(torch.device("cpu"), 32) == 16
+    assert SimulatorConfig(7).chunk_on(meta, 32) == 7 and SimulatorConfig().chunk_on(torch.device("cpu"), 32) == 8
 
 
 def test_scenes_of_your_own_are_heard():

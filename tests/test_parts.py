@@ -1,0 +1,175 @@
+"""A CPU simulates a batch in small parts: the same as at once, whoever is in a part."""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ssl_gpu import runtime
+from ssl_gpu.directivity import Pattern
+from ssl_gpu.hybrid import find_hybrid_arrivals
+from ssl_gpu.ism import IsmConfig, direct_images
+from ssl_gpu.laws import Decay
+from ssl_gpu.mixture import MixtureConfig
+from ssl_gpu.rir import (RirConfig, direct_arrivals, draw_images, find_arrivals, last_direct_slot, last_early_slot,
+                         render_rir)
+from ssl_gpu.rooms import draw_rooms, render_direct, render_rooms
+from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, original_scenes, sample_scenes
+from ssl_gpu.simulator import Simulator, SimulatorConfig
+from ssl_gpu.synthesis import PART
+
+ISM = IsmConfig("eyring", hybrid_order=2)
+FEW = RirConfig(num_images=(20, 300))
+LAWS = {
+    "reference": FEW,
+    "patterns, measured decay": replace(FEW, decay=Decay.MEASURED, src_pattern=Pattern.CARDIOID),
+    "octaves": replace(FEW, band_rt60_ratio=((0.5, 1.0),) * 7),
+    "hybrid": RirConfig(method="hybrid"),
+    "mixed": replace(FEW, hybrid_share=0.5),
+    "mixed, exact rooms too": replace(FEW, hybrid_share=0.3, ism_share=0.2),
+}
+SCENE = SceneConfig(rt60_s=(0.1, 0.2), room_max_m=(5, 4, 3))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(law, count=2 * PART + 3):
+    generator = seeded()
+    scenes = sample_scenes(SCENE, count, generator=generator)
+    return scenes, draw_rooms(ISM, law, scenes, generator=generator)
+
+
+def assert_same(found, expected):
+    for name in ("full", "early", "length"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_rooms_do_not_depend_on_their_company(name):
+    """To the last bit: scenes alone, and in another order."""
+    scenes, draw = drawn(LAWS[name])
+    whole = render_rooms(ISM, LAWS[name], scenes, draw)
+    assert len(scenes) > 2 * PART
+    for index in (0, 7, len(scenes) - 1):
+        some = slice(index, index + 1)
+        assert_same(render_rooms(ISM, LAWS[name], scenes[some], draw[some]), whole[some])
+    order = torch.randperm(len(scenes), generator=seeded())
+    assert_same(render_rooms(ISM, LAWS[name], scenes[order], draw[order]), whole[order])
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_parts_are_what_a_gpu_renders_at_once(name, monkeypatch):
+    """There every scene has room for the images of the most, and both methods find arrivals for all."""
+    scenes, draw = drawn(LAWS[name])
+    parts = render_rooms(ISM, LAWS[name], scenes, draw)
+    monkeypatch.setattr(runtime, "prefers_parts", lambda device: False)
+    whole = render_rooms(ISM, LAWS[name], scenes, draw)
+    scale = float(whole.full.abs().max())
+    assert_close(parts.full, whole.full, rtol=0, atol=1e-7 * scale)
+    assert_close(parts.early, whole.early, rtol=0, atol=1e-7 * scale)
+
+
+def test_parts_are_rendered_with_no_more_images_than_they_have(monkeypatch):
+    from ssl_gpu import rir
+    scenes, draw = drawn(FEW, 3 * PART)
+    rooms, find = [], rir.find_arrivals
+    monkeypatch.setattr(rir, "find_arrivals", lambda cfg, scenes, images: (
+        rooms.append((len(scenes), images.ratio.shape[-1])) or find(cfg, scenes, images)))
+    render_rir(FEW, scenes, draw.images)
+    counts = draw.images.active.sum(-1).sort().values.view(3, PART)
+    assert rooms == [(PART, min(-(-int(most) // 64) * 64, 300)) for most in counts.amax(1)]
+    assert rooms[0][1] < rooms[-1][1] == 300
+
+
+def test_a_mixed_batch_finds_arrivals_by_those_methods_that_a_part_has(monkeypatch):
+    from ssl_gpu import rooms
+    law, found = LAWS["mixed"], {"find_arrivals": 0, "find_hybrid_arrivals": 0}
+    scenes, draw = drawn(law, 64)
+
+    def counting(name, function):
+        def call(*arguments):
+            arrivals = function(*arguments)
+            found[name] += len(arrivals.slot)
+            return arrivals
+
+        monkeypatch.setattr(rooms, name, call)
+
+    counting("find_arrivals", find_arrivals)
+    counting("find_hybrid_arrivals", find_hybrid_arrivals)
+    render_rooms(ISM, law, scenes, draw)
+    assert sum(found.values()) <= 64 + PART and min(found.values()) > PART  # one part at most has both
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_mixtures_do_not_depend_on_the_parts(early, monkeypatch):
+    law = replace(FEW, early=early)
+    simulator = Simulator(SCENE, law, MixtureConfig(sensor_snr_db=(0, 20), diffuse_snr_db=(0, 20)),
+                          SimulatorConfig(2 * PART))
+    dry = torch.randn(2 * PART + 5, 2, 3000, generator=seeded())
+    draw = simulator.draw(len(dry), 3000, generator=seeded())
+    parts = simulator.render(dry, draw)
+    assert parts.audio.is_contiguous() and (parts.early is None) == (not early)
+    direct = simulator.render_direct(dry, draw)
+    monkeypatch.setattr(runtime, "prefers_parts", lambda device: False)
+    whole = simulator.render(dry, draw)
+    scale = float(whole.audio.abs().max())
+    assert_close(parts.audio, whole.audio, rtol=0, atol=1e-6 * scale)
+    assert_close(direct, simulator.render_direct(dry, draw), rtol=0, atol=1e-6 * scale)
+    if early:
+        assert_close(parts.early, whole.early, rtol=0, atol=1e-6 * scale)
+
+
+# ---- what is known of the distances, without asking a device ----
+
+
+def batches():
+    """Scenes by name: of laws with large arrays, of far and near sources, of one's own, and the original's."""
+    for name, law in {"default": SceneConfig(), "wide": SceneConfig(num_mics=4, mic_spacing_m=0.5, rotate=True),
+                      "ball": SceneConfig(array_radius_m=0.5, num_mics=3), "jitter": SceneConfig(spacing_jitter_m=0.01),
+                      "no place": replace(SCENE, src_dist_m=(0.2, 0.3), room_min_m=(5, 4, 3))}.items():
+        yield name, sample_scenes(law, 400, generator=seeded())
+    yield "own", make_scenes([[6, 5, 3]], [0.4], [[[0.1, 0.1, 0.1]]], [[[5.9, 4.9, 2.9], [3, 3, 1]]])
+    yield "original", original_scenes()[:500]
+
+
+@pytest.mark.parametrize("window", [(-6, 50), (-1000, 1000), (-20, -10)])
+def test_direct_and_early_arrivals_are_where_they_may_be(window):
+    for name, scenes in batches():
+        rir = RirConfig(num_images=(50, 50), early_window_ms=window)
+        images = draw_images(rir, replace(scenes, num_images=None), generator=seeded())
+        arrivals = find_arrivals(rir, scenes, images)
+        direct, early = last_direct_slot(rir, scenes), last_early_slot(rir, scenes)
+        assert int(arrivals.slot[..., 0].max()) <= direct, name
+        assert not (arrivals.early & (arrivals.slot > early)).any(), name
+        if name == "default":
+            assert int(arrivals.slot[..., 0].max()) > 0.2 * direct      # the bound is one
+        walls, _ = direct_images(ISM, rir, scenes)
+        assert int(walls.max()) <= direct, name
+
+
+def test_nothing_is_known_of_scenes_that_nothing_is_known_of():
+    scenes = replace(sample_scenes(SCENE, 3, generator=seeded()), max_dist=None)
+    assert last_direct_slot(FEW, scenes) is None and last_early_slot(FEW, scenes) is None
+    known = replace(scenes, max_dist=3.0)
+    assert SceneBatch.concatenate([scenes, known]).max_dist is None
+    assert SceneBatch.concatenate([known, replace(known, max_dist=4.0)]).max_dist == 4.0
+
+
+@pytest.mark.parametrize("name", ["reference", "hybrid", "mixed"])
+def test_short_transforms_leave_out_what_rings_on_for_long(name):
+    """Early parts and the direct sound, of a law whose RIRs are long: 1e-7 of them, and silence behind."""
+    law, generator = LAWS[name], seeded()
+    scenes = sample_scenes(replace(SCENE, rt60_s=(0.4, 0.6)), 5, generator=generator)
+    draw, unknown = draw_rooms(ISM, law, scenes, generator=generator), replace(scenes, max_dist=None)
+    short, long = (render_rooms(ISM, law, some, draw) for some in (scenes, unknown))
+    assert short.full_end is None and long.early_end is None and short.early_end < 0.5 * short.early.shape[-1]
+    direct, expected = (render_direct(ISM, law, some, draw.method) for some in (scenes, unknown))
+    assert expected.full_end is None and direct.full_end < short.early_end
+    for found, whole, end in ((short.early, long.early, short.early_end),
+                              (direct.full, expected.full, direct.full_end)):
+        assert found.shape == whole.shape and not found[..., end:].any()
+        assert float((found.double() - whole).norm() / whole.double().norm()) < 3e-7
+    assert torch.equal(short.full[..., short.early_end:], long.full[..., short.early_end:])
+    assert direct_arrivals(law, scenes).slot.max() > 0                  # there is a direct path
