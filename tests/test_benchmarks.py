@@ -53,6 +53,17 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+# A network that takes no time, for tests of what is around it.
+SMALL = ("speech.clip_s=0.5", "model.dim=32", "model.depth=1", "model.channels=4", "features.num_bands=4",
+         "features.num_delays=9", "features.mask_width=8")
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch):
+    """A median of two: what is measured matters here, not how long it takes."""
+    monkeypatch.setattr(common, "LEAST_CALLS", 2)
+
+
 def run(benchmark, tmp_path, *arguments):
     """The results that the benchmark's command line writes."""
     path = tmp_path / "results.json"
@@ -167,7 +178,7 @@ def test_oracle_notices_a_wrong_convolution():
 
 def test_training_benchmark_shares_a_step_out(tmp_path, capsys):
     results = run(bench_train, tmp_path, "--batch", "2", "--seconds", "0", "--compile", "no", "--overlap", "both",
-                  "--profile", "3", "--set", "train.precision=float32", "speech.clip_s=1.0")
+                  "--profile", "3", "--set", "train.precision=float32", *SMALL)
     check(results, SIMULATION | {"share", "parameters", "bfloat16", "compiled", "overlap", "fixed_step_s"})
     out = capsys.readouterr().out
     assert all(len(row["operations"]) == 3 for row in results["rows"])
@@ -181,7 +192,7 @@ def test_training_benchmark_shares_a_step_out(tmp_path, capsys):
         assert all(part > 0 for part in share.values()) and share["simulate"] <= share["wait"]  # on a CPU
         assert 0.8 < sum(share.values()) - share["simulate"] <= 1
     text = report.markdown(results)
-    assert "librispeech, 2.42 M, overlapped | 2 | float32" in text
+    assert f"librispeech, {results['rows'][0]['parameters'] / 1e6:.2f} M, overlapped | 2 | float32" in text
     assert f"| {100 * results['rows'][0]['simulation_cost']:.1f} |" in text and "| simulation costs, % |" in text
 
 
@@ -263,7 +274,7 @@ def test_operations_that_cannot_be_had_cost_a_line(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(
         SimpleNamespace(key_averages=list)))
     results = run(bench_train, tmp_path, "--batch", "1", "--seconds", "0", "--compile", "no", "--profile", "3", "--set",
-                  "speech.clip_s=0.5")
+                  *SMALL)
     assert results["complete"] and "operations" not in results["rows"][0]
     assert "no operations of librispeech: torch's profiler saw nothing that the device did\n" in capsys.readouterr().err
 
@@ -276,7 +287,7 @@ def test_steps_with_one_batch_simulate_nothing(overlap, monkeypatch):
                         simulated.append(step) or draw(run, step))
     monkeypatch.setattr(bench_train, "prepare", lambda *arguments, prepare=bench_train.prepare:
                         runs.append(prepare(*arguments)) or runs[-1])
-    row, _ = bench_train.measure("librispeech", 1, False, overlap, torch.device("cpu"), 0.0, 1, ["speech.clip_s=1.0"])
+    row, _ = bench_train.measure("librispeech", 1, False, overlap, torch.device("cpu"), 0.0, 1, SMALL)
     steps = bench_train.BURN_IN + common.LEAST_CALLS
     assert row["calls"] == common.LEAST_CALLS and runs[0].step == 2 * steps
     assert simulated == list(range(steps + 1))  # the last one is the batch that is kept
@@ -288,7 +299,7 @@ def test_captured_steps_have_no_shares_and_cost_what_they_cost(monkeypatch):
     monkeypatch.setattr(bench_train, "uses_graph", lambda *_: True)
     monkeypatch.setattr(train, "draw_from", lambda *arguments, draw=train.draw_from:
                         drawn.append(None) or draw(*arguments))
-    row, _ = bench_train.measure("librispeech", 1, False, False, torch.device("cpu"), 0.0, 1, ["speech.clip_s=1.0"],
+    row, _ = bench_train.measure("librispeech", 1, False, False, torch.device("cpu"), 0.0, 1, SMALL,
                                  graph=True)
     assert row["graph"] and row["share"] == {}
     assert row["simulation_cost"] == pytest.approx(1 - row["fixed_step_s"] / row["median_s"])
@@ -476,7 +487,7 @@ def test_row_that_fails_costs_no_other(benchmark, arguments, rows, overlap, tmp_
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     if benchmark is bench_train:
         monkeypatch.setattr(common, "LEAST_CALLS", 1)
-        arguments += ("--batch", "1", "--set", "speech.clip_s=1.0")
+        arguments += ("--batch", "1", "--set", *SMALL)
         broken(monkeypatch, bench_train, "readings_of", [3])
     else:
         arguments += ("--check", "0")
@@ -823,9 +834,7 @@ def test_unknown_device_is_one_line(capsys):
 
 def test_ablations_train_and_judge_each_variant_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "COUNTS", {"e1": 3})
-    monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", "model.dim=64",
-                                             "model.depth=1", "model.channels=4", "features.num_bands=4",
-                                             "features.mask_width=8"))
+    monkeypatch.setattr(ablations, "QUIET", (*ablations.QUIET, "eval.num_clips=2", "train.device=cpu", *SMALL))
     path, speech = tmp_path / "found.jsonl", ["speech.voices_speakers=4", "speech.voices_utterances=1"]
     trained, real = [], ablations.train
     monkeypatch.setattr(ablations, "train", lambda arguments: trained.append(arguments) or real(arguments))
@@ -916,7 +925,7 @@ def test_floors_are_those_of_scoring_on_other_scenes_than_e1s(monkeypatch, tmp_p
 
 def test_lanes_take_turns_with_threads(monkeypatch, capsys):
     monkeypatch.setattr(lanes, "prepare", lambda name, batch, device, more: bench_train.prepare(
-        name, 2, device, [*more, "speech.clip_s=1.0"]))
+        name, 2, device, [*more, *SMALL]))
     drawn, draw = [], train.draw_examples
     monkeypatch.setattr(train, "draw_examples", lambda run, step: (drawn.append(step), draw(run, step))[1])
     assert lanes.main(["--cores", "2", "--steps", "1"]) == 0
@@ -928,7 +937,7 @@ def test_lanes_take_turns_with_threads(monkeypatch, capsys):
 
 def test_lanes_measure_a_compiled_network_too(monkeypatch, capsys):
     monkeypatch.setattr(lanes, "prepare", lambda name, batch, device, more: bench_train.prepare(
-        name, 2, device, [*more, "speech.clip_s=1.0"]))
+        name, 2, device, [*more, *SMALL]))
     asked = []
 
     def compiled(function, enabled=True):
