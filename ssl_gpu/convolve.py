@@ -76,9 +76,21 @@ def best_block(samples: int, reach: int, per_block: int, once: int) -> int:
     return best
 
 
+def _padded(rir: Tensor, gain: Tensor | None, length: int) -> Tensor:
+    """rir [batch, mic, src, tap] times gain [batch, src], perhaps with silence behind, [..., length]."""
+    if gain is None:
+        return rir
+    gain = gain[:, None, :, None]
+    if not runtime.prefers_parts(rir.device) or rir.requires_grad or gain.requires_grad:
+        return rir * gain
+    padded = rir.new_zeros(*rir.shape[:-1], length, dtype=torch.promote_types(rir.dtype, gain.dtype))
+    torch.mul(rir, gain, out=padded[..., :rir.shape[-1]])               # on the way that it is copied anyway
+    return padded
+
+
 def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None, keep_src: bool = False,
-                     microphones: Microphones | None = None, block: int | None = None,
-                     out: Tensor | None = None) -> Tensor:
+                     microphones: Microphones | None = None, block: int | None = None, out: Tensor | None = None,
+                     gain: Tensor | None = None) -> Tensor:
     """Every source through its RIR to every microphone, and the sources added up.
 
     signal [batch, src, sample], rir [batch, mic, src, tap] -> [batch, mic, num_samples], or with keep_src each source
@@ -87,7 +99,8 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     src (1 + mic) + mic transforms instead of 3 mic src. microphones filter that spectrum, at no further transform: a
     linear convolution too, cut to the samples above (their responses begin before 0, which is cut off).
     block: samples that are convolved at a time (overlap-save), which bounds the memory by block + tap; None: on a CPU
-    best_block, elsewhere all of them. out: where the result is put, without gradients, if there is such a place.
+    best_block, elsewhere all of them. out: where the result is put, without gradients, if there is such a place. gain
+    [batch, src]: a factor of every source.
     Raises ValueError for shapes that do not belong together, for num_samples above sample + tap - 1, and for block < 1.
     """
     _check_shapes(signal, rir)
@@ -103,11 +116,13 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     if block is None:
         outputs = mics * srcs if keep_src else mics
         in_blocks = runtime.prefers_parts(signal.device)
-        block = best_block(num_samples, before + around, srcs + outputs, mics * srcs) if in_blocks else num_samples
-    # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front.
-    n_fft = transform_length(min(block, num_samples) + before + around, signal.device)
-    block = min(n_fft - before - around, num_samples)                   # so that few blocks are padded, and copied
-    responses = torch.fft.rfft(rir, n_fft)
+        least = min(num_samples, samples)
+        block = best_block(least, before + around, srcs + outputs, mics * srcs) if in_blocks else num_samples
+    # Not a sample less, even when the end is cut off: a shorter circular convolution wraps its end to the front. But
+    # where all of the signal has room there is no end to cut, and otherwise few blocks are to be padded, and copied.
+    n_fft = transform_length(min(block, num_samples, samples) + before + around, signal.device)
+    block = num_samples if n_fft >= samples + before + around else min(n_fft - before - around, num_samples)
+    responses = torch.fft.rfft(_padded(rir, gain, n_fft), n_fft)
     if microphones is not None:
         responses.mul_(microphones.response(n_fft)[:, :, None])
     for start in range(0, num_samples, block):

@@ -212,8 +212,7 @@ def render_ism(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch) -> RirBat
         some = scenes[start:start + rooms]
         done.append(synthesize_dense(rir_cfg.sample_rate, _trace_all(cfg, rir_cfg, some, parts, width),
                                      slots_in_rir(rir_cfg.sample_rate, some.rt60)))
-    early = None if done[0].early is None else torch.cat([r.early for r in done])
-    return RirBatch(torch.cat([r.full for r in done]), early, torch.cat([r.length for r in done]), rir_cfg.sample_rate)
+    return RirBatch.concatenate(done)
 
 
 def _trace_all(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, parts: int, width: int) -> Tensor:

@@ -169,10 +169,13 @@ def _coherence(dist: Tensor, wave_number: Tensor) -> Tensor:
     return phase.sin() / phase
 
 
-def _valid(heard: Tensor, valid: Tensor) -> Tensor:
+def _valid(heard: Tensor, valid: Tensor, in_place: bool) -> Tensor:
     """What is heard in valid scenes. Those that break their law may render as NaN, and NaN times a weight of 0 is NaN:
-    they fall silent. A part of a longer transform gets a place of its own."""
-    return heard.masked_fill_(~valid, 0.0) if heard.is_contiguous() else torch.where(valid, heard, 0.0)
+    they fall silent. in_place: where it is; if not, a part of a longer transform gets a place of its own."""
+    in_place = in_place or heard.is_contiguous()
+    if in_place and runtime.prefers_parts(heard.device) and valid.all():
+        return heard                                                    # nearly always, for one pass less
+    return heard.masked_fill_(~valid, 0.0) if in_place else torch.where(valid, heard, 0.0)
 
 
 def _noise_scale(noise: Tensor, power: Tensor, snr: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
 
     fused: on a GPU with ssl_gpu.fused_convolve where that fits, which is for float32 without gradients, to a few
     roundings the same. out [batch, mic, sample], early_out [batch, mic, src, sample]: where audio and early are put, if
-    there is such a place.
+    there is such a place; without gradients.
     Raises ValueError when the shapes of dry speech, RIRs, scenes and draw do not belong together.
     """
     if dry.ndim != 3 or dry.shape[:2] != (rirs.full.shape[0], rirs.full.shape[2]):
@@ -212,15 +215,15 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
     fits = fits and not (dry.requires_grad or rirs.full.requires_grad or draw.gain.requires_grad)
     if fused and fits and runtime.is_gpu(dry.device):
         from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
-        speech = convolve_fused(dry, draw.gain, rirs.full, num_samples, scenes.valid, out)
+        speech = convolve_fused(dry, draw.gain, rirs.full[..., :rirs.full_end], num_samples, scenes.valid, out)
     if speech is None:
-        dry = dry * draw.gain[..., None]
-        speech = _valid(convolve_sources(dry, rirs.full[..., :rirs.full_end], num_samples, microphones=mics, out=out),
-                        valid)
+        dry = dry.to(torch.promote_types(dry.dtype, draw.gain.dtype))
+        speech = convolve_sources(dry, rirs.full[..., :rirs.full_end], num_samples, False, mics, None, out, draw.gain)
+        speech = _valid(speech, valid, out is not None)
         if rirs.early is not None:
-            early = convolve_sources(dry, rirs.early[..., :rirs.early_end], num_samples, True, mics,
-                                     out=early_out)
-            early = _valid(early, valid[..., None])
+            early = rirs.early[..., :rirs.early_end]
+            early = convolve_sources(dry, early, num_samples, True, mics, None, early_out, draw.gain)
+            early = _valid(early, valid[..., None], early_out is not None)
     audio, noises = speech, []
     if draw.sensor is not None:
         noises.append((draw.sensor, draw.sensor_snr))

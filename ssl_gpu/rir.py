@@ -397,16 +397,24 @@ def image_amplitude(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, dist
 
 
 def last_direct_slot(cfg: RirConfig, scenes: SceneBatch) -> int | None:
-    """The last slot that the direct path of one of the scenes may be in, None where nothing is known of them."""
+    """The last slot that the direct path of one of the scenes may be in, None where nothing is known of them.
+
+    Raises ValueError, on a CPU, where a source is beyond scenes.max_dist; a GPU would have to be waited for.
+    """
     if scenes.max_dist is None:
         return None
+    if runtime.prefers_parts(scenes.rt60.device):
+        farthest = float(torch.cdist(scenes.src_pos.detach(), scenes.mic_pos.detach()).max())
+        if farthest > scenes.max_dist:
+            raise ValueError(f"scenes.max_dist must be a distance that no source exceeds, or None where positions were "
+                             f"replaced, got {scenes.max_dist:g} m and a source {farthest:.4g} m from a microphone")
     return math.ceil(math.hypot(scenes.max_dist, math.sqrt(DISTANCE_EPSILON)) / SPEED_OF_SOUND
                      * (OVERSAMPLING * cfg.sample_rate)) + 1
 
 
 def last_early_slot(cfg: RirConfig, scenes: SceneBatch) -> int | None:
-    """Likewise of what is_early."""
-    direct = last_direct_slot(cfg, scenes)
+    """Likewise of what is_early; None without early parts, too."""
+    direct = last_direct_slot(cfg, scenes) if cfg.early else None
     return None if direct is None else max(0, direct + math.floor(OVERSAMPLING * cfg.sample_rate
                                                                   * cfg.early_window_ms[1] / 1000))
 

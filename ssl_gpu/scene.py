@@ -189,7 +189,8 @@ class SceneBatch:
     max_rt60 s: a number no rt60 exceeds, known without asking the device, so that shapes are fixed by it;
     num_images [batch] int64: how many images FRA-RIR renders each with, 0 or None: as many as RirConfig draws;
     max_images: a number no num_images exceeds, None without them;
-    max_dist m: a number that no distance from a source to a microphone exceeds, None where none is known.
+    max_dist m: a number that no distance from a source to a microphone exceeds, by which the direct sound and early
+    parts are rendered in few taps; None where none is known, and where positions were replaced.
     """
 
     room_dim: Tensor
@@ -398,17 +399,25 @@ def _as_tensor(name: str, value) -> Tensor:
     return tensor
 
 
+def farthest_pair(src_pos: Tensor, mic_pos: Tensor) -> float:
+    """A multiple of 5 m that no distance from a source [batch, src, 3] m to a microphone [batch, mic, 3] m of the same
+    scene exceeds: alike for batches that are. Waits for the device."""
+    return 5.0 * max(1, math.ceil(float(torch.cdist(src_pos, mic_pos).max()) / 5))
+
+
 def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None,
-                num_images=None, max_rt60=None) -> SceneBatch:
+                num_images=None, max_rt60=None, max_dist=None) -> SceneBatch:
     """Scenes of your own, checked: arrays or nested lists as in SceneBatch, orientations (0, 0) when left out.
 
-    max_rt60 s fixes how long the RIRs of a batch may become, the longest rt60 of it when left out: one number for all
-    batches keeps shapes alike, which torch.compile and CUDA graphs want.
+    max_rt60 s fixes how long the RIRs of a batch may become, the longest rt60 of it when left out, max_dist m how late
+    direct sound may come, farthest_pair of it when left out: one number for all batches keeps shapes alike, which
+    torch.compile and CUDA graphs want.
 
     Raises ValueError, naming the scene and the rule, for wrong shapes, numbers that are not finite, RT60 <= 0, a
     position outside its room, a source that coincides with a microphone (closer than 1 mm: the reference's directivity
     is then 0/0), 340 m/s * RT60 not above the distance of a source (the reference then returns NaN), an RT60 above
-    100 s or max_rt60, or a number of images that is not whole or not in 0..1,000,000 (0: to be drawn).
+    100 s or max_rt60, a source beyond max_dist, or a number of images that is not whole or not in 0..1,000,000 (0: to
+    be drawn).
     """
     room_dim, rt60 = _as_tensor("room_dim", room_dim), _as_tensor("rt60", rt60)
     mic_pos, src_pos = _as_tensor("mic_pos", mic_pos), _as_tensor("src_pos", src_pos)
@@ -432,7 +441,10 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         orientations.append(angles)
     longest = float(rt60.max()) if max_rt60 is None else max_rt60
     _refuse(rt60 > longest, lambda b: f"rt60 must be <= max_rt60={longest:g} s, got {rt60[b]:g}")
-    farthest = float(torch.cdist(src_pos, mic_pos).max())
+    dist = torch.cdist(src_pos, mic_pos)
+    farthest = farthest_pair(src_pos, mic_pos) if max_dist is None else max_dist
+    _refuse(dist > farthest, lambda b, s, m: f"source {s} must be within max_dist={farthest:g} m of microphone {m}, "
+                                             f"got {dist[b, s, m]:.4g} m")
     scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
                         torch.ones_like(rt60, dtype=torch.bool), longest, max_dist=farthest)
     if num_images is None:
@@ -480,4 +492,4 @@ def original_scenes() -> SceneBatch:
     valid = torch.ones(len(rt60), dtype=torch.bool)
     mic_pos = centre[:, None] + offset
     return SceneBatch(room_dim, rt60, mic_pos, src_pos, look, look.clone(), valid, RT60_S[1], num_images,
-                      NUM_IMAGES[1] - 1, float(torch.cdist(src_pos, mic_pos).max()))
+                      NUM_IMAGES[1] - 1, farthest_pair(src_pos, mic_pos))

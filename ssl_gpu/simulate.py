@@ -56,7 +56,7 @@ from ssl_gpu.measure import RirMeasures, measure_rirs
 from ssl_gpu.mixture import MixtureBatch, draw_mixture, mix
 from ssl_gpu.rir import Method
 from ssl_gpu.rooms import METHODS, RoomDraw, draw_rooms, render_rooms
-from ssl_gpu.scene import Pool, SceneBatch, sample_scenes
+from ssl_gpu.scene import Pool, SceneBatch, farthest_pair, sample_scenes
 from ssl_gpu.scenelist import OPTIONAL, REQUIRED, read_entries, read_scenes, scene_entries
 from ssl_gpu.speech import SpeechBank, draw_crops, gather_crops
 from ssl_gpu.synthesis import OVERSAMPLING, RirBatch
@@ -91,7 +91,7 @@ def draw_rirs(cfg: RunConfig, scene: SceneBatch, seed: int, index: int,
     """The RIRs of a single scene, which is scene `index` of its seed, with no tap too many; and what was drawn. early:
     with their early part, whole RIRs being the same to the last bit."""
     # Of this scene alone, or its draws would have the shapes of others' in a list.
-    scene = replace(scene, max_rt60=float(scene.rt60[0]),
+    scene = replace(scene, max_rt60=float(scene.rt60[0]), max_dist=farthest_pair(scene.src_pos, scene.mic_pos),
                     max_images=None if scene.num_images is None else int(scene.num_images[0]))
     rir = replace(cfg.rir, early=False)
     drawn = draw_rooms(cfg.ism, rir, scene, generator=generator(seed, rng.Stream.IMAGES, index))

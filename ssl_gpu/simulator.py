@@ -230,9 +230,7 @@ class Simulator:
             methods.append(drawn.method)
             rooms += [render_rooms(self.ism, self.rir, block[i:i + chunk], drawn[i:i + chunk], fused)
                       for i in range(0, len(block), chunk)]
-        early = None if rooms[0].early is None else torch.cat([r.early for r in rooms])
-        full, length = torch.cat([r.full for r in rooms]), torch.cat([r.length for r in rooms])
-        self.bank = scenes.to(device), replace(rooms[0], full=full, early=early, length=length)
+        self.bank = scenes.to(device), RirBatch.concatenate(rooms)
         self.bank_name = name_of_bank(scenes, self.scene, self.rir, self.ism)
         self.bank_method = None if methods[0] is None else torch.cat(methods)
 
@@ -282,16 +280,16 @@ class Simulator:
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
         chunks = [(chunk, self._parts(chunk, dry.device)) for chunk in self._chunks(dry, draw)]
         several = len(chunks) > 1 or len(chunks[0][1]) > 1
+        dtype = torch.promote_types(dry.dtype, torch.float32)           # as of a gain times the speech
         whole = early = None                                            # where the parts go, if there are several
-        if several:
-            dtype = torch.promote_types(dry.dtype, torch.float32)       # as of a gain times the speech
-            heard = len(dry), draw.scenes.mic_pos.shape[1], dry.shape[-1]
-            whole = dry.new_empty(heard, dtype=dtype)
-            early = dry.new_empty(*heard[:2], dry.shape[1], heard[2], dtype=dtype) if self.rir.early else None
         for chunk, parts in chunks:
             scenes = draw.scenes[chunk]
             rirs = self.bank[1][draw.bank_row[chunk]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[chunk], fused)
+            if several and whole is None:
+                whole = dry.new_empty(len(dry), rirs.full.shape[1], dry.shape[-1], dtype=dtype)
+                if rirs.early is not None:
+                    early = dry.new_empty(len(dry), *rirs.early.shape[1:3], dry.shape[-1], dtype=dtype)
             for part in parts:
                 own = slice(part.start - chunk.start, part.stop - chunk.start)
                 mixture = self._mix(dry[part], rirs[own], scenes[own], draw.mixture[part], fused_mix,
@@ -346,7 +344,7 @@ class Simulator:
         return [slice(start, min(start + chunk, len(dry))) for start in range(0, len(dry), chunk)]
 
     def _parts(self, chunk: slice, device: torch.device) -> list[slice]:
-        """The parts of a chunk that are mixed at a time: on a CPU a few, see synthesis.PART."""
+        """Of a chunk what is mixed at a time: on a CPU a few scenes, see synthesis.PART."""
         step = PART if runtime.prefers_parts(device) and not self.config.compile else chunk.stop - chunk.start
         return [slice(start, min(start + step, chunk.stop)) for start in range(chunk.start, chunk.stop, step)]
 

@@ -50,6 +50,14 @@ class RirBatch:
         early = None if self.early is None else self.early[index]
         return replace(self, full=self.full[index], early=early, length=self.length[index])
 
+    @classmethod
+    def concatenate(cls, batches: Sequence["RirBatch"]) -> "RirBatch":
+        """Several batches of as many taps as one."""
+        early = None if batches[0].early is None else torch.cat([batch.early for batch in batches])
+        return cls(torch.cat([batch.full for batch in batches]), early, torch.cat([batch.length for batch in batches]),
+                   batches[0].sample_rate, _last([batch.full_end for batch in batches]),
+                   _last([batch.early_end for batch in batches]))
+
 
 @dataclass(frozen=True, eq=False)
 class Arrivals:
@@ -64,17 +72,23 @@ class Arrivals:
 def in_parts(render: Callable[[Tensor], RirBatch], order: Tensor) -> RirBatch:
     """The RIRs of a batch on a CPU, PART scenes at a time, of which render(index) renders some. order: an index tensor
     of all, in which those that cost alike follow one another."""
-    whole = None
+    whole, ends = None, []
     for index in order.split(PART):
         part = render(index)
+        ends.append((part.full_end, part.early_end))
         if whole is None:
             full, early, length = (None if some is None else some.new_empty(len(order), *some.shape[1:])
                                    for some in (part.full, part.early, part.length))
             whole = replace(part, full=full, early=early, length=length)
         for there, some in ((whole.full, part.full), (whole.early, part.early), (whole.length, part.length)):
             if there is not None:
-                there[index] = some
-    return whole
+                there.index_copy_(0, index, some)
+    full_end, early_end = map(_last, zip(*ends))
+    return replace(whole, full_end=full_end, early_end=early_end)
+
+
+def _last(ends: Sequence[int | None]) -> int | None:
+    return None if None in ends else max(ends)
 
 
 def slots_in_rir(sample_rate: int, rt60: Tensor) -> Tensor:
@@ -244,7 +258,7 @@ def _filter(sample_rate: int, trains: Sequence[Tensor], taps: int, slots: Tensor
         (full, full_end), early, early_end = finish(trains[0]), None, None
     else:
         late, first = trains
-        early, early_end = finish(first)
-        late[..., :first.shape[-1]] += first                            # the late ones are all from here on
-        full, full_end = finish(late)
+        # Before either is transformed, or a gradient would not find what was.
+        late[..., :first.shape[-1]] += first                            # all of them, from here on
+        (full, full_end), (early, early_end) = finish(late), finish(first)
     return RirBatch(full, early, length, sample_rate, full_end, early_end)

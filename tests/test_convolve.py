@@ -57,6 +57,34 @@ def test_blocks_equal_the_whole(block, cut, unlike, **shape):
     assert_close(finer, whole, atol=1e-5 * float(whole.abs().max()) + 1e-5, rtol=0)
 
 
+def test_whole_convolutions_have_transforms_no_longer_than_they_need(monkeypatch):
+    """Sample + tap - 1 points hold all that there is; 72,000 for 59,199 were too many once."""
+    asked, rfft = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda x, n: asked.append(n) or rfft(x, n))
+    for samples, taps in ((8000, 8000), (500, 4800), (3000, 100)):
+        signal, rir = draw(1, 1, 1, samples, taps, 0)
+        whole = samples + taps - 1
+        for num_samples, block in ((None, whole), (whole, whole), (whole - 10, whole), (samples, whole)):
+            convolve_sources(signal, rir, num_samples, block=block)
+            assert set(asked) == {fast_length(whole)}
+            asked.clear()
+        convolve_sources(signal, rir)
+        assert max(asked) <= fast_length(whole)
+        asked.clear()
+
+
+def test_a_gain_is_that_of_its_source():
+    signal, rir = draw(2, 3, 2, 300, 60, 0)
+    gain = torch.tensor([[1.0, 0.5], [-2.0, 0.0]])
+    expected = convolve_sources(signal * gain[..., None], rir, 310)
+    assert_close(convolve_sources(signal, rir, 310, gain=gain), expected, atol=1e-5, rtol=0)
+    slope = gain.clone().requires_grad_()                               # which no product in place would have
+    convolve_sources(signal, rir, 310, gain=slope).square().sum().backward()
+    again = gain.clone().requires_grad_()
+    convolve_sources(signal * again[..., None], rir, 310).square().sum().backward()
+    assert_close(slope.grad, again.grad, rtol=1e-4, atol=1e-2)
+
+
 def test_blocks_have_gradients():
     signal, rir = draw(2, 2, 2, 300, 60, 0, dtype=torch.float64)
     found = []

@@ -10,9 +10,8 @@ from ssl_gpu.directivity import Pattern
 from ssl_gpu.hybrid import find_hybrid_arrivals
 from ssl_gpu.ism import IsmConfig, direct_images
 from ssl_gpu.laws import Decay
-from ssl_gpu.mixture import MixtureConfig
-from ssl_gpu.rir import (RirConfig, direct_arrivals, draw_images, find_arrivals, last_direct_slot, last_early_slot,
-                         render_rir)
+from ssl_gpu.mixture import MixtureConfig, draw_mixture, mix
+from ssl_gpu.rir import RirConfig, draw_images, find_arrivals, last_direct_slot, last_early_slot, render_rir
 from ssl_gpu.rooms import draw_rooms, render_direct, render_rooms
 from ssl_gpu.scene import SceneBatch, SceneConfig, make_scenes, original_scenes, sample_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
@@ -149,12 +148,105 @@ def test_direct_and_early_arrivals_are_where_they_may_be(window):
         assert int(walls.max()) <= direct, name
 
 
+def test_early_arrivals_of_hybrid_rooms_are_where_they_may_be():
+    for name, scenes in batches():
+        some = scenes[:50]
+        law = RirConfig(method="hybrid")
+        tail = draw_rooms(ISM, law, some, generator=seeded()).tail
+        arrivals = find_hybrid_arrivals(replace(ISM, clamp_infeasible=True), law, some, tail)
+        assert not (arrivals.early & (arrivals.slot > last_early_slot(law, some))).any(), name
+
+
+def test_a_source_beyond_what_is_known_is_refused():
+    mic, near, far = [[[1, 1, 1]]], [[[2, 1, 1]]], torch.tensor([[[14.0, 1.0, 1.0]]], dtype=torch.float64)
+    scenes = make_scenes([[20, 5, 3]], [0.3], mic, near)
+    assert scenes.max_dist == 5
+    moved, told = replace(scenes, src_pos=far), "scenes.max_dist must be a distance that no source exceeds, or None"
+    with pytest.raises(ValueError, match=f"^{told} where positions were replaced, got 5 m and a source 13 m from"):
+        render_direct(ISM, FEW, moved, None)
+    with pytest.raises(ValueError, match=f"^{told}"):
+        render_rir(FEW, moved, draw_images(FEW, moved, generator=seeded()))
+    for known in (replace(moved, max_dist=None), make_scenes([[20, 5, 3]], [0.3], mic, far)):
+        assert render_direct(ISM, FEW, known, None).full[..., 600:700].abs().max() > 1e-4  # 13 m are 612 samples
+    with pytest.raises(ValueError, match="^scene 0: source 0 must be within max_dist=3 m of microphone 0, got 13 m$"):
+        make_scenes([[20, 5, 3]], [0.3], mic, far, max_dist=3)
+    assert make_scenes([[20, 5, 3]], [0.3], mic, near, max_dist=15).max_dist == 15
+
+
+def test_scenes_of_ones_own_have_alike_shapes():
+    """Or a compiled simulator would be compiled anew for every batch of talkers who move."""
+    found = {make_scenes([[6, 5, 3]], [0.3], [[[1, 1, 1]]], [[[1.2 + 0.1 * step, 1, 1]]]).max_dist
+             for step in range(30)}
+    assert found == {5.0}
+
+
 def test_nothing_is_known_of_scenes_that_nothing_is_known_of():
     scenes = replace(sample_scenes(SCENE, 3, generator=seeded()), max_dist=None)
     assert last_direct_slot(FEW, scenes) is None and last_early_slot(FEW, scenes) is None
     known = replace(scenes, max_dist=3.0)
     assert SceneBatch.concatenate([scenes, known]).max_dist is None
     assert SceneBatch.concatenate([known, replace(known, max_dist=4.0)]).max_dist == 4.0
+
+
+@pytest.mark.parametrize("name", ["octaves", "mixed, exact rooms too"])
+def test_ends_are_said_of_no_rooms_that_ring_on_or_are_exact(name):
+    """Of a bank, too, whose first chunk may have none."""
+    scenes, draw = drawn(LAWS[name])
+    assert render_rooms(ISM, LAWS[name], scenes, draw).early_end is None
+    law = replace(LAWS[name], ism_share=0.1 if LAWS[name].ism_share else 0)
+    simulator = Simulator(replace(SCENE, bank=12), law, MixtureConfig(), SimulatorConfig(2), ISM)
+    simulator.fill_bank(generator=seeded(1))
+    exact = (simulator.bank_method == 1).tolist() if law.ism_share else [True]
+    assert any(exact) and simulator.bank[1].early_end is None and simulator.bank[1].early.shape[0] == 12
+    assert not all(exact[:2]) or not law.ism_share                      # else the first chunk would have told
+
+
+@pytest.mark.parametrize("unlike", [False, True])
+def test_mixtures_hear_all_of_what_ends_early(unlike):
+    """Convolved to their ends or to the last tap, by microphones that begin before 0, too."""
+    scenes, draw = drawn(FEW, 3)
+    rirs = render_rooms(ISM, FEW, scenes, draw)
+    assert rirs.early_end < rirs.early.shape[-1]
+    dry, mixing = torch.randn(3, 2, 2000, generator=seeded()), MixtureConfig(mic_phase_deg=20.0 * unlike)
+    noise = draw_mixture(mixing, 3, 2, 2, 2000, generator=seeded())
+    found, whole = (mix(dry, some, scenes, noise).early for some in (rirs, replace(rirs, early_end=None)))
+    assert_close(found, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("count", [1, PART + 2])
+@pytest.mark.parametrize("name", ["reference", "hybrid", "mixed, exact rooms too"])
+def test_gradients_reach_the_scenes_through_full_and_early(name, count):
+    """Which transforms of parts of one tensor, one added to the other, might lose."""
+    law = LAWS[name]
+    scenes, draw = drawn(law, count)
+
+    def slope(*kinds):
+        place = scenes.src_pos.clone().requires_grad_()
+        rirs = render_rooms(ISM, law, replace(scenes, src_pos=place), draw)
+        sum(getattr(rirs, kind).square().sum() for kind in kinds).backward()
+        return place.grad
+
+    full, early, both = slope("full"), slope("early"), slope("full", "early")
+    assert full.norm() > 0 and early.norm() > 0
+    assert_close(both, full + early, rtol=1e-4, atol=1e-6 * float(both.norm()))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_scene_without_places_is_silent_wherever_its_mixture_is_put(noisy):
+    scenes, draw = drawn(FEW, 3)
+    rirs = render_rooms(ISM, FEW, scenes, draw)
+    rirs.full[1], rirs.early[1] = torch.nan, torch.nan
+    scenes = replace(scenes, valid=torch.tensor([True, False, True]))
+    dry, mixing = torch.randn(3, 2, 900, generator=seeded()), MixtureConfig(sensor_snr_db=(0, 9) if noisy else None)
+    noise = draw_mixture(mixing, 3, 2, 2, 900, generator=seeded())
+    plain = mix(dry, rirs, scenes, noise)
+    room, early_room = torch.full((3, 5, 900), 7.0), torch.full((3, 4, 2, 900), 7.0)  # with gaps between the rows
+    put = mix(dry, rirs, scenes, noise, out=room[:, 1:3], early_out=early_room[:, :2])
+    for found, expected, there in ((put.audio, plain.audio, room[:, 1:3]), (put.early, plain.early, early_room[:, :2])):
+        assert_close(found, expected, rtol=0, atol=0)
+        assert_close(there, expected, rtol=0, atol=0)
+        assert not expected[1].any() and expected[0].any()
+    assert (room[:, 3:] == 7).all() and (early_room[:, 2:] == 7).all()
 
 
 @pytest.mark.parametrize("name", ["reference", "hybrid", "mixed"])
@@ -172,4 +264,4 @@ def test_short_transforms_leave_out_what_rings_on_for_long(name):
         assert found.shape == whole.shape and not found[..., end:].any()
         assert float((found.double() - whole).norm() / whole.double().norm()) < 3e-7
     assert torch.equal(short.full[..., short.early_end:], long.full[..., short.early_end:])
-    assert direct_arrivals(law, scenes).slot.max() > 0                  # there is a direct path
+    assert (direct.full.abs().amax(-1) > 1e-3).all()                    # 1/64 at 1 m

@@ -169,6 +169,14 @@ def test_list_says_what_mixtures_are_made_of_and_targets_are_their_early_parts(f
     assert contents("again") == targets
 
 
+def test_early_parts_of_a_list_are_those_that_were_drawn(folder):
+    """To the last bit, though its sources may be nearer than those of the law: transforms are as long as a scene
+    alone needs."""
+    assert start("--num-scenes", 2, "--out", "drawn", "--wav", "--targets") == 0
+    assert start("--scenes", "drawn/scenes.json", "--out", "read", "--wav", "--targets") == 0
+    assert contents("read") == contents("drawn") and "early_1_1.wav" in contents("read")
+
+
 def test_microphones_that_differ_are_those_of_their_list_again(folder):
     """They follow from configuration, seed and number, as levels and noises do; scenes and RIRs do not know them."""
     mics = ("mixture.mic_gain_db=1", "mixture.mic_phase_deg=5")
