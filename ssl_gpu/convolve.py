@@ -54,11 +54,13 @@ def transform_length(length: int, device: torch.device) -> int:
     return best if OTHER_LENGTHS * best < two else two
 
 
-def _check_shapes(signal: Tensor, rir: Tensor) -> None:
+def _check_shapes(signal: Tensor, rir: Tensor, gain: Tensor | None) -> None:
     right = signal.ndim == 3 and rir.ndim == 4 and signal.shape[:2] == (rir.shape[0], rir.shape[2])
     if not right:  # a single source would be broadcast to all
         raise ValueError(f"signal must be [batch, src, sample] and rir [batch, mic, src, tap] of the same batch and "
                          f"src, got {list(signal.shape)} and {list(rir.shape)}")
+    if gain is not None and gain.shape != signal.shape[:2]:
+        raise ValueError(f"gain must be [batch, src] = {list(signal.shape[:2])}, got {list(gain.shape)}")
 
 
 @constant
@@ -81,7 +83,7 @@ def _padded(rir: Tensor, gain: Tensor | None, length: int) -> Tensor:
     if gain is None:
         return rir
     gain = gain[:, None, :, None]
-    if not runtime.prefers_parts(rir.device) or rir.requires_grad or gain.requires_grad:
+    if not runtime.prefers_parts(rir.device) or torch.is_grad_enabled():
         return rir * gain
     padded = rir.new_zeros(*rir.shape[:-1], length, dtype=torch.promote_types(rir.dtype, gain.dtype))
     torch.mul(rir, gain, out=padded[..., :rir.shape[-1]])               # on the way that it is copied anyway
@@ -101,9 +103,10 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     block: samples that are convolved at a time (overlap-save), which bounds the memory by block + tap; None: on a CPU
     best_block, elsewhere all of them. out: where the result is put, without gradients, if there is such a place. gain
     [batch, src]: a factor of every source.
-    Raises ValueError for shapes that do not belong together, for num_samples above sample + tap - 1, and for block < 1.
+    Raises ValueError for shapes that do not belong together, those of gain and out among them, for num_samples above
+    sample + tap - 1, and for block < 1.
     """
-    _check_shapes(signal, rir)
+    _check_shapes(signal, rir, gain)
     samples, taps = signal.shape[-1], rir.shape[-1]
     total = samples + taps - 1
     if num_samples is not None and not 1 <= num_samples <= total:
@@ -111,6 +114,9 @@ def convolve_sources(signal: Tensor, rir: Tensor, num_samples: int | None = None
     if block is not None and block < 1:
         raise ValueError(f"convolve_sources: block must be >= 1 sample, got {block}")
     num_samples = num_samples or total
+    shape = [*(rir.shape[:3] if keep_src else rir.shape[:2]), num_samples]
+    if out is not None and list(out.shape) != shape:
+        raise ValueError(f"out must be {shape}, got {list(out.shape)}")
     around = 0 if microphones is None else REACH
     before, (mics, srcs) = taps - 1 + around, rir.shape[1:3]           # samples that a block hears before its own
     if block is None:

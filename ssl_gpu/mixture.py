@@ -217,7 +217,7 @@ def mix(dry: Tensor, rirs: RirBatch, scenes: SceneBatch, draw: MixtureDraw, fuse
         from ssl_gpu.fused_convolve import convolve_fused  # Triton is not everywhere where torch is
         speech = convolve_fused(dry, draw.gain, rirs.full[..., :rirs.full_end], num_samples, scenes.valid, out)
     if speech is None:
-        dry = dry.to(torch.promote_types(dry.dtype, draw.gain.dtype))
+        dry = dry.to(torch.promote_types(dry.dtype, draw.gain.dtype))   # as their product would be
         speech = convolve_sources(dry, rirs.full[..., :rirs.full_end], num_samples, False, mics, None, out, draw.gain)
         speech = _valid(speech, valid, out is not None)
         if rirs.early is not None:

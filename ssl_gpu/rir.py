@@ -22,7 +22,7 @@ from ssl_gpu.checks import check_fields
 from ssl_gpu.directivity import LookVector, Pattern, look_vector, pattern_gain
 from ssl_gpu.laws import (Decay, ImageDirections, ImageRange, SrcDirections, diffuse_amplitude, perturbation_gain,
                           reverberation_gain)
-from ssl_gpu.scene import SceneBatch
+from ssl_gpu.scene import ROUNDING, SceneBatch, distances
 from ssl_gpu.synthesis import (MAIN_TAPS, OVERSAMPLING, Arrivals, RirBatch, in_parts, slots_in_rir,
                                synthesize, synthesize_added)
 
@@ -224,7 +224,7 @@ def closest_mic(scenes: SceneBatch) -> Tensor:
     in few kernels, and to a few roundings of float64."""
     if not runtime.is_gpu(scenes.rt60.device):
         return nearest_mic(scenes)[1].amin(1)
-    dist = torch.cdist(scenes.src_pos, scenes.mic_pos, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+    dist = distances(scenes.src_pos, scenes.mic_pos).amin(-1)
     return (dist * dist + DISTANCE_EPSILON).sqrt()
 
 
@@ -404,10 +404,10 @@ def last_direct_slot(cfg: RirConfig, scenes: SceneBatch) -> int | None:
     if scenes.max_dist is None:
         return None
     if runtime.prefers_parts(scenes.rt60.device):
-        farthest = float(torch.cdist(scenes.src_pos.detach(), scenes.mic_pos.detach()).max())
-        if farthest > scenes.max_dist:
+        farthest = float(distances(scenes.src_pos.detach(), scenes.mic_pos.detach()).max())
+        if farthest > scenes.max_dist * ROUNDING:
             raise ValueError(f"scenes.max_dist must be a distance that no source exceeds, or None where positions were "
-                             f"replaced, got {scenes.max_dist:g} m and a source {farthest:.4g} m from a microphone")
+                             f"replaced, got {scenes.max_dist:.6g} m and a source {farthest:.6g} m from a microphone")
     return math.ceil(math.hypot(scenes.max_dist, math.sqrt(DISTANCE_EPSILON)) / SPEED_OF_SOUND
                      * (OVERSAMPLING * cfg.sample_rate)) + 1
 

@@ -208,10 +208,11 @@ def _pad(tensor: Tensor, count: int) -> Tensor:
 def _with_exact_rooms(cfg: IsmConfig, rir_cfg: RirConfig, scenes: SceneBatch, method: Tensor,
                       rirs: RirBatch) -> RirBatch:
     """The RIRs of all scenes, with those whose method is the exact one rendered by it; waits for the device."""
+    rirs = replace(rirs, early_end=None)  # theirs end elsewhere; of all, or a room would depend on its company
     index = (method == METHODS.index(Method.ISM)).nonzero().squeeze(-1)
     if len(index) == 0:
         return rirs
     exact = render_ism(cfg, rir_cfg, scenes[index])
     full, early = (None if all_of is None else all_of.index_copy(0, index, part)
                    for all_of, part in ((rirs.full, exact.full), (rirs.early, exact.early)))
-    return replace(rirs, full=full, early=early, early_end=None)
+    return replace(rirs, full=full, early=early)

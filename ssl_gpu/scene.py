@@ -399,10 +399,19 @@ def _as_tensor(name: str, value) -> Tensor:
     return tensor
 
 
+ROUNDING = 1 + 1e-9  # of a distance, by whoever reckons the largest of some in another way
+
+
 def farthest_pair(src_pos: Tensor, mic_pos: Tensor) -> float:
     """A multiple of 5 m that no distance from a source [batch, src, 3] m to a microphone [batch, mic, 3] m of the same
     scene exceeds: alike for batches that are. Waits for the device."""
-    return 5.0 * max(1, math.ceil(float(torch.cdist(src_pos, mic_pos).max()) / 5))
+    return 5.0 * max(1, math.ceil(float(distances(src_pos, mic_pos).max()) / 5))
+
+
+def distances(src_pos: Tensor, mic_pos: Tensor) -> Tensor:
+    """From sources [batch, src, 3] m to microphones [batch, mic, 3] m, [batch, src, mic] m, to the last digits also of
+    many, where torch would multiply matrices."""
+    return torch.cdist(src_pos, mic_pos, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orientation=None,
@@ -441,10 +450,11 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         orientations.append(angles)
     longest = float(rt60.max()) if max_rt60 is None else max_rt60
     _refuse(rt60 > longest, lambda b: f"rt60 must be <= max_rt60={longest:g} s, got {rt60[b]:g}")
-    dist = torch.cdist(src_pos, mic_pos)
-    farthest = farthest_pair(src_pos, mic_pos) if max_dist is None else max_dist
-    _refuse(dist > farthest, lambda b, s, m: f"source {s} must be within max_dist={farthest:g} m of microphone {m}, "
-                                             f"got {dist[b, s, m]:.4g} m")
+    if max_dist is not None and not (isinstance(max_dist, (int, float)) and 0 < max_dist < math.inf):
+        raise ValueError(f"max_dist must be a finite number of m above 0, got {max_dist!r}")
+    dist, farthest = distances(src_pos, mic_pos), max_dist or farthest_pair(src_pos, mic_pos)
+    _refuse(dist > farthest * ROUNDING, lambda b, s, m: f"source {s} must be within max_dist={farthest:.6g} m of microphone {m}, "
+                                             f"got {dist[b, s, m]:.6g} m")
     scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
                         torch.ones_like(rt60, dtype=torch.bool), longest, max_dist=farthest)
     if num_images is None:

@@ -280,13 +280,13 @@ class Simulator:
         fused_mix = fused and self.rir.mic_pattern is Pattern.OMNI
         chunks = [(chunk, self._parts(chunk, dry.device)) for chunk in self._chunks(dry, draw)]
         several = len(chunks) > 1 or len(chunks[0][1]) > 1
-        dtype = torch.promote_types(dry.dtype, torch.float32)           # as of a gain times the speech
         whole = early = None                                            # where the parts go, if there are several
         for chunk, parts in chunks:
             scenes = draw.scenes[chunk]
             rirs = self.bank[1][draw.bank_row[chunk]] if draw.rooms is None else \
                 self._render_rooms(self.ism, self.rir, scenes, draw.rooms[chunk], fused)
             if several and whole is None:
+                dtype = torch.promote_types(dry.dtype, torch.float32)   # as of a gain times the speech
                 whole = dry.new_empty(len(dry), rirs.full.shape[1], dry.shape[-1], dtype=dtype)
                 if rirs.early is not None:
                     early = dry.new_empty(len(dry), *rirs.early.shape[1:3], dry.shape[-1], dtype=dtype)

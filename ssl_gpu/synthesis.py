@@ -27,7 +27,7 @@ LEAD, TAIL = 6, 9  # samples before and after its own that an arrival reaches
 MAIN_TAPS = 14     # taps of the kernel's main part; the two-tap remainder sits at 8 and 9 samples
 # The high-pass rings on: 20/32/45 ms to fall to 1e-3/1e-5/1e-7. With 45 ms of padding what wraps round is below 2e-8.
 RINGING_S = 0.045
-PART = 8  # scenes rendered at a time on a CPU, whose temporaries then stay in its caches: entry 56 of performance.md
+PART = 8  # scenes rendered at a time on a CPU, whose temporaries then stay in its caches: entry 57 of performance.md
 
 
 @dataclass(frozen=True, eq=False)

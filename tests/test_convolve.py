@@ -78,6 +78,13 @@ def test_a_gain_is_that_of_its_source():
     gain = torch.tensor([[1.0, 0.5], [-2.0, 0.0]])
     expected = convolve_sources(signal * gain[..., None], rir, 310)
     assert_close(convolve_sources(signal, rir, 310, gain=gain), expected, atol=1e-5, rtol=0)
+    with torch.no_grad():                                               # in place, on the way to the transform
+        assert_close(convolve_sources(signal, rir, 310, gain=gain), expected, atol=1e-5, rtol=0)
+    for wrong in (gain[:, :1], gain[0], torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"^gain must be \[batch, src\] = \[2, 2\], got \["):
+            convolve_sources(signal, rir, 310, gain=wrong)
+    with pytest.raises(ValueError, match=r"^out must be \[2, 3, 310\], got \[2, 3, 311\]$"):
+        convolve_sources(signal, rir, 310, out=torch.zeros(2, 3, 311))
     slope = gain.clone().requires_grad_()                               # which no product in place would have
     convolve_sources(signal, rir, 310, gain=slope).square().sum().backward()
     again = gain.clone().requires_grad_()

@@ -1,4 +1,5 @@
 """A CPU simulates a batch in small parts: the same as at once, whoever is in a part."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,15 @@ def test_parts_are_rendered_with_no_more_images_than_they_have(monkeypatch):
     counts = draw.images.active.sum(-1).sort().values.view(3, PART)
     assert rooms == [(PART, min(-(-int(most) // 64) * 64, 300)) for most in counts.amax(1)]
     assert rooms[0][1] < rooms[-1][1] == 300
+
+
+def test_early_parts_beside_exact_rooms_do_not_depend_on_the_chunk():
+    law = replace(LAWS["mixed, exact rooms too"], ism_share=0.15)
+    dry, found = torch.randn(12, 2, 1500, generator=seeded()), []
+    for chunk in (12, 2):
+        simulator = Simulator(SCENE, law, MixtureConfig(), SimulatorConfig(chunk), ISM)
+        found.append(simulator.render(dry, simulator.draw(12, 1500, generator=seeded())))
+    assert torch.equal(found[0].audio, found[1].audio) and torch.equal(found[0].early, found[1].early)
 
 
 def test_a_mixed_batch_finds_arrivals_by_those_methods_that_a_part_has(monkeypatch):
@@ -171,6 +181,18 @@ def test_a_source_beyond_what_is_known_is_refused():
     with pytest.raises(ValueError, match="^scene 0: source 0 must be within max_dist=3 m of microphone 0, got 13 m$"):
         make_scenes([[20, 5, 3]], [0.3], mic, far, max_dist=3)
     assert make_scenes([[20, 5, 3]], [0.3], mic, near, max_dist=15).max_dist == 15
+    for wrong in (0, -1.0, math.nan, math.inf, "5", [5]):
+        with pytest.raises(ValueError, match="^max_dist must be a finite number of m above 0, got "):
+            make_scenes([[20, 5, 3]], [0.3], mic, near, max_dist=wrong)
+
+
+def test_the_distance_of_the_farthest_of_many_microphones_is_no_refusal():
+    """Of more than 25 torch's distances are products of matrices, some digits off."""
+    place = torch.rand(200, 31, 3, generator=seeded(), dtype=torch.float64) + 0.5
+    for one in place.split(1):
+        farthest = float((one[0, :1] - one[0, 1:]).norm(dim=-1).max())
+        scenes = make_scenes([[4, 3, 3]], [0.3], one[:, 1:], one[:, :1], max_dist=farthest)
+        assert last_direct_slot(FEW, scenes) > 0
 
 
 def test_scenes_of_ones_own_have_alike_shapes():
