@@ -190,7 +190,8 @@ class SceneBatch:
     num_images [batch] int64: how many images FRA-RIR renders each with, 0 or None: as many as RirConfig draws;
     max_images: a number no num_images exceeds, None without them;
     max_dist m: a number that no distance from a source to a microphone exceeds, by which the direct sound and early
-    parts are rendered in few taps; None where none is known, and where positions were replaced.
+    parts are rendered in few taps; None where none is known, and for whoever replaces positions (a CPU
+    refuses sources beyond it, a GPU does not look).
     """
 
     room_dim: Tensor
@@ -453,8 +454,9 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
     if max_dist is not None and not (isinstance(max_dist, (int, float)) and 0 < max_dist < math.inf):
         raise ValueError(f"max_dist must be a finite number of m above 0, got {max_dist!r}")
     dist, farthest = distances(src_pos, mic_pos), max_dist or farthest_pair(src_pos, mic_pos)
-    _refuse(dist > farthest * ROUNDING, lambda b, s, m: f"source {s} must be within max_dist={farthest:.6g} m of microphone {m}, "
-                                             f"got {dist[b, s, m]:.6g} m")
+    _refuse(dist > farthest * ROUNDING,
+            lambda b, s, m: f"source {s} must be within max_dist={farthest:.6g} m of microphone {m}, "
+                            f"got {dist[b, s, m]:.6g} m")
     scenes = SceneBatch(room_dim, rt60, mic_pos, src_pos, *orientations,
                         torch.ones_like(rt60, dtype=torch.bool), longest, max_dist=farthest)
     if num_images is None:
