@@ -11,8 +11,7 @@ from ssl_gpu.microphones import REACH, Microphones
 from ssl_gpu.runtime import constant
 
 OTHER_LENGTHS = 1.3  # time per point of cuFFT's 2^a 3^b points over that of its 2^a, on an H200: 1.15 to 1.5
-
-SHORTEST = 4096      # points of the transforms of a block: shorter ones would take longer to begin than to run
+SHORTEST = 4096  # points of the transforms of a block: shorter ones would take longer to begin than to run
 
 
 @constant
