@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Callable, Sequence
@@ -449,10 +450,11 @@ def make_scenes(room_dim, rt60, mic_pos, src_pos, mic_orientation=None, src_orie
         if angles.shape != (*positions.shape[:2], 2):
             raise ValueError(f"{name} must be {[*positions.shape[:2], 2]}, got {list(angles.shape)}")
         orientations.append(angles)
+    for name, bound, unit in (("max_rt60", max_rt60, "s"), ("max_dist", max_dist, "m")):
+        if bound is not None and not (isinstance(bound, numbers.Real) and 0 < bound < math.inf):
+            raise ValueError(f"{name} must be a finite number of {unit} above 0, got {bound!r}")
     longest = float(rt60.max()) if max_rt60 is None else max_rt60
     _refuse(rt60 > longest, lambda b: f"rt60 must be <= max_rt60={longest:g} s, got {rt60[b]:g}")
-    if max_dist is not None and not (isinstance(max_dist, (int, float)) and 0 < max_dist < math.inf):
-        raise ValueError(f"max_dist must be a finite number of m above 0, got {max_dist!r}")
     dist, farthest = distances(src_pos, mic_pos), max_dist or farthest_pair(src_pos, mic_pos)
     _refuse(dist > farthest * ROUNDING,
             lambda b, s, m: f"source {s} must be within max_dist={farthest:.6g} m of microphone {m}, "

@@ -184,6 +184,8 @@ def test_a_source_beyond_what_is_known_is_refused():
     for wrong in (0, -1.0, math.nan, math.inf, "5", [5]):
         with pytest.raises(ValueError, match="^max_dist must be a finite number of m above 0, got "):
             make_scenes([[20, 5, 3]], [0.3], mic, near, max_dist=wrong)
+        with pytest.raises(ValueError, match="^max_rt60 must be a finite number of s above 0, got "):
+            make_scenes([[20, 5, 3]], [0.3], mic, near, max_rt60=wrong)
 
 
 def test_the_distance_of_the_farthest_of_many_microphones_is_no_refusal():
