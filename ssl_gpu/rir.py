@@ -500,13 +500,12 @@ def _render_bands(cfg: RirConfig, scenes: SceneBatch, images: ImageBatch, arriva
     """Every octave band on its own, its arrivals as much weaker as walls and air make them on their way."""
     reach = SPEED_OF_SOUND * scenes.rt60
     travelled = arrivals.slot / (scenes.rt60 * (OVERSAMPLING * cfg.sample_rate))[:, None, None, None]
-    parts, rates = [], []
+    parts, rates, early_stop = [], [], last_early_slot(cfg, scenes)
     for band, freq in enumerate(octave_centres(cfg.sample_rate)):
         air = 0.0 if cfg.air is None else air_absorption_db(freq, *cfg.air)
         ratio = None if images.band_ratio is None else images.band_ratio[:, band]
         weaker = replace(arrivals, amplitude=arrivals.amplitude * band_gain(air, ratio, travelled, reach))
-        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60, fused,
-                                early_stop=last_early_slot(cfg, scenes)))
+        parts.append(synthesize(cfg.sample_rate, weaker, slots, scenes.max_rt60, fused, early_stop=early_stop))
         rates.append(decay_rate(air, ratio, reach))
     inside = torch.arange(parts[0].full.shape[-1], device=slots.device) < parts[0].length[:, None, None, None]
     full, early = (None if columns[0] is None else torch.where(inside, join_bands(columns, rates, cfg.sample_rate), 0.0)
