@@ -27,6 +27,8 @@ PEAK = "peak MiB: on a CPU that of the process so far, so no row has less than t
 TITLES = {"bench_rir": "Room impulse responses", "bench_convolve": "Convolution", "bench_simulate": "Mixtures",
           "bench_train": "Training steps", "peers": "Other simulators, on the same scenes"}
 
+APART = ("bench_train", "bench_simulate")  # whose rows may come from several calls
+
 
 def markdown(results: dict[str, Any]) -> str:
     """One file of results as a table with a heading, and what one must know to read it."""
@@ -167,7 +169,7 @@ def mebibytes(value: int | None) -> str:
 
 def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
     """Of every benchmark on every GPU, or on every CPU with so many threads, the newest results, in the order of
-    TITLES.
+    TITLES; of training steps and mixtures those of the same networks, or of the same arrays.
 
     Raises ValueError for a file that is not one of results.
     """
@@ -179,7 +181,9 @@ def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
         machine = results["machine"]
         if machine.get("gpu", False) != gpu:                            # older files, of CPUs all, do not say
             continue
-        found[results["benchmark"], machine["device"], machine["threads"]] = results
+        apart = results["benchmark"] in APART
+        measured = frozenset(row["name"] for row in results["rows"]) if apart else None
+        found[results["benchmark"], machine["device"], machine["threads"], measured] = results
     return sorted(found.values(), key=lambda results: list(TITLES).index(results["benchmark"]))
 
 
@@ -192,11 +196,13 @@ def report(folder: Path, gpu: bool = False) -> str:
 
 
 def gpu_short(folder: Path) -> str:
-    """Mixtures per second on a GPU, launched one kernel at a time and captured, side by side."""
+    """Mixtures per second on a GPU, launched one kernel at a time and captured, side by side; of several files of a GPU
+    the one of most rows."""
+    mixtures = [results for results in newest(folder, gpu=True) if results["benchmark"] == "bench_simulate"]
+    fullest = {results["machine"]["device"]: results  # the last one of a device stays
+               for results in sorted(mixtures, key=lambda results: len(results["rows"]))}
     lines = []
-    for results in newest(folder, gpu=True):
-        if results["benchmark"] != "bench_simulate":
-            continue
+    for results in fullest.values():
         rates: dict[tuple[str, int], dict[bool, dict[str, Any]]] = {}
         for row in results["rows"]:
             if "failed" not in row and row["fused"] and not row["compiled"]:
