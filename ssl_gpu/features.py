@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checks import check_fields
 from ssl_gpu.masks import true_mask
+from ssl_gpu.patches import HEADS as PATCH_HEADS
 
 LEAST_SHARE = 0.01  # beside the mean of a mask in a band: where it is as small, a map fades
 
@@ -28,6 +29,12 @@ class FeatureConfig:
     mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
         maps in which bins count by that; 0: none.
     mask_layers: number of its convolutions over frames, which reach 1, 2, 4 and 8 frames to either side, in turn.
+    patch_width: channels of another network for these masks (ssl_gpu.patches), which keeps patches of 2 frames x 2 bins
+        apart; mask_width is then the width of what it makes of a whole frame; 0: none.
+    patch_blocks: number of its blocks, which reach 1, 2, 4 and 8 patches in time, in turn.
+    free_masks: number of further masks that it makes, of which the truth says nothing: the angles teach them, and the
+        rest of that network through them, and as many times num_bands further maps are made. 0: it is taught by the
+        truth alone.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -40,17 +47,26 @@ class FeatureConfig:
     gate_bands: int = 0
     mask_width: int = 0
     mask_layers: int = 4
+    patch_width: int = 0
+    patch_blocks: int = 4
+    free_masks: int = 0
 
     def __post_init__(self):
         check_fields(self, "features")
-        for name, least in (("window", 2), ("hop", 1), ("num_bands", 1), ("mask_layers", 1)):
+        for name, least in (("window", 2), ("hop", 1), ("num_bands", 1), ("mask_layers", 1), ("patch_blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"features.{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_delays < 8:
             raise ValueError(f"features.num_delays must be >= 8, got {self.num_delays}")
-        for name in ("gate_bands", "mask_width"):
+        for name in ("gate_bands", "mask_width", "patch_width", "free_masks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"features.{name} must be >= 0, got {getattr(self, name)}")
+        if self.patch_width % PATCH_HEADS:
+            raise ValueError(f"features.patch_width must be divisible by {PATCH_HEADS}, got {self.patch_width}")
+        if self.patch_width and not self.mask_width:
+            raise ValueError(f"features.patch_width must be 0 where features.mask_width is 0, got {self.patch_width}")
+        if self.free_masks and not self.patch_width:
+            raise ValueError(f"features.free_masks must be 0 where features.patch_width is 0, got {self.free_masks}")
         if not 0 < self.band_hz[0] < self.band_hz[1]:
             raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
 

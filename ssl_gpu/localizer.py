@@ -44,6 +44,8 @@ class TargetConfig:
     angle: cone or azimuth. labels: soft or hard.
     grid_deg, sigma_deg: spacing of the grid and width of the labels, for soft labels only.
     emd_weight: weight of the squared earth mover's distance beside the cross-entropy.
+    mask_weight: weight of the masks' cross-entropy beside the loss of the angles; without features.free_masks they have
+        no weights of the network in common, and it changes nothing but what gradients are clipped by.
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
         take the mean of both log-probabilities: twice the cost.
@@ -59,6 +61,7 @@ class TargetConfig:
     grid_deg: float = 2.0
     sigma_deg: float = 3.0
     emd_weight: float = 0.0
+    mask_weight: float = 1.0
     decoding: Decoding = Decoding.MEDIAN
     mirror: bool = False
     offsets: int = 1
@@ -72,6 +75,8 @@ class TargetConfig:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
         if not self.emd_weight >= 0:
             raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
+        if not self.mask_weight > 0:
+            raise ValueError(f"target.mask_weight must be > 0, got {self.mask_weight}")
         if not 1 <= self.offsets <= MOST_OFFSETS:
             raise ValueError(f"target.offsets must be from 1 to {MOST_OFFSETS}, got {self.offsets}")
 
@@ -144,8 +149,7 @@ class Localizer(nn.Module):
 
     def training_losses(self, heard: Tensor | tuple[Tensor, Tensor], mixture: MixtureBatch) -> Tensor:
         """What training makes small the sum of, [1], or with masks [2]: `loss` of what forward heard in the mixtures'
-        audio, in train mode, and the cross-entropy of the masks, in nats a bin. The latter has no weight, since masks
-        share no weights with the rest.
+        audio, in train mode, and target.mask_weight times the cross-entropy of the masks, in nats a bin.
 
         Raises ValueError where masks are learned and heard is not of train mode, or the mixtures are without direct.
         """
@@ -156,7 +160,7 @@ class Localizer(nn.Module):
                              "(Simulator.render_direct) to be trained")
         logits, mask = heard
         of_masks = self.network.mask_loss(mask, mixture.audio, mixture.direct, mixture.scenes.valid.float())
-        return torch.stack((self.loss(logits, mixture.scenes), of_masks))
+        return torch.stack((self.loss(logits, mixture.scenes), self.target.mask_weight * of_masks))
 
     def loss(self, logits: Tensor, scenes: SceneBatch) -> Tensor:
         """Training loss, a scalar; scenes that are not valid do not count."""

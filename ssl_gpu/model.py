@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,7 @@ from ssl_gpu.checks import check_fields
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
 from ssl_gpu.masks import MaskNetwork, mask_loss
+from ssl_gpu.patches import PatchNetwork
 
 WINDOW = 512  # samples, 32 ms at 16 kHz
 HOP = 160  # samples, 10 ms at 16 kHz
@@ -293,11 +295,15 @@ class ConformerLocalizer(nn.Module):
         self.num_tracks = num_tracks
         self.front = DelayMap(features, sample_rate, mic_spacing)
         self.gate = _gate(features.gate_bands, 2 * features.num_bands) if features.gate_bands else None
-        self.mask = None
-        if features.mask_width:
+        self.mask = self.of_bins = None
+        if features.patch_width:
+            self.mask = PatchNetwork(self.front.num_bins, features.patch_width, features.patch_blocks,
+                                     features.mask_width, 1 + features.free_masks)
+            self.of_bins = nn.Linear(features.mask_width, cfg.dim)
+        elif features.mask_width:
             self.mask = MaskNetwork(self.front.num_bins, features.mask_width, features.mask_layers)
         self.level_sizes = (features.num_bands, features.gate_bands)
-        width, masked = cfg.channels, features.num_bands if features.mask_width else 0
+        width, masked = cfg.channels, features.num_bands * (1 + features.free_masks) if features.mask_width else 0
         self.conv = nn.Sequential(
             *_conv_group_norm_gelu(2 * features.num_bands + masked, width, stride=(1, 1)),
             *_conv_group_norm_gelu(width, width, stride=(1, 2)),
@@ -319,14 +325,16 @@ class ConformerLocalizer(nn.Module):
             levels, heard = levels.split(self.level_sizes, 1)
             factor = self.gate(torch.cat((heard, maps.amax(-1)), 1))[..., None]
             maps = torch.addcmul(maps, maps, factor)                     # 1 + factor in bfloat16 would lose small ones
-        mask = None if self.mask is None else self.mask(spectra, phat)
-        if mask is not None:
-            # Taught by the truth alone: in noise the gradient of the angles is 35 times that of the masks' loss. Masks
-            # taught by both explained 12 % of the true ones after 7,000 mixtures, these 31 (docs/accuracy.md).
-            masked, share = self.front.masked(phat, mask.detach().sigmoid())
+        mask, free, of_frames = self._masks(spectra, phat)
+        # What the truth teaches it teaches alone: in noise the gradient of the angles is 35 times that of the masks'
+        # loss. Masks taught by both explained 12 % of the true ones after 7,000 mixtures, these 31 (docs/accuracy.md).
+        for logits in () if mask is None else (mask.detach(), *free):
+            masked, share = self.front.masked(phat, logits.sigmoid())
             maps, levels = torch.cat((maps, masked), 1), torch.cat((levels, share), 1)
         x = rearrange(self._convolved(maps), "b c t d -> b t (c d)")
         x = self.fold(x) + self.level(levels).transpose(1, 2)
+        if of_frames is not None:
+            x = x + self.of_bins(of_frames)
         x = self.backbone(x)                                             # [batch, frame, dim]
         weight = self.pool_weight(x).softmax(1)                          # over frames
         value = rearrange(self.pool_value(x), "b t (h e) -> b t h e", h=POOL_HEADS)
@@ -334,6 +342,17 @@ class ConformerLocalizer(nn.Module):
         logits = self.head(torch.cat((picked, x.amax(1)), -1))
         logits = rearrange(logits, "b (k a) -> b k a", k=self.num_tracks)
         return logits if mask is None or not self.training else (logits, mask)
+
+    def _masks(self, spectra: Tensor, phat: Tensor) -> tuple[Tensor | None, Sequence[Tensor], Tensor | None]:
+        """Logits of the mask that the truth teaches and of those that it does not, each [batch, frame, freq], and what
+        patches say of every frame of the Conformer."""
+        if self.mask is None:
+            return None, (), None
+        if self.of_bins is None:
+            return self.mask(spectra, phat), (), None
+        masks, of_frames = self.mask(spectra, phat)
+        mask, *free = masks.unbind(1)
+        return mask, free, of_frames if free else of_frames.detach()
 
     def mask_loss(self, mask: Tensor, audio: Tensor, direct: Tensor, weight: Tensor) -> Tensor:
         """How far the logits `mask` of clips are from the true masks, a scalar. audio, direct [batch, mic=2, sample]:

@@ -125,9 +125,10 @@ def steps_of(network, overrides, count, compile=False):
 
 @pytest.mark.parametrize("network, overrides", [
     ("librispeech", []), ("librispeech", ["features.mask_width=0"]), ("librispeech", ["train.optimizer=adamw"]),
+    ("librispeech", ["features.mask_width=64", "features.patch_width=64", "features.patch_blocks=2"]),
     ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
     ("original", ["train.precision=bfloat16", "train.warmup=0.1"])],
-    ids=["muon", "no masks", "adamw", "bare", "original"])
+    ids=["muon", "no masks", "adamw", "patches", "bare", "original"])
 def test_captured_steps_are_those_of_the_loop(network, overrides):
     """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
     Rooms are added up in any order, and eight steps make more of it."""
@@ -248,14 +249,14 @@ def test_transform_is_that_of_the_cpu(samples):
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
 @pytest.mark.parametrize("compile, bfloat16", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("kind", ["original", "small", "masks"])
+@pytest.mark.parametrize("kind", ["original", "small", "masks", "patches"])
 def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
     """Logits, gradients of all weights, and what batch norms keep."""
     torch.compiler.reset()
     torch.manual_seed(0)
+    features = {"masks": dict(mask_width=64), "patches": dict(mask_width=64, patch_width=32)}.get(kind, {})
     networks = [SSLModel() if kind == "original" else
-                ConformerLocalizer(ModelConfig(), FeatureConfig(mask_width=64 if kind == "masks" else 0), 16_000, 0.08,
-                                   2, 36) for _ in range(2)]
+                ConformerLocalizer(ModelConfig(), FeatureConfig(**features), 16_000, 0.08, 2, 36) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     networks[1].to(GPU)
     audio = torch.randn(4, 2, 16_000)
