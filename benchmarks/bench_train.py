@@ -33,7 +33,8 @@ from ssl_gpu.train import CapturedStep, gradients, timed_batches, update
 OVERRIDES = ("speech.voices_speakers=4", "speech.voices_utterances=1", "scene.bank=null", "rir.early=false")
 # Name of a row -> file in configs/, mixtures per step on a CPU (the original's 57 M parameters want a GPU; None: as
 # configured), overrides.
-NETWORKS = {"librispeech": ("librispeech", None, ()), "original": ("original", 2, ()),
+NETWORKS = {"librispeech": ("librispeech", None, ()), "patches": ("patches", None, ()),
+            "original": ("original", 2, ()),
             "original-fft": ("original", 2, ("model.freeze_stft=true",)),
             "original-nchw": ("original", 2, ("model.channels_last=false",))}
 PROFILED = 3  # steps

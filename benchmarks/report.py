@@ -169,7 +169,8 @@ def mebibytes(value: int | None) -> str:
 
 def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
     """Of every benchmark on every GPU, or on every CPU with so many threads, the newest results, in the order of
-    TITLES; of training steps and mixtures those of the same networks, or of the same arrays.
+    TITLES; of training steps and mixtures an older file stays if it has networks, arrays or batches that no newer one
+    has.
 
     Raises ValueError for a file that is not one of results.
     """
@@ -181,9 +182,12 @@ def newest(folder: Path, gpu: bool) -> list[dict[str, Any]]:
         machine = results["machine"]
         if machine.get("gpu", False) != gpu:                            # older files, of CPUs all, do not say
             continue
-        apart = results["benchmark"] in APART
-        measured = frozenset(row["name"] for row in results["rows"]) if apart else None
-        found[results["benchmark"], machine["device"], machine["threads"], measured] = results
+        what = results["benchmark"], machine["device"], machine["threads"]
+        rows = results["rows"] if results["benchmark"] in APART else ()
+        measured = frozenset((row["name"], row["batch"]) for row in rows)
+        for older in [key for key in found if key[:-1] == what and key[-1] < measured]:
+            del found[older]
+        found[(*what, measured)] = results
     return sorted(found.values(), key=lambda results: list(TITLES).index(results["benchmark"]))
 
 
@@ -197,10 +201,10 @@ def report(folder: Path, gpu: bool = False) -> str:
 
 def gpu_short(folder: Path) -> str:
     """Mixtures per second on a GPU, launched one kernel at a time and captured, side by side; of several files of a GPU
-    the one of most rows."""
+    the one of most rows, and of these the newest."""
     mixtures = [results for results in newest(folder, gpu=True) if results["benchmark"] == "bench_simulate"]
     fullest = {results["machine"]["device"]: results  # the last one of a device stays
-               for results in sorted(mixtures, key=lambda results: len(results["rows"]))}
+               for results in sorted(mixtures, key=lambda results: (len(results["rows"]), results["date"]))}
     lines = []
     for results in fullest.values():
         rates: dict[tuple[str, int], dict[bool, dict[str, Any]]] = {}

@@ -46,7 +46,7 @@ from ssl_gpu.pretrained import load_pretrained, spacing_text, tell_spacing
 REAL_SPEED_OF_SOUND = 343.0  # m/s, in air of 20 degrees C; the rooms of the training have acoustics.SPEED_OF_SOUND
 SPACING_M = (0.001, 10.0)    # from a MEMS pair to two ends of a hall; beyond it a unit was mistaken
 SPEEDS = (100.0, 2000.0)     # m/s; sulphur hexafluoride has 134, sea water 1,500
-TRAINED_M = (0.0031, 1.4)    # spacings that configs/librispeech.yaml has rooms for, and more than its jitter
+TRAINED_M = (0.0031, 1.4)    # spacings that configs/patches.yaml has rooms for, and more than its jitter
 SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
@@ -191,7 +191,7 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
     if not SPACING_TOLERANCE[0] <= heard / trained - 1 <= SPACING_TOLERANCE[1]:
         low, high = TRAINED_M
         advice = f"training reaches from {low:g} to {high:g} m; is it in metres?" if not low <= heard <= high else (
-            f"for better angles: python -m ssl_gpu.train configs/librispeech.yaml speech.train=DIR "
+            f"for better angles: python -m ssl_gpu.train configs/patches.yaml speech.train=DIR "
             f"speech.eval=OTHER_DIR scene.mic_spacing_m={heard:.3g} train.init=packaged train.lr=1e-3 "
             f"train.noise_warmup=0 train.max_minutes=10")
         return [f"{told}, far from its {trained:.3g} m; {advice}"]

@@ -68,9 +68,9 @@ def neighbours(x: Tensor, reach: int) -> Tensor:
 
 @torch.no_grad()
 def told(spectra: Tensor, phat: Tensor) -> Tensor:
-    """What MaskNetwork is told of every bin, [batch, PER_BIN, frame, freq] float32: its level, in bels, less the mean
-    of the clip, and less that of its frequency; the cosine and sine of the phase difference; and the coherence of the
-    microphones around it, 1 where one wave is alone."""
+    """What MaskNetwork and patches.PatchNetwork are told of every bin, [batch, PER_BIN, frame, freq] float32: its
+    level, in bels, less the mean of the clip, and less that of its frequency; the cosine and sine of the phase
+    difference; and the coherence of the microphones around it, 1 where one wave is alone."""
     first, second = spectra.unbind(1)
     cross = second * first.conj()
     level = torch.log10(cross.abs() + 1e-4)                             # as features.relative_levels

@@ -16,7 +16,7 @@ from ssl_gpu.checks import check_fields
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
 from ssl_gpu.masks import MaskNetwork, mask_loss
-from ssl_gpu.patches import PatchNetwork
+from ssl_gpu.patches import FRAMES, PatchNetwork
 
 WINDOW = 512  # samples, 32 ms at 16 kHz
 HOP = 160  # samples, 10 ms at 16 kHz
@@ -268,7 +268,7 @@ def shortest_clip(model: ModelConfig, features: FeatureConfig) -> int:
     return SSLModel.shortest if model.kind is ModelKind.ORIGINAL else features.window
 
 
-FRAME_HOPS = 2  # of the transform, from one frame of the ConformerLocalizer's Conformer to the next
+FRAME_HOPS = FRAMES  # of the transform, from one frame of the ConformerLocalizer's Conformer to the next
 GATE_WIDTH = 64  # channels inside the gate of ConformerLocalizer
 POOL_HEADS = 8  # weightings of the frames that the pooling of ConformerLocalizer learns
 
@@ -286,7 +286,10 @@ class ConformerLocalizer(nn.Module):
     knows the peaks at the spacing of the training: a closer pair is more coherent in low bands, whatever it hears, so
     at another spacing the gate may err. With features.mask_width, a network (ssl_gpu.masks) says which bins hold direct
     sound, and as many maps again, of these bins, stand beside the others; in train mode the output is then the logits
-    and those of the masks, [batch, frame, freq], which `mask_loss` is for.
+    and those of the masks, [batch, frame, freq], which `mask_loss` is for. With features.patch_width that network is of
+    patches (ssl_gpu.patches), and the Conformer also hears what it makes of every frame; with features.free_masks it
+    makes so many further masks, with num_bands maps each, and learns from the angles by these and by what it makes of
+    frames. Without, the truth alone teaches it.
     """
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
@@ -326,8 +329,9 @@ class ConformerLocalizer(nn.Module):
             factor = self.gate(torch.cat((heard, maps.amax(-1)), 1))[..., None]
             maps = torch.addcmul(maps, maps, factor)                     # 1 + factor in bfloat16 would lose small ones
         mask, free, of_frames = self._masks(spectra, phat)
-        # What the truth teaches it teaches alone: in noise the gradient of the angles is 35 times that of the masks'
-        # loss. Masks taught by both explained 12 % of the true ones after 7,000 mixtures, these 31 (docs/accuracy.md).
+        # The mask that the truth teaches learns nothing from its own maps: in noise the gradient of the angles is 35
+        # times that of the masks' loss. Masks of frames taught by both explained 12 % of the true ones after 7,000
+        # mixtures, by the truth alone 31 (docs/accuracy.md).
         for logits in () if mask is None else (mask.detach(), *free):
             masked, share = self.front.masked(phat, logits.sigmoid())
             maps, levels = torch.cat((maps, masked), 1), torch.cat((levels, share), 1)

@@ -4,9 +4,11 @@ masks.MaskNetwork makes one vector of all bins of a frame, and what that says of
 spectrogram is cut into patches of FRAMES x BINS bins, each with channels of its own throughout: one block looks at a
 patch beside its neighbours in time and in frequency, at all frequencies of its frame through a narrow passage, and at
 its own frequency in the whole clip. That narrow-band and full-band layers take turns is the idea of FN-SSL (Wang, Yang
-and Li 2023, "FN-SSL: full-band and narrow-band fusion for sound source localization", Interspeech) and SpatialNet
-(Quan and Li 2024, IEEE/ACM TASLP 32), which have recurrent and attention layers where convolutions and weighted means
-are.
+and Li 2023, "FN-SSL: full-band and narrow-band fusion for sound source localization", Interspeech) and SpatialNet (Quan
+and Li 2024, "SpatialNet: extensively learning spatial information for multichannel joint speech separation, denoising
+and dereverberation", IEEE/ACM TASLP 32), which have recurrent and attention layers where here are convolutions and
+attentive pooling (means by learned weights, as of Okabe, Koshinaka and Shinoda 2018, "Attentive statistics pooling for
+deep speaker embedding", Interspeech).
 """
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from ssl_gpu import products, runtime
 from ssl_gpu.masks import DILATIONS, PER_BIN, neighbours, told
 
-FRAMES, BINS = 2, 2  # of a patch: as many frames as the network of model.ConformerLocalizer makes one of
+FRAMES, BINS = 2, 2  # of a patch
 PASSAGE = 4          # channels that a patch sends to the vector of its frame, and gets back
 HEADS = 8            # weightings of the frames of a frequency
 
@@ -27,12 +29,16 @@ class PatchNetwork(nn.Module):
     masks, [batch, mask, frame, freq], and beside these what it made of all bins of every FRAMES frames, [batch,
     ceil(frame / FRAMES), frame_width].
 
-    width: channels of a patch; frame_width: of the vector of a frame; num_masks: the first is for the truth to teach,
-    the others are what whoever trains the network makes of them.
+    num_bins: freq of the spectra. width: channels of a patch. blocks: how many, which look 1, 2, 4 and 8 patches before
+    and behind, in turn. frame_width: of the vector of a frame. num_masks: the first is for the truth to teach, the
+    others are what whoever trains the network makes of them.
+    Raises ValueError for a width that HEADS does not divide.
     """
 
     def __init__(self, num_bins: int, width: int, blocks: int, frame_width: int, num_masks: int = 1):
         super().__init__()
+        if width % HEADS:
+            raise ValueError(f"width must be divisible by {HEADS}, got {width}")
         num_freq, self.num_masks = -(-num_bins // BINS), num_masks
         self.first = nn.Linear(PER_BIN * FRAMES * BINS, width)
         self.place = nn.Parameter(0.02 * torch.randn(num_freq, width))   # what a phase means, frequency tells
@@ -81,7 +87,8 @@ class Block(nn.Module):
         return x, frames
 
     def of_clip(self, patch: Tensor) -> Tensor:
-        """Means over the clip of every frequency, weighted HEADS ways, [batch, 1, freq, width]."""
+        """Attentive pooling: means of patch [batch, time, freq, width] over time, at every frequency, HEADS equal parts
+        of the channels each by weights of its own, [batch, 1, freq, width]."""
         weight = linear(self.weigh, patch).softmax(1)                    # over time: [batch, time, freq, HEADS]
         parts = patch.unflatten(-1, (HEADS, -1))
         if runtime.prefers_products(patch.device):                       # what is compiled makes one pass of it
@@ -112,7 +119,7 @@ def beside(layer: nn.Linear, x: Tensor, dim: int, reach: int) -> Tensor:
         wide, size = F.pad(x, (0, 0) * (3 - dim) + (reach, reach)), x.shape[dim]
         x = torch.cat((wide.narrow(dim, 0, size), x, wide.narrow(dim, 2 * reach, size)), -1)
         return linear(layer, x)
-    # On a CPU two thirds of the time of the network were spent putting neighbours side by side.
+    # On a CPU more than half of the time of the network went into putting neighbours side by side.
     weight = layer.weight.unflatten(1, (3, -1)).transpose(1, 2)          # [out, channel, tap]
     weight, step = (weight[..., None], (reach, 1)) if dim == 1 else (weight[:, :, None], (1, reach))
     padding = (reach, 0) if dim == 1 else (0, reach)

@@ -116,16 +116,22 @@ def misfit(error: Exception, before: Mapping[str, Any], cfg: RunConfig, fine: Co
     last, changed = str(error).strip().splitlines()[-1].strip(), ""
     if isinstance(error, RuntimeError) and "in loading state_dict" in str(error):
         old = from_mapping(RunConfig, before)
-        masks = cfg.features.mask_width > 0 and old.features.mask_width > 0
-        changed = told_changes(old, cfg, lambda key: shapes_weights(key, masks) and key not in fine)
+        both = [name for name in ("mask_width", "patch_width")
+                if getattr(cfg.features, name) > 0 and getattr(old.features, name) > 0]
+        changed = told_changes(old, cfg, lambda key: shapes_weights(key, both) and key not in fine)
     return changed or last
 
 
-def shapes_weights(key: str, masks: bool) -> bool:
-    """Whether the shapes of a localiser's weights may follow from a key of the configuration. masks: it learns masks,
-    by a network that has a weight for every bin of the transform."""
-    if key in ("features.window", "features.band_hz", "features.mask_layers", "rir.sample_rate"):
-        return masks
+def shapes_weights(key: str, both: Collection[str]) -> bool:
+    """Whether the shapes of a localiser's weights may follow from a key of the configuration. both: of mask_width and
+    patch_width those that neither has as 0: it learns masks, by a network that has a weight for every bin of the
+    transform, and that network is one of patches."""
+    if key in ("features.window", "features.band_hz", "rir.sample_rate"):
+        return "mask_width" in both
+    if key == "features.mask_layers":
+        return "mask_width" in both and "patch_width" not in both
+    if key == "features.patch_blocks":
+        return "patch_width" in both
     if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "features.hop"):
         return False
     return key in ("target.labels", "target.grid_deg", "scene.num_src") or key.startswith(("model.", "features."))

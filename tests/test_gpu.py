@@ -125,7 +125,7 @@ def steps_of(network, overrides, count, compile=False):
 
 @pytest.mark.parametrize("network, overrides", [
     ("librispeech", []), ("librispeech", ["features.mask_width=0"]), ("librispeech", ["train.optimizer=adamw"]),
-    ("librispeech", ["features.mask_width=64", "features.patch_width=64", "features.patch_blocks=2"]),
+    ("patches", []),
     ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
     ("original", ["train.precision=bfloat16", "train.warmup=0.1"])],
     ids=["muon", "no masks", "adamw", "patches", "bare", "original"])
@@ -254,7 +254,8 @@ def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
     """Logits, gradients of all weights, and what batch norms keep."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    features = {"masks": dict(mask_width=64), "patches": dict(mask_width=64, patch_width=32)}.get(kind, {})
+    features = {"masks": dict(mask_width=64),
+                "patches": dict(mask_width=64, patch_width=32, free_masks=2)}.get(kind, {})
     networks = [SSLModel() if kind == "original" else
                 ConformerLocalizer(ModelConfig(), FeatureConfig(**features), 16_000, 0.08, 2, 36) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())

@@ -357,12 +357,12 @@ WARNINGS = {
     "wider": (noise(RATE, 2), RATE, ["--spacing", "0.16"],
               "--spacing 0.16 at --speed-of-sound 343 is 0.466 ms from microphone to microphone, as 0.159 m are at the "
               "340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
-              "configs/librispeech.yaml speech.train=DIR speech.eval=OTHER_DIR scene.mic_spacing_m=0.159 "),
+              "configs/patches.yaml speech.train=DIR speech.eval=OTHER_DIR scene.mic_spacing_m=0.159 "),
     "closer": (noise(RATE, 2), RATE, ["--spacing", "0.075"], "--spacing 0.075 at --speed-of-sound 343 is 0.219 ms"),
     "slower": (noise(RATE, 2), RATE, ["--speed-of-sound", "220"],
                "--spacing 0.1 at --speed-of-sound 220 is 0.455 ms from microphone to microphone, as 0.155 m are at "
                "the 340 m/s of the training, far from its 0.1 m; for better angles: python -m ssl_gpu.train "
-               "configs/librispeech.yaml speech.train=DIR speech.eval=OTHER_DIR scene.mic_spacing_m=0.155 "),
+               "configs/patches.yaml speech.train=DIR speech.eval=OTHER_DIR scene.mic_spacing_m=0.155 "),
     "in water": (noise(RATE, 2), RATE, ["--speed-of-sound", "1500", "--spacing", "10"],
                  "--spacing 10 at --speed-of-sound 1500 is 6.67 ms from microphone to microphone, as 2.27 m are at "
                  "the 340 m/s of the training, far from its 0.1 m; training reaches from 0.0031 to 1.4 m; is it in "
@@ -372,7 +372,7 @@ WARNINGS = {
 
 def test_training_that_is_advised_can_run():
     """At both ends of TRAINED_M, and not far beyond them."""
-    recipe = Path(__file__).parents[1] / "configs" / "librispeech.yaml"
+    recipe = Path(__file__).parents[1] / "configs" / "patches.yaml"
     low, high = localize.TRAINED_M
     for spacing in (low, high):
         load_config(RunConfig, recipe, [f"scene.mic_spacing_m={spacing}"])

@@ -156,6 +156,40 @@ def test_free_masks_learn_from_the_angles(mixture):
     assert (by_truth.reshape(3, 4, 8)[1:] == 0).all() and by_truth.abs().sum() > 0
 
 
+def test_with_free_masks_the_angles_teach_what_is_made_of_frames(mixture):
+    """Though no map comes of them: the free masks are shut, in numbers that have no gradient."""
+    network = localizer(replace(FEATURES, free_masks=2))
+    torch.nn.init.zeros_(network.network.mask.last.weight)
+    torch.nn.init.constant_(network.network.mask.last.bias, -200.0)
+    loss = network.loss(network(mixture.audio)[0], mixture.scenes)
+    gradient, = torch.autograd.grad(loss, [network.network.mask.blocks[-1].frame.weight])
+    assert gradient.abs().sum() > 0
+    torch.nn.init.zeros_(network.network.of_bins.weight)
+    assert network.loss(network(mixture.audio)[0], mixture.scenes) != loss
+
+
+def test_blocks_reach_twice_as_far_each():
+    """1 and 2 patches in time by what is beside them, and as far again by the vectors of frames. Their own frequency in
+    the whole clip is left out here."""
+    network = PatchNetwork(12, 8, 2, 6)
+    spectra, phat = sound(64, 12, 1)
+    moved = phat.clone()
+    moved[:, 30] *= -1                                                  # patch 15
+    for part, reach in (("in_time", 3), ("frame", 3), ("in_freq", 0)):
+        torch.manual_seed(0)
+        for block in network.blocks:
+            for name, layer in block.named_children():
+                for weight in layer.parameters():
+                    torch.nn.init.normal_(weight, std=0.5)
+            torch.nn.init.zeros_(block.clip.weight)
+            for other in {"in_time", "frame"} - {part}:                 # nothing but a bias, which is everywhere
+                torch.nn.init.zeros_(getattr(block, other).weight)
+        with torch.no_grad():
+            change = (network(spectra, moved)[0] - network(spectra, phat)[0])[0, 0].abs().amax(-1)
+        patches_apart = [abs(int(frame) // 2 - 15) for frame in (change > 0).nonzero()]
+        assert max(patches_apart) == reach, part
+
+
 def test_masks_by_patches_are_learned():
     """In 60 steps from the same few mixtures of noises, each louder in some bins: from the cross-entropy of a constant
     to less than two thirds of it."""

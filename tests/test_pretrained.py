@@ -158,7 +158,7 @@ def test_packaged_weights_load_and_fit_where_there_are_any():
     assert all(pretrained.OURS.fullmatch(name) for name in sizes)
     assert torch.isfinite(localizer(torch.randn(1, 2, round(cfg.speech.clip_s * cfg.rir.sample_rate)))).all()
     assert without_places(cfg) == cfg
-    recipe = load_config(RunConfig, Path(__file__).parents[1] / "configs" / "librispeech.yaml")
+    recipe = load_config(RunConfig, Path(__file__).parents[1] / "configs" / "patches.yaml")
     load_localizer(read_weights(pretrained.PACKAGED), recipe, "packaged", as_beginning=True)  # to go on with
 
 

@@ -202,8 +202,8 @@ def test_drawing_and_cutting_speech_never_waits_for_the_gpu(crop, request):
 
 
 @pytest.mark.parametrize("name, overrides", [
-    ("librispeech", ["features.mask_width=0"]), ("librispeech", []), ("original", [])],
-    ids=["small", "masks", "original"])
+    ("librispeech", ["features.mask_width=0"]), ("librispeech", []), ("patches", []), ("original", [])],
+    ids=["small", "masks", "patches", "original"])
 def test_networks_and_losses_never_wait_for_the_gpu(name, overrides, request):
     """From dry speech to the loss, the network being built on the CPU before. The way back needs a GPU, see below."""
     cfg = load_config(RunConfig, ROOT / "configs" / f"{name}.yaml", overrides)
