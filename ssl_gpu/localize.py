@@ -51,9 +51,9 @@ SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
 BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
-# Relative; beyond these a line advises to train. The packaged weights, told of the spacing, have 1.7 / 2.3 degrees at
-# 20 % less than that of their training, 1.4 / 1.9 at it, 1.7 / 2.0 at half as much more, the widest tried; but 2.1 and
-# 2.6 at 30 % less, 3.6 / 3.4 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
+# Relative; beyond these a line advises to train. The packaged weights, told of the spacing, have 2.0 / 1.9 degrees at
+# 20 % less than that of their training, 1.5 / 1.2 at it, 2.1 / 1.5 at half as much more, the widest tried; but 2.7 and
+# 2.5 at 30 % less, 3.7 / 4.2 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
 SPACING_TOLERANCE = (-0.21, 0.51)
 LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is three to five times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
@@ -193,7 +193,7 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
         advice = f"training reaches from {low:g} to {high:g} m; is it in metres?" if not low <= heard <= high else (
             f"for better angles: python -m ssl_gpu.train configs/patches.yaml speech.train=DIR "
             f"speech.eval=OTHER_DIR scene.mic_spacing_m={heard:.3g} train.init=packaged train.lr=1e-3 "
-            f"train.noise_warmup=0 train.max_minutes=10")
+            f"train.noise_warmup=0 eval.num_clips=100 train.max_minutes=10")
         return [f"{told}, far from its {trained:.3g} m; {advice}"]
     return []
 
