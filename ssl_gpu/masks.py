@@ -59,11 +59,13 @@ class MaskNetwork(nn.Module):
         return logits + said[:, 0]
 
 
-def neighbours(x: Tensor, reach: int) -> Tensor:
-    """Frames side by side with those `reach` before and after, zeros beyond the ends: [batch, frame, width] -> [batch,
-    frame, 3 width]. A product with these is a dilated convolution, of matrices on any device."""
-    beside = F.pad(x, (0, 0, reach, reach))
-    return torch.cat((beside[:, :x.shape[1]], x, beside[:, 2 * reach:]), -1)
+def neighbours(x: Tensor, reach: int, dim: int = 1) -> Tensor:
+    """What stands along dim (frames, where x is [batch, frame, width]) side by side with what is `reach` before and
+    after, zeros beyond the ends: [batch, ..., width] -> [batch, ..., 3 width]. A product with these is a dilated
+    convolution, of matrices on any device."""
+    size = x.shape[dim]
+    beside = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (reach, reach))
+    return torch.cat((beside.narrow(dim, 0, size), x, beside.narrow(dim, 2 * reach, size)), -1)
 
 
 @torch.no_grad()
