@@ -783,6 +783,44 @@ def test_tables_mark_what_is_leaked():
         assert table.count("LEAKED") == 2
 
 
+def test_targets_are_met_by_both_angles_or_missed(tmp_path):
+    """One angle alone meets none, nor does a mean; a share may miss by itself."""
+    names = {"e1": 1.1, "e1n5": 4.9, "e2": 3.0, "e3": 2.5}
+    results = {name: {**result_of(cone, 7), "acc_at_10": 0.99} for name, cone in names.items()}
+    results["e0b"] = result_of(1, 7)
+    for kind in ("evaluation", "result"):
+        for name in accuracy_tables.HOURS:
+            (tmp_path / f"{kind}-{name}.json").write_text(json.dumps({"e1": result_of(2.4, 7), "minutes": 59}))
+    training = {"minutes": 9.5, "parameters": 2.5e6, "device": "a card", "steps_before": 0}
+
+    def table(size=5e6, **others):
+        rows = accuracy_tables.targets(results, {**training, **others}, int(size), tmp_path).splitlines()[2:]
+        return [tuple(row.strip("| ").split(" | ")) for row in rows]
+
+    said = dict(table())
+    assert said["cone MAE on e1 at most 2.0 (aim 1.2), 98 % within 10 degrees"] == \
+        "1.10 / 1.10, 99.0 %: met, the aim too"
+    assert said["cone MAE on e2 at most 4.0 (aim 2.5)"] == "3.00 / 3.00: met"
+    assert said["azimuth class MAE on e0b within 1.0 of its floor"] == "7.00 / 7.00 with 6.60 / 6.70: met"
+    assert said["the first of these within 10 minutes on a GPU"] == "after 9.5 minutes from nothing, a card: met"
+    assert said["at most 3 M parameters, 6 MB of weights"] == "2.50 M, 5.0 MB: met"
+    assert all("2.40 / 2.40: met after 59.0 minutes" in text for what, text in table() if "hour" in what)
+    for changed in (dict(minutes=10.1), dict(steps_before=9), dict(parameters=3.1e6), dict(size=6.1e6)):
+        assert sum("missed" in text for _, text in table(**changed)) == 1, changed
+    results["e1n5"]["cone_mae_deg"], results["e3"]["cone_mae_deg"] = [5.1, 4.6], [1.9, 2.1]
+    said = dict(table())
+    assert said["cone MAE on e1n5 at most 5.0"] == \
+        "5.10 / 4.60: **missed** by the smaller angle; 4.850 in the mean of both"
+    assert said["cone MAE on e3 at most 3.0 (aim 2.0), 96 % within 10 degrees"] == \
+        "1.90 / 2.10, 99.0 %: met, the aim for the smaller angle only"
+    results["e3"]["acc_at_10"], results["e0b"]["azimuth_class_mae_deg"] = 0.95, [7.0, 7.8]
+    results["e1"]["cone_mae_deg"] = [2.1, 2.2]
+    missed = [what for what, text in table() if "**missed**" in text]
+    assert [what.split(" at ")[0].split(" within ")[0] for what in missed] == [
+        "cone MAE on e1", "cone MAE on e1n5", "cone MAE on e3", "azimuth class MAE on e0b", "the first of these"]
+    assert dict(table())[missed[0]] == "2.10 / 2.20, 99.0 %: **missed**; 2.150 in the mean of both"
+
+
 def test_a_table_of_ablations_does_not_lose_its_rows_with_its_file(tmp_path):
     with pytest.raises(ValueError, match="^the table of ablations needs .*none.jsonl, which is not there$"):
         accuracy_tables.ablations(tmp_path / "none.jsonl")
