@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ssl_gpu import rng
+from ssl_gpu import rng, runtime
 from ssl_gpu.checks import check_fields
 from ssl_gpu.doa import (Decoding, angle_grid, class_grid, decode, hard_targets, localisation_loss, soft_targets,
                          sorted_angles)
@@ -20,6 +20,7 @@ from ssl_gpu.model import FRAME_HOPS, HOP, ConformerLocalizer, ModelConfig, Mode
 from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
 
 MOST_OFFSETS = 8  # framings to hear a clip in
+CPU_CHUNK, GPU_CHUNK = 8, 64  # clips heard at a time: entry 60 of docs/performance.md
 LAW_SAMPLES = 20_000  # scenes behind the angle map and the constants of chance; with 5,000 the map loses 0.02 degrees
 
 
@@ -194,13 +195,18 @@ class Localizer(nn.Module):
         return heard[0] if len(heard) == 1 else torch.stack([logits.log_softmax(-1) for logits in heard]).mean(0)
 
     @torch.no_grad()
-    def estimate(self, audio: Tensor, law: SceneLaw, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    def estimate(self, audio: Tensor, law: SceneLaw, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """audio [batch, mic=2, sample] -> azimuth and cone angle of every talker, each [batch, src] rad ascending,
         float32.
 
-        The module must be in eval mode; `chunk` clips at a time. No clips have no angles: [0, src].
-        Raises FloatingPointError when the network gives a NaN or an infinity.
+        The module must be in eval mode. chunk: clips at a time, None for 8 on a CPU, 64 on a GPU. No clips have no
+        angles: [0, src].
+        Raises FloatingPointError when the network gives a NaN or an infinity, ValueError for a chunk below 1.
         """
+        if chunk is None:
+            chunk = CPU_CHUNK if runtime.prefers_parts(audio.device) else GPU_CHUNK
+        if chunk < 1:
+            raise ValueError(f"chunk must be >= 1, got {chunk}")
         if len(audio) == 0:  # which MKL refuses to transform
             empty = self.grid.new_empty(0, self.num_src)
             return empty, empty.clone()
