@@ -121,6 +121,9 @@ class Localizer(nn.Module):
         if features.mask_width and model.kind is ModelKind.ORIGINAL:
             raise ValueError(f"features.mask_width must be 0 for model.kind=original, which has no masks, "
                              f"got {features.mask_width}")
+        if target.mask_weight != TargetConfig.mask_weight and not features.mask_width:
+            raise ValueError(f"target.mask_weight must be {TargetConfig.mask_weight:g} where features.mask_width is 0, "
+                             f"as there are no masks, got {target.mask_weight}")
         if scene.array_radius_m is not None:
             raise ValueError(f"scene.array_radius_m must be null to train a localiser, whose microphones keep their "
                              f"spacing, got {scene.array_radius_m}")

@@ -303,3 +303,6 @@ def test_settings_that_cannot_be_are_one_line():
     with pytest.raises(ValueError, match="^features.mask_width must be 0 for model.kind=original, which has no masks, "
                                          "got 8$"):
         Localizer(ModelConfig(kind="original"), FEATURES, TargetConfig(), SceneConfig(), RATE)
+    with pytest.raises(ValueError, match="^target.mask_weight must be 1 where features.mask_width is 0, as there are "
+                                         "no masks, got 10.0$"):
+        Localizer(ModelConfig(), FeatureConfig(), TargetConfig(mask_weight=10.0), SceneConfig(), RATE)
