@@ -93,7 +93,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+        hint = ", a run's is named by train.out=" if isinstance(error, IsADirectoryError) else ""
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}{hint}") from error
     mapping = _parse(content, str(path))
     if not isinstance(mapping, dict):
         found = "nothing (write {} for all defaults)" if mapping is None else _show(mapping)

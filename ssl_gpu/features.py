@@ -65,6 +65,9 @@ class FeatureConfig:
             raise ValueError(f"features.patch_width must be divisible by {PATCH_HEADS}, got {self.patch_width}")
         if self.patch_width and not self.mask_width:
             raise ValueError(f"features.patch_width must be 0 where features.mask_width is 0, got {self.patch_width}")
+        if self.patch_width and self.mask_layers != FeatureConfig.mask_layers:
+            raise ValueError(f"features.mask_layers must be {FeatureConfig.mask_layers} where features.patch_width is "
+                             f"not 0, whose network has features.patch_blocks instead, got {self.mask_layers}")
         if self.free_masks and not self.patch_width:
             raise ValueError(f"features.free_masks must be 0 where features.patch_width is 0, got {self.free_masks}")
         if not 0 < self.band_hz[0] < self.band_hz[1]:

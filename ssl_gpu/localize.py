@@ -193,7 +193,7 @@ def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound:
         advice = f"training reaches from {low:g} to {high:g} m; is it in metres?" if not low <= heard <= high else (
             f"for better angles: python -m ssl_gpu.train configs/patches.yaml speech.train=DIR "
             f"speech.eval=OTHER_DIR scene.mic_spacing_m={heard:.3g} train.init=packaged train.lr=1e-3 "
-            f"train.noise_warmup=0 eval.num_clips=100 train.max_minutes=10")
+            f"train.noise_warmup=0 train.evaluations=1 eval.num_clips=100 train.max_minutes=10")
         return [f"{told}, far from its {trained:.3g} m; {advice}"]
     return []
 

@@ -302,7 +302,8 @@ def test_bad_yaml_is_refused_in_one_line(tmp_path, content, message):
 
 
 def test_unreadable_file_is_refused_in_one_line(tmp_path):
-    for path, reason in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "none.yaml", "No such file or directory"),
+                         (tmp_path, "Is a directory, a run's is named by train.out=")):
         with pytest.raises(ConfigError) as refusal:
             load_yaml(path)
         assert str(refusal.value) == f"cannot read configuration {path}: {reason}"

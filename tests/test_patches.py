@@ -225,3 +225,9 @@ def test_masks_by_patches_are_learned():
 def test_settings_that_cannot_be_are_one_line(setting, rule):
     with pytest.raises(ValueError, match=f"^{rule}$"):
         load_config(RunConfig, None, ["train.steps=1", setting])
+
+
+def test_patches_have_no_layers_of_frames():
+    with pytest.raises(ValueError, match="^features.mask_layers must be 4 where features.patch_width is not 0, whose "
+                                         "network has features.patch_blocks instead, got 8$"):
+        FeatureConfig(mask_width=8, patch_width=8, mask_layers=8)
