@@ -28,7 +28,8 @@ class FeatureConfig:
         frame; 0: no gate.
     mask_width: channels of a network that learns which bins hold direct sound (ssl_gpu.masks), for num_bands further
         maps in which bins count by that; 0: none.
-    mask_layers: number of its convolutions over frames, which reach 1, 2, 4 and 8 frames to either side, in turn.
+    mask_layers: number of its convolutions over frames, which reach 1, 2, 4 and 8 frames to either side, in turn; with
+        patch_width, which has none, it must stay 4.
     patch_width: channels of another network for these masks (ssl_gpu.patches), which keeps patches of 2 frames x 2 bins
         apart; mask_width is then the width of what it makes of a whole frame; 0: none.
     patch_blocks: number of its blocks, which reach 1, 2, 4 and 8 patches in time, in turn.
