@@ -206,12 +206,12 @@ def share_done(train: TrainConfig, resumed: Checkpoint) -> float:
 def check_speech(cfg: SpeechConfig) -> None:
     """Raises SpeechError for only one of speech.train and speech.eval, and for a folder without audio: before minutes
     of decoding the other one."""
-    if (cfg.train is None) != (cfg.eval is None):
-        missing = "train" if cfg.train is None else "eval"
+    named = {name: folder for name in ("train", "eval") if (folder := getattr(cfg, name)) is not None}
+    for name, folder in named.items():
+        find_audio(folder, f"speech.{name}")
+    if len(named) == 1:
+        missing = "eval" if "train" in named else "train"
         raise SpeechError(f"speech.{missing} must be a folder too when the other one is, got null")
-    if cfg.train is not None:
-        find_audio(cfg.train, "speech.train")
-        find_audio(cfg.eval, "speech.eval")
 
 
 def training_speech(cfg: RunConfig, device: torch.device, held_out: Collection[str] = ()) -> SpeechBank:

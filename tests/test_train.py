@@ -32,6 +32,7 @@ from ssl_gpu.pretrained import build_localizer, export, read_weights
 from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
+from ssl_gpu.speech import SpeechConfig, SpeechError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -737,7 +738,7 @@ def test_real_speech_folders_are_heard(tiny):
 
 MISTAKES = {
     "missing folder": (["speech.train=nowhere", "speech.eval=alone"], "speech.train must be an existing folder"),
-    "one folder only": (["speech.train=nowhere"], "speech.eval"),
+    "one folder only": (["speech.train=alone"], "speech.eval"),
     "empty folder": (["speech.train=empty", "speech.eval=alone"], "speech.train must hold audio"),
     "missing evaluation": (["speech.train=alone", "speech.eval=nowhere"], "speech.eval must be an existing folder"),
     "nothing readable": (["speech.train=broken", "speech.eval=broken"], "skipped all 2 files"),
@@ -780,6 +781,15 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(tiny, mistake, capsys):
     stderr = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
     assert len(stderr) == 1 and named in stderr[0]
     assert sorted(p for p in tiny.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given, other", [("train", "eval"), ("eval", "train")])
+def test_speech_for_one_side_alone_is_refused_once_its_folder_is_known_to_be_there(given, other, tmp_path):
+    with pytest.raises(SpeechError, match=f"^speech.{given} must be an existing folder, got '/nope'$"):
+        run_setup.check_speech(SpeechConfig(**{given: "/nope"}))
+    write_speech(tmp_path)
+    with pytest.raises(SpeechError, match=f"^speech.{other} must be a folder too when the other one is, got null$"):
+        run_setup.check_speech(SpeechConfig(**{given: str(tmp_path)}))
 
 
 def test_a_missing_config_is_one_line(capsys):
