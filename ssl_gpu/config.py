@@ -82,7 +82,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
 
     Raises ConfigError for what is not a `cls`, and lets through the ValueError of a section that refuses its values.
     """
-    if path is not None and is_override(str(path)):
+    if path is not None and (is_override(str(path)) or Path(path).is_dir()):  # as a run's folder, after --resume
         raise ConfigError(f"a configuration must come first, a YAML file, got {path}")
     mapping = {} if path is None else load_yaml(path)
     return from_mapping(cls, apply_overrides(mapping, overrides))
@@ -93,8 +93,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        hint = ", a run's is named by train.out=" if isinstance(error, IsADirectoryError) else ""
-        raise ConfigError(f"cannot read configuration {path}: {error.strerror}{hint}") from error
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
     mapping = _parse(content, str(path))
     if not isinstance(mapping, dict):
         found = "nothing (write {} for all defaults)" if mapping is None else _show(mapping)

@@ -126,10 +126,8 @@ def shapes_weights(key: str, both: Collection[str]) -> bool:
     """Whether the shapes of a localiser's weights may follow from a key of the configuration. both: of mask_width and
     patch_width those that neither has as 0: it learns masks, by a network that has a weight for every bin of the
     transform, and that network is one of patches."""
-    if key in ("features.window", "features.band_hz", "rir.sample_rate"):
+    if key in ("features.window", "features.band_hz", "features.mask_layers", "rir.sample_rate"):
         return "mask_width" in both
-    if key == "features.mask_layers":
-        return "mask_width" in both and "patch_width" not in both
     if key == "features.patch_blocks":
         return "patch_width" in both
     if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "features.hop"):

@@ -792,8 +792,7 @@ def test_targets_are_met_by_both_angles_or_missed(tmp_path):
     for kind in ("evaluation", "result"):
         for name in accuracy_tables.HOURS:
             (tmp_path / f"{kind}-{name}.json").write_text(json.dumps({"e1": result_of(2.4, 7), **hour}))
-    training = {"minutes": 9.5, "parameters": 2.5e6, "device": "NVIDIA card", "steps_before": 0,
-                "versions": {"cuda": "13.0"}}
+    training = {"minutes": 9.5, "parameters": 2.5e6, "device": "NVIDIA card", "steps_before": 0}
 
     def table(size=5e6, **others):
         rows = accuracy_tables.targets(results, {**training, **others}, int(size), tmp_path).splitlines()[2:]

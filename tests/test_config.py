@@ -302,8 +302,10 @@ def test_bad_yaml_is_refused_in_one_line(tmp_path, content, message):
 
 
 def test_unreadable_file_is_refused_in_one_line(tmp_path):
-    for path, reason in ((tmp_path / "none.yaml", "No such file or directory"),
-                         (tmp_path, "Is a directory, a run's is named by train.out=")):
+    with pytest.raises(ConfigError) as refusal:
+        load_config(RunConfig, tmp_path)                                # where a run is, for one
+    assert str(refusal.value) == f"a configuration must come first, a YAML file, got {tmp_path}"
+    for path, reason in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(ConfigError) as refusal:
             load_yaml(path)
         assert str(refusal.value) == f"cannot read configuration {path}: {reason}"
