@@ -36,6 +36,9 @@ class FeatureConfig:
     free_masks: number of further masks that it makes, of which the truth says nothing: the angles teach them, and the
         rest of that network through them, and as many times num_bands further maps are made. 0: it is taught by the
         truth alone.
+    patch_fused: blocks of patches by Triton kernels (ssl_gpu.fused_beside, ssl_gpu.fused_pooling) where these fit, in
+        training in bfloat16 on a GPU. An experiment: the first training with them, on an H200, did not learn the masks;
+        what that was due to is repaired by what is known, and not yet tried (entry 61 of docs/performance.md).
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -51,6 +54,7 @@ class FeatureConfig:
     patch_width: int = 0
     patch_blocks: int = 4
     free_masks: int = 0
+    patch_fused: bool = False
 
     def __post_init__(self):
         check_fields(self, "features")
@@ -71,6 +75,8 @@ class FeatureConfig:
                              f"not 0, whose network has features.patch_blocks instead, got {self.mask_layers}")
         if self.free_masks and not self.patch_width:
             raise ValueError(f"features.free_masks must be 0 where features.patch_width is 0, got {self.free_masks}")
+        if self.patch_fused and not self.patch_width:
+            raise ValueError("features.patch_fused must be false where features.patch_width is 0, got true")
         if not 0 < self.band_hz[0] < self.band_hz[1]:
             raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
 
