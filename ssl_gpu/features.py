@@ -37,8 +37,8 @@ class FeatureConfig:
         rest of that network through them, and as many times num_bands further maps are made. 0: it is taught by the
         truth alone.
     patch_fused: blocks of patches by Triton kernels (ssl_gpu.fused_beside, ssl_gpu.fused_pooling) where these fit, in
-        training in bfloat16 on a GPU. An experiment: the first training with them, on an H200, did not learn the masks;
-        what that was due to is repaired by what is known, and not yet tried (entry 61 of docs/performance.md).
+        training in bfloat16 on a GPU. An experiment: the one training with them did not learn its masks, and why is not
+        known (entry 61 of docs/performance.md).
 
     Raises ValueError naming the field, its value and the rule.
     """
