@@ -231,8 +231,8 @@ def _warps(tile: int, width: int, numbers: int) -> int:
 
 def _shared(x: Tensor, most: int, numbers: int) -> tuple[int, dict[str, int]]:
     """How many programs share the columns of x, `most` at most, and how they are run, with `numbers` to a thread. Loads
-    of the next turn are not begun ahead (num_stages): Triton 3.6 then hands what cp.async has copied to the matrix
-    units without the fence that it puts before whatever else they read."""
+    of the next turn are not begun ahead (num_stages): the matrix units would then read what cp.async has copied
+    without the fence that PTX wants, which Triton 3.6 leaves out (its issue 9610; entry 61 of docs/performance.md)."""
     columns, tile, width = x.shape[0] * x.shape[2], _tile(x.shape[1]), x.shape[3]
     programs = min(most, columns)
     return programs, dict(turns=triton.cdiv(columns, programs), width=width, tile=tile, outs=OUTS,

@@ -1,4 +1,6 @@
 """Blocks of patches by our kernels, in Triton's interpreter and as a GPU would get them; without a GPU."""
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -66,18 +68,18 @@ class Recorder:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Name of a program -> the program, arguments and options of its launch for clips of 3 s, as in training."""
+    """Name of a program -> the program, arguments and options of its launch for 128 clips of 3 s."""
     pytest.importorskip("triton")
     from triton.runtime.jit import JITFunction
 
     from ssl_gpu import fused_beside, fused_pooling
-    calls, shape = [], (16, 93, 128, 64)
+    calls, shape = [], (128, 93, 128, 64)
     for module in (fused_beside, fused_pooling):
         for name, program in list(vars(module).items()):
             if isinstance(program, JITFunction) and name.endswith("_program"):
                 monkeypatch.setattr(module, name, Recorder(calls, program))
     x, channels = torch.empty(shape, dtype=torch.bfloat16), torch.empty(64)
-    back, clip = x.new_empty(*shape[:3], 4), x.new_empty(16, 128, 64)
+    back, clip = x.new_empty(*shape[:3], 4), x.new_empty(128, 128, 64)
     fused_beside.beside_fused(x, channels, channels, torch.empty(64, 192), channels, 1, 8)
     fused_beside.beside_backward(x, x, channels, channels, torch.empty(64, 192), channels, 1, 8)
     fused_pooling.listen(x, channels, channels, torch.empty(12, 64), torch.empty(12), 8)
@@ -101,14 +103,14 @@ def test_they_compile_for_a_hopper_gpu(name, launches):
         kinds[argument] = "i32"
         if isinstance(value, torch.Tensor):
             kinds[argument] = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[value.dtype]
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[place,] = [["tt.divisibility", 16]]
     constants = {argument: value for argument, value in options.items() if argument in program.arg_names}
     source = ASTSource(program, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
     how = {option: value for option, value in options.items() if option not in constants}
-    try:
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
-    except (RuntimeError, OSError) as error:  # an installation without the assembler
-        pytest.skip(f"Triton cannot compile for a GPU here: {error}")
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("Triton has no assembler here")
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
     assert kernel.metadata.shared <= MOST_SHARED and "async_copy" not in kernel.asm["ttgir"]
     if name != "tell_program":                                          # it is additions
         assert kernel.asm["ptx"].count("wgmma.mma_async") > 0

@@ -295,7 +295,10 @@ def test_kernels_of_patches_in_a_batch_of_a_training(reach):
         expected = plain(*some)
         torch.autograd.backward(expected, [grad[part] for grad in grads])
         for here, there in zip((*found, patches.grad, frames.grad), (*expected, *(one.grad for one in some))):
-            assert relative(here.detach()[part], there.detach()) < 2e-2
+            # Of every frequency of every clip, as one program makes them: a rare one that is wrong hides among others.
+            error, whole = (tensor.norm(dim=(1, -1)) for tensor in (here.detach()[part] - there.detach(),
+                                                                    there.detach()))
+            assert (error < 3e-2 * whole).all()
     expected = dict(plain.named_parameters())
     for name, weight in block.named_parameters():
         if name != "weigh.bias":                                        # of which a softmax depends by roundings alone
