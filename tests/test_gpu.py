@@ -298,11 +298,11 @@ def test_kernels_of_patches_in_a_batch_of_a_training(reach):
             # Of every frequency of every clip, as one program makes them: a rare one that is wrong hides among others.
             error, whole = (tensor.norm(dim=(1, -1)) for tensor in (here.detach()[part] - there.detach(),
                                                                     there.detach()))
-            assert (error < 3e-2 * whole).all()
+            assert (error < 1e-2 * whole).all()                           # 0.4 % by their roundings
     expected = dict(plain.named_parameters())
     for name, weight in block.named_parameters():
         if name != "weigh.bias":                                        # of which a softmax depends by roundings alone
-            assert relative(weight.grad, expected[name].grad) < 3e-2, name
+            assert relative(weight.grad, expected[name].grad) < 2e-2, name
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
