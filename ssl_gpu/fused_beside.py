@@ -41,7 +41,7 @@ def _load(tensor, row, valid, channel, width: tl.constexpr):
 
 
 @triton.jit
-def _standard(tile, width: tl.constexpr):
+def standard(tile, width: tl.constexpr):
     """Rows with mean 0 and variance 1, and what they were divided by, inverted."""
     tile = tile - (tl.sum(tile, 1) / width)[:, None]
     rate = 1.0 / tl.sqrt(tl.sum(tile * tile, 1) / width + 1e-5)
@@ -53,7 +53,7 @@ def _tap(x, row, place, inside, offset, line, length, gain, shift, channel, widt
     """Layer norm of the patches `offset` places further, zero beyond the ends, in the precision of x."""
     there = place + offset
     valid = inside & (there >= 0) & (there < length)
-    tile, _ = _standard(_load(x, row + offset * line, valid, channel, width), width)
+    tile, _ = standard(_load(x, row + offset * line, valid, channel, width), width)
     tile = tile * gain[None, :] + shift[None, :]
     return tl.where(valid[:, None], tile, 0.0).to(x.dtype.element_ty)
 
@@ -141,7 +141,7 @@ def of_norm_program(grad_x, grad_gain, grad_shift, x, grad, grad_z, gain, weight
             theirs = tl.load(grad_z + _at(row - (tap - 1) * reach * line, channel, width),
                              mask=valid[:, None], other=0.0)
             of_tile = tl.dot(theirs, _weight(weight, tap, channel, width), of_tile)
-        tile, rate = _standard(_load(x, row, inside, channel, width), width)
+        tile, rate = standard(_load(x, row, inside, channel, width), width)
         of_gain += tl.sum(of_tile * tile, 0)
         of_shift += tl.sum(of_tile, 0)
         of_tile = of_tile * scale[None, :]

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from ssl_gpu import runtime
+from ssl_gpu.fused_beside import standard
 
 OUTS = 16             # columns of a product at least: of passage + heads outputs of a layer, and zeros
 # Programs that share all columns, each of which makes its tables once and adds up gradients of parameters by itself: as
@@ -34,14 +35,6 @@ def fits(time: int, width: int, passage: int, heads: int) -> bool:
     for so many numbers, in float32, in the memory that the threads of a program share."""
     return (16 <= width <= 128 and width & (width - 1) == 0 and 1 <= time <= 256 and _tile(time) * width <= NUMBERS
             and passage >= 1 and heads >= 1 and passage + heads <= OUTS and width % heads == 0)
-
-
-@triton.jit
-def _standard(numbers, width: tl.constexpr):
-    """Rows with mean 0 and variance 1, and what they were divided by, inverted."""
-    numbers = numbers - (tl.sum(numbers, 1) / width)[:, None]
-    rate = 1.0 / tl.sqrt(tl.sum(numbers * numbers, 1) / width + 1e-5)
-    return numbers * rate[:, None], rate
 
 
 @triton.jit
@@ -79,7 +72,7 @@ def listen_program(squeezed, pooled, x, gain, shift, weight, bias, time, freq, c
         first = (column // freq).to(tl.int64) * time * freq + column % freq
         here = column < columns                                         # else zeros, which add nothing
         numbers = tl.load(x + first * width + patch, mask=inside[:, None] & here, other=0.0).to(tl.float32)
-        numbers, _ = _standard(numbers, width)
+        numbers, _ = standard(numbers, width)
         kept = numbers.to(x.dtype.element_ty)
         logit = tl.dot(kept, table, input_precision="ieee") + add[None, :]
         tl.store(squeezed + first * passage + squeeze, logit.to(squeezed.dtype.element_ty), mask=squeezing & here)
@@ -118,7 +111,7 @@ def listen_backward_program(grad_x, grad_gain, grad_shift, grad_weight, grad_bia
         given = tl.load(grad_squeezed + first * passage + squeeze, mask=squeezing & here, other=0.0).to(tl.float32)
         wanted = tl.load(grad_pooled + column.to(tl.int64) * width + channel, mask=(channel < width) & here,
                          other=0.0).to(tl.float32)
-        numbers, rate = _standard(numbers, width)
+        numbers, rate = standard(numbers, width)
         kept = numbers.to(x.dtype.element_ty)
         logit = tl.dot(kept, tl.trans(table), input_precision="ieee")
         share = _softmax(logit + add[None, :], inside)
