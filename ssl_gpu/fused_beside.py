@@ -14,13 +14,11 @@ from torch import Tensor, library
 
 from ssl_gpu import runtime
 
-TAPS = 3
 ROWS = 64             # patches to a program, or to a turn of it
-WARPS = 4             # of a program
 PROGRAMS = 132 * 2    # that share all patches where they add up gradients of parameters, each by itself
 # Loads of the next turn are not begun ahead, for which Triton would set 106 and 131 kB of shared memory aside and leave
 # out a fence (fused_pooling._shared).
-HOW = dict(num_warps=WARPS, num_stages=1)
+HOW = dict(num_warps=4, num_stages=1)
 
 
 def fits(width: int) -> bool:
@@ -182,7 +180,7 @@ def beside_backward(grad: Tensor, x: Tensor, gain: Tensor, shift: Tensor, weight
     (rows, line, length), width = _along(x, dim), x.shape[-1]
     blocks = triton.cdiv(rows, ROWS)
     programs = min(PROGRAMS, blocks)
-    of_weight = gain.new_empty(programs, TAPS, width, width, dtype=torch.float32)
+    of_weight = gain.new_empty(programs, 3, width, width, dtype=torch.float32)
     of_gain, of_shift, of_bias = gain.new_empty(3, programs, width, dtype=torch.float32)
     where = dict(turns=triton.cdiv(blocks, programs), width=width, block=ROWS, **HOW)
     with runtime.current_device(x.device):

@@ -232,47 +232,47 @@ def _shared(x: Tensor, most: int, numbers: int) -> tuple[int, dict[str, int]]:
                           num_warps=_warps(tile, width, numbers), num_stages=1, maxnreg=REGISTERS)
 
 
-def launch_listen(program, squeezed: Tensor, pooled: Tensor, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor,
+def launch_listen(squeezed: Tensor, pooled: Tensor, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor,
                   bias: Tensor, heads: int) -> None:
-    """Runs listen_program, or the same in Triton's interpreter, over all columns; all tensors contiguous."""
+    """Runs listen_program over all columns; all tensors contiguous."""
     batch, time, freq, _ = x.shape
     programs, how = _shared(x, LISTENING, 64)
-    program[(programs,)](squeezed, pooled, x, gain, shift, weight, bias, time, freq, batch * freq,
-                         passage=len(weight) - heads, heads=heads, **how)
+    listen_program[(programs,)](squeezed, pooled, x, gain, shift, weight, bias, time, freq, batch * freq,
+                                passage=len(weight) - heads, heads=heads, **how)
 
 
-def launch_listen_backward(program, grad_x: Tensor, grad_squeezed: Tensor, grad_pooled: Tensor, x: Tensor, gain: Tensor,
+def launch_listen_backward(grad_x: Tensor, grad_squeezed: Tensor, grad_pooled: Tensor, x: Tensor, gain: Tensor,
                            shift: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Runs listen_backward_program, or the same in Triton's interpreter, over all columns; all tensors contiguous.
-    Returns the gradients of gain, shift, weight and bias, float32."""
+    """Runs listen_backward_program over all columns; all tensors contiguous. Returns the gradients of gain, shift,
+    weight and bias, float32."""
     batch, time, freq, _ = x.shape
     programs, how = _shared(x, LEARNING, 32)
     parts = [torch.empty(programs, *tensor.shape, dtype=torch.float32, device=x.device)
              for tensor in (gain, shift, weight, bias)]
-    program[(programs,)](grad_x, *parts, grad_squeezed, grad_pooled, x, gain, shift, weight, bias, time, freq,
-                         batch * freq, passage=len(weight) - heads, heads=heads, **how)
+    listen_backward_program[(programs,)](grad_x, *parts, grad_squeezed, grad_pooled, x, gain, shift, weight, bias, time,
+                                         freq, batch * freq, passage=len(weight) - heads, heads=heads, **how)
     return tuple(part.sum(0) for part in parts)
 
 
-def launch_tell(program, result: Tensor, x: Tensor, back: Tensor, weight: Tensor, bias: Tensor, clip: Tensor) -> None:
-    """Runs tell_program, or the same in Triton's interpreter, over all columns; all tensors contiguous."""
+def launch_tell(result: Tensor, x: Tensor, back: Tensor, weight: Tensor, bias: Tensor, clip: Tensor) -> None:
+    """Runs tell_program over all columns; all tensors contiguous."""
     (batch, time, freq, width), passage = x.shape, back.shape[-1]
     tile = _tile(time)
-    program[(batch * freq,)](result, x, back, weight, bias, clip, time, freq, passage=passage,
-                             held=triton.next_power_of_2(passage), width=width, tile=tile,
-                             num_warps=_warps(tile, width, 32))
+    tell_program[(batch * freq,)](result, x, back, weight, bias, clip, time, freq, passage=passage,
+                                  held=triton.next_power_of_2(passage), width=width, tile=tile,
+                                  num_warps=_warps(tile, width, 32))
 
 
-def launch_tell_backward(program, grad_back: Tensor, grad_clip: Tensor, grad: Tensor, back: Tensor,
+def launch_tell_backward(grad_back: Tensor, grad_clip: Tensor, grad: Tensor, back: Tensor,
                          weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs tell_backward_program, or the same in Triton's interpreter, over all columns; all tensors contiguous.
-    Returns the gradients of weight and bias, float32."""
+    """Runs tell_backward_program over all columns; all tensors contiguous. Returns the gradients of weight and bias,
+    float32."""
     (batch, time, freq, width), passage = grad.shape, back.shape[-1]
     programs, how = _shared(grad, TELLING, 64)
     of_weight, of_bias = (torch.empty(programs, *shape, dtype=torch.float32, device=grad.device)
                           for shape in ((width, passage), (width,)))
-    program[(programs,)](grad_back, of_weight, of_bias, grad_clip, grad, back, weight, time, freq, batch * freq,
-                         passage=passage, held=triton.next_power_of_2(passage), **how)
+    tell_backward_program[(programs,)](grad_back, of_weight, of_bias, grad_clip, grad, back, weight, time, freq,
+                                       batch * freq, passage=passage, held=triton.next_power_of_2(passage), **how)
     return of_weight.sum(0), of_bias.sum(0)
 
 
@@ -303,7 +303,7 @@ def listen(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
     """
     (squeezed, pooled), x = _heard(x, weight, heads), x.contiguous()
     with runtime.current_device(x.device):  # Triton launches there, wherever its pointers belong
-        launch_listen(listen_program, squeezed, pooled, x, *_parameters(gain, shift, weight, bias), heads)
+        launch_listen(squeezed, pooled, x, *_parameters(gain, shift, weight, bias), heads)
     return squeezed, pooled
 
 
@@ -314,7 +314,7 @@ def listen_backward(grad_squeezed: Tensor, grad_pooled: Tensor, x: Tensor, gain:
     grad_x = _like(x)
     with runtime.current_device(x.device):
         return (grad_x, *launch_listen_backward(
-            listen_backward_program, grad_x, grad_squeezed.contiguous(), grad_pooled.contiguous(), x.contiguous(),
+            grad_x, grad_squeezed.contiguous(), grad_pooled.contiguous(), x.contiguous(),
             *_parameters(gain, shift, weight, bias), heads))
 
 
@@ -327,8 +327,7 @@ def tell(x: Tensor, back: Tensor, weight: Tensor, bias: Tensor, clip: Tensor) ->
     """
     result = _like(x)
     with runtime.current_device(x.device):
-        launch_tell(tell_program, result, x.contiguous(), back.contiguous(), *_parameters(weight, bias),
-                    clip.contiguous())
+        launch_tell(result, x.contiguous(), back.contiguous(), *_parameters(weight, bias), clip.contiguous())
     return result
 
 
@@ -337,8 +336,8 @@ def tell_backward(grad: Tensor, back: Tensor, weight: Tensor, clip: Tensor) -> t
     """Gradients of back, weight, bias and clip; that of x is grad."""
     grad_back, grad_clip = _like(back), _like(clip)
     with runtime.current_device(grad.device):
-        of_weight, of_bias = launch_tell_backward(tell_backward_program, grad_back, grad_clip, grad.contiguous(),
-                                                  back.contiguous(), *_parameters(weight))
+        of_weight, of_bias = launch_tell_backward(grad_back, grad_clip, grad.contiguous(), back.contiguous(),
+                                                  *_parameters(weight))
     return grad_back, of_weight, of_bias, grad_clip
 
 

@@ -31,7 +31,7 @@ class PatchNetwork(nn.Module):
 
     num_bins: freq of the spectra. width: channels of a patch. blocks: how many, which look 1, 2, 4 and 8 patches before
     and behind, in turn. frame_width: of the vector of a frame. num_masks: the first is for the truth to teach, the
-    others are what whoever trains the network makes of them.
+    others are what whoever trains the network makes of them. fused: blocks by our own kernels, see Block.has_kernels.
     Raises ValueError for a width that HEADS does not divide.
     """
 

@@ -249,8 +249,10 @@ def test_transform_is_that_of_the_cpu(samples):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
-@pytest.mark.parametrize("compile, bfloat16", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("kind", ["original", "small", "masks", "patches", "patches by kernels"])
+@pytest.mark.parametrize("kind, compile, bfloat16", [
+    *((kind, *how) for kind in ("original", "small", "masks", "patches")
+      for how in ((False, False), (True, False), (True, True))),
+    ("patches by kernels", False, True), ("patches by kernels", True, True)])  # which are for bfloat16
 def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
     """Logits, gradients of all weights, and what batch norms keep."""
     torch.compiler.reset()
