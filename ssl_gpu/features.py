@@ -36,9 +36,6 @@ class FeatureConfig:
     free_masks: number of further masks that it makes, of which the truth says nothing: the angles teach them, and the
         rest of that network through them, and as many times num_bands further maps are made. 0: it is taught by the
         truth alone.
-    patch_fused: blocks of patches by Triton kernels (ssl_gpu.fused_beside, ssl_gpu.fused_pooling) where these fit, in
-        training in bfloat16 on a GPU. An experiment: the one training with them did not learn its masks, and why is not
-        known (entry 61 of docs/performance.md).
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -54,7 +51,6 @@ class FeatureConfig:
     patch_width: int = 0
     patch_blocks: int = 4
     free_masks: int = 0
-    patch_fused: bool = False
 
     def __post_init__(self):
         check_fields(self, "features")
@@ -75,8 +71,6 @@ class FeatureConfig:
                              f"not 0, whose network has features.patch_blocks instead, got {self.mask_layers}")
         if self.free_masks and not self.patch_width:
             raise ValueError(f"features.free_masks must be 0 where features.patch_width is 0, got {self.free_masks}")
-        if self.patch_fused and not self.patch_width:
-            raise ValueError("features.patch_fused must be false where features.patch_width is 0, got true")
         if not 0 < self.band_hz[0] < self.band_hz[1]:
             raise ValueError(f"features.band_hz must satisfy 0 < low < high, got {self.band_hz}")
 

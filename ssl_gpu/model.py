@@ -301,7 +301,7 @@ class ConformerLocalizer(nn.Module):
         self.mask = self.of_bins = None
         if features.patch_width:
             self.mask = PatchNetwork(self.front.num_bins, features.patch_width, features.patch_blocks,
-                                     features.mask_width, 1 + features.free_masks, features.patch_fused)
+                                     features.mask_width, 1 + features.free_masks)
             self.of_bins = nn.Linear(features.mask_width, cfg.dim)
         elif features.mask_width:
             self.mask = MaskNetwork(self.front.num_bins, features.mask_width, features.mask_layers)

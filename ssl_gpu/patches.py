@@ -31,19 +31,18 @@ class PatchNetwork(nn.Module):
 
     num_bins: freq of the spectra. width: channels of a patch. blocks: how many, which look 1, 2, 4 and 8 patches before
     and behind, in turn. frame_width: of the vector of a frame. num_masks: the first is for the truth to teach, the
-    others are what whoever trains the network makes of them. fused: blocks by our own kernels, see Block.has_kernels.
+    others are what whoever trains the network makes of them.
     Raises ValueError for a width that HEADS does not divide.
     """
 
-    def __init__(self, num_bins: int, width: int, blocks: int, frame_width: int, num_masks: int = 1,
-                 fused: bool = False):
+    def __init__(self, num_bins: int, width: int, blocks: int, frame_width: int, num_masks: int = 1):
         super().__init__()
         if width % HEADS:
             raise ValueError(f"width must be divisible by {HEADS}, got {width}")
         num_freq, self.num_masks = -(-num_bins // BINS), num_masks
         self.first = nn.Linear(PER_BIN * FRAMES * BINS, width)
         self.place = nn.Parameter(0.02 * torch.randn(num_freq, width))   # what a phase means, frequency tells
-        self.blocks = nn.ModuleList(Block(num_freq, width, frame_width, DILATIONS[i % len(DILATIONS)], fused)
+        self.blocks = nn.ModuleList(Block(num_freq, width, frame_width, DILATIONS[i % len(DILATIONS)])
                                     for i in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.last = nn.Linear(width, num_masks * FRAMES * BINS)
@@ -62,12 +61,12 @@ class Block(nn.Module):
     """Patches [batch, time, freq, width], and the vectors of their frames [batch, time, frame_width] or None at first,
     to both as they are after it.
 
-    reach: how far in time it looks to either side, in patches. fused: by our own kernels, see has_kernels.
+    reach: how far in time it looks to either side, in patches.
     """
 
-    def __init__(self, num_freq: int, width: int, frame_width: int, reach: int, fused: bool = False):
+    def __init__(self, num_freq: int, width: int, frame_width: int, reach: int):
         super().__init__()
-        self.reach, self.fused = reach, fused
+        self.reach = reach
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.in_time, self.in_freq = nn.Linear(3 * width, width), nn.Linear(3 * width, width)
         self.squeeze, self.to_frame = nn.Linear(width, PASSAGE), nn.Linear(PASSAGE * num_freq, frame_width)
@@ -77,48 +76,15 @@ class Block(nn.Module):
         self.weigh, self.clip = nn.Linear(width, HEADS), nn.Linear(width, width)
 
     def forward(self, x: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.branch(x, self.norms[0], self.in_time, 1, self.reach)
-        x = self.branch(x, self.norms[1], self.in_freq, 2, 1)
-        squeezed, of_clip = self.listen(x)
-        heard = self.to_frame(squeezed.flatten(2))                       # [batch, time, frame_width]
+        x = x + F.gelu(beside(self.in_time, self.norms[0](x), 1, self.reach))
+        x = x + F.gelu(beside(self.in_freq, self.norms[1](x), 2, 1))
+        patch = self.norms[2](x)
+        heard = self.to_frame(linear(self.squeeze, patch).flatten(2))    # [batch, time, frame_width]
         frames = heard if frames is None else frames + heard
         frames = frames + F.gelu(self.frame(neighbours(self.frame_norms[0](frames), self.reach)))
         back = self.from_frame(self.frame_norms[1](frames)).unflatten(-1, (-1, PASSAGE))
-        return self.tell(x, back, linear(self.clip, of_clip)), frames
-
-    def has_kernels(self, x: Tensor) -> bool:
-        """Whether patches x [batch, time, freq, width] go by ssl_gpu.fused_beside and ssl_gpu.fused_pooling: if asked
-        for, in training in bfloat16 on a GPU, where these have kernels for the shape."""
-        if not (self.fused and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and runtime.is_gpu(x.device)):
-            return False
-        from ssl_gpu import fused_beside, fused_pooling  # Triton is not everywhere where torch is
-        return fused_beside.fits(x.shape[-1]) and fused_pooling.fits(x.shape[1], x.shape[-1], PASSAGE, HEADS)
-
-    def branch(self, x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, dim: int, reach: int) -> Tensor:
-        """x and what layer makes of its neighbours along dim, normed."""
-        if self.has_kernels(x):
-            from ssl_gpu.fused_beside import beside_fused
-            return beside_fused(x, norm.weight, norm.bias, layer.weight, layer.bias, dim, reach)
-        return x + F.gelu(beside(layer, norm(x), dim, reach))
-
-    def listen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What x, normed, tells its frames, [batch, time, freq, PASSAGE], and its clip, [batch, 1, freq, width]."""
-        norm = self.norms[2]
-        if self.has_kernels(x):
-            from ssl_gpu.fused_pooling import listen
-            weight, bias = (torch.cat(pair) for pair in ((self.squeeze.weight, self.weigh.weight),
-                                                         (self.squeeze.bias, self.weigh.bias)))
-            squeezed, of_clip = listen(x, norm.weight, norm.bias, weight, bias, HEADS)
-            return squeezed, of_clip[:, None]
-        patch = norm(x)
-        return linear(self.squeeze, patch), self.of_clip(patch)
-
-    def tell(self, x: Tensor, back: Tensor, of_clip: Tensor) -> Tensor:
-        """x with what its frames, back [batch, time, freq, PASSAGE], and its clip, [batch, 1, freq, width], tell it."""
-        if self.has_kernels(x):
-            from ssl_gpu.fused_pooling import tell
-            return tell(x, back, self.widen.weight, self.widen.bias, of_clip.squeeze(1))
-        return x + linear(self.widen, F.gelu(back)) + of_clip
+        x = x + linear(self.widen, F.gelu(back)) + linear(self.clip, self.of_clip(patch))
+        return x, frames
 
     def of_clip(self, patch: Tensor) -> Tensor:
         """Attentive pooling: means of patch [batch, time, freq, width] over time, at every frequency, HEADS equal parts

@@ -34,7 +34,7 @@ from ssl_gpu.pretrained import (Weights, build_localizer, gets_gate, load_locali
 from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
 from ssl_gpu.scene import SceneConfig
-from ssl_gpu.simulator import Simulator, triton_problem
+from ssl_gpu.simulator import Simulator
 from ssl_gpu.speech import SpeechBank, SpeechConfig, SpeechError, load_bank, voices_bank
 
 PACKAGED_WEIGHTS = "packaged"  # what train.init says for those in this package
@@ -283,8 +283,6 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     device = runtime.pick_device(cfg.train.device, "train.device")
     uses_graph(cfg, device, None)                                      # before anything that takes long, as is
     cfg.simulator.fused_on(device)
-    if cfg.features.patch_fused and runtime.is_gpu(device) and (problem := triton_problem(device)) is not None:
-        raise ValueError(f"features.patch_fused must be false where {problem}, got true")
     initial = initial_weights(cfg) if resumed is None else None
     localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)
     if resumed is not None:

@@ -17,7 +17,6 @@ from ssl_gpu.ism import IsmConfig  # noqa: E402
 from ssl_gpu.mixture import MixtureConfig  # noqa: E402
 from ssl_gpu.model import STFT, ConformerLocalizer, ModelConfig, SSLModel  # noqa: E402
 from ssl_gpu.optim import TrainConfig, build_optimizer, learning_rate, restore_optimizer  # noqa: E402
-from ssl_gpu.patches import Block  # noqa: E402
 from ssl_gpu.rir import RirConfig  # noqa: E402
 from ssl_gpu.scene import SceneConfig  # noqa: E402
 from ssl_gpu.simulator import Simulator, SimulatorConfig  # noqa: E402
@@ -126,10 +125,10 @@ def steps_of(network, overrides, count, compile=False):
 
 @pytest.mark.parametrize("network, overrides", [
     ("librispeech", []), ("librispeech", ["features.mask_width=0"]), ("librispeech", ["train.optimizer=adamw"]),
-    ("patches", []), ("patches", ["features.patch_fused=true"]),
+    ("patches", []),
     ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
     ("original", ["train.precision=bfloat16", "train.warmup=0.1"])],
-    ids=["muon", "no masks", "adamw", "patches", "patches by kernels", "bare", "original"])
+    ids=["muon", "no masks", "adamw", "patches", "bare", "original"])
 def test_captured_steps_are_those_of_the_loop(network, overrides):
     """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
     Rooms are added up in any order, and eight steps make more of it."""
@@ -249,17 +248,14 @@ def test_transform_is_that_of_the_cpu(samples):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's, of itself
-@pytest.mark.parametrize("kind, compile, bfloat16", [
-    *((kind, *how) for kind in ("original", "small", "masks", "patches")
-      for how in ((False, False), (True, False), (True, True))),
-    ("patches by kernels", False, True), ("patches by kernels", True, True)])  # which are for bfloat16
+@pytest.mark.parametrize("compile, bfloat16", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", ["original", "small", "masks", "patches"])
 def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
     """Logits, gradients of all weights, and what batch norms keep."""
     torch.compiler.reset()
     torch.manual_seed(0)
     features = {"masks": dict(mask_width=64),
-                "patches": dict(mask_width=64, patch_width=32, free_masks=2),
-                "patches by kernels": dict(mask_width=64, patch_width=32, free_masks=2, patch_fused=True)}.get(kind, {})
+                "patches": dict(mask_width=64, patch_width=32, free_masks=2)}.get(kind, {})
     networks = [SSLModel() if kind == "original" else
                 ConformerLocalizer(ModelConfig(), FeatureConfig(**features), 16_000, 0.08, 2, 36) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
@@ -275,36 +271,6 @@ def test_network_in_training_is_that_of_the_cpu(kind, compile, bfloat16):
         0.15 if bfloat16 else 1e-2)
     for (name, buffer), other in zip(networks[0].named_buffers(), networks[1].buffers()):
         assert relative(other, buffer) < (0.05 if bfloat16 else 1e-3), name
-
-
-@pytest.mark.parametrize("reach", [1, 8])
-def test_kernels_of_patches_in_a_batch_of_a_training(reach):
-    """A block of 128 clips of 3 s and all of its gradients, against the plain one in float32, 16 clips at a time: with
-    a few clips programs have next to nothing to repeat."""
-    torch.manual_seed(0)
-    block = Block(128, 64, 128, reach, fused=True).to(GPU)
-    plain = Block(128, 64, 128, reach).to(GPU)
-    plain.load_state_dict(block.state_dict())
-    given = [torch.randn(128, 93, *size, device=GPU) for size in ((128, 64), (128,))]
-    grads = [torch.randn_like(tensor) for tensor in given]
-    patches, frames = given[0].bfloat16().requires_grad_(), given[1].requires_grad_()
-    assert block.has_kernels(patches)
-    with runtime.autocast(GPU, True):
-        found = block(patches, frames)
-    torch.autograd.backward(found, [grad.to(out.dtype) for grad, out in zip(grads, found)])
-    for part in torch.arange(128).split(16):
-        some = [tensor.detach()[part].float().requires_grad_() for tensor in (patches, frames)]
-        expected = plain(*some)
-        torch.autograd.backward(expected, [grad[part] for grad in grads])
-        for here, there in zip((*found, patches.grad, frames.grad), (*expected, *(one.grad for one in some))):
-            # Of every frequency of every clip, as one program makes them: a rare one that is wrong hides among others.
-            error, whole = (tensor.norm(dim=(1, -1)) for tensor in (here.detach()[part] - there.detach(),
-                                                                    there.detach()))
-            assert (error < 1e-2 * whole).all()                           # 0.4 % by their roundings
-    expected = dict(plain.named_parameters())
-    for name, weight in block.named_parameters():
-        if name != "weigh.bias":                                        # of which a softmax depends by roundings alone
-            assert relative(weight.grad, expected[name].grad) < 2e-2, name
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])

@@ -15,13 +15,12 @@ PACKAGE = ROOT / "ssl_gpu"
 ORDER = ["checks", "commandline", "runtime", "geometry", "acoustics", "rng", "microphones", "fused_convolve",
          "convolve", "directivity", "original", "scene", "voices", "corpus", "speech", "fused", "scatter", "synthesis",
          "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool", "measure", "mixture", "products", "conformer",
-         "masks", "fused_beside", "fused_pooling", "patches", "features", "doa", "metrics", "model", "localizer",
-         "baselines", "simulator", "evalset", "lanes", "muon", "optim", "checkpoint", "outputs", "scenelist", "config",
-         "pretrained", "clips", "measured", "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate",
-         "run", "trainlog", "train", "trials", "choices", "methods", "fidelity", "simulate", "localize"]
+         "masks", "patches", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset",
+         "lanes", "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "measured",
+         "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog", "train",
+         "trials", "choices", "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
-# Imported inside a function, by who asks for it: they need Triton.
-ON_DEMAND = {"fused", "fused_beside", "fused_convolve", "fused_pooling"}
+ON_DEMAND = {"fused", "fused_convolve"}  # imported inside a function, by who asks for it: it needs Triton
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}
 MAY_IMPORT = {"corpus": {"soundfile"}, "speech": {"soundfile"}}
 DEVICE_WORD = re.compile(r"cuda|autocast", re.IGNORECASE)

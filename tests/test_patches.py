@@ -221,7 +221,6 @@ def test_masks_by_patches_are_learned():
     ("features.patch_width=16", "features.patch_width must be 0 where features.mask_width is 0, got 16"),
     ("features.free_masks=-1", "features.free_masks must be >= 0, got -1"),
     ("features.free_masks=1", "features.free_masks must be 0 where features.patch_width is 0, got 1"),
-    ("features.patch_fused=true", "features.patch_fused must be false where features.patch_width is 0, got true"),
     ("target.mask_weight=0", "target.mask_weight must be > 0, got 0.0")])
 def test_settings_that_cannot_be_are_one_line(setting, rule):
     with pytest.raises(ValueError, match=f"^{rule}$"):

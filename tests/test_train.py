@@ -402,15 +402,6 @@ def test_kernels_that_cannot_be_had_are_told_before_speech_is_made(tiny, monkeyp
                                               "installed, got true\n") and not (tiny / "run").exists()
 
 
-def test_kernels_of_patches_that_cannot_be_had_are_one_line(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(run_setup.runtime, "is_gpu", lambda device: True)
-    monkeypatch.setattr(run_setup, "triton_problem", lambda device: "Triton is not installed")
-    settings = ("simulator.fused=false", "features.mask_width=8", "features.patch_width=16")
-    assert start("train.out=run", *settings, "features.patch_fused=true") == 2
-    assert tuple(capsys.readouterr()) == ("", "error: features.patch_fused must be false where Triton is not "
-                                              "installed, got true\n") and not (tiny / "run").exists()
-
-
 def test_lanes_are_for_a_cpu():
     for lanes in (None, 1, 2):
         run_setup.check_lanes(lanes, torch.device("cpu"), torch.nn.Linear(1, 1))
