@@ -58,7 +58,9 @@ class Target:
         """The numbers, and what they are worth."""
         row = results[self.set]
         low, high = errors = row["cone_mae_deg"]
-        said = pair(errors) + ("" if self.within is None else f", {100 * row['acc_at_10']:.1f} %")
+        share = 100 * row["acc_at_10"]
+        said = pair(errors, digits_beside(errors, self.most, 2)) + (
+            "" if self.within is None else f", {share:.{digits_beside([share], self.within, 1)}f} %")
         if self.met(results):
             hope = [] if self.aim is None else [error <= self.aim for error in errors]
             return said + ": met" + (", the aim too" if hope and all(hope) else of_one(hope, ", the aim for {} only"))
@@ -67,6 +69,14 @@ class Target:
         by += ["the share"] if self.too_few(row) else []
         return (f"{said}: **missed** by {' and '.join(by)}"
                 + (f"; {(low + high) / 2:.3f} in the mean of both" if any(over) else ""))
+
+
+def digits_beside(values: list[float], limit: float, digits: int) -> int:
+    """As many digits, or more, as leave every value on its side of the limit: 5.004 is not met by 5.00."""
+    while any((round(value, digits) > limit, round(value, digits) < limit) != (value > limit, value < limit)
+              for value in values if value != limit):
+        digits += 1
+    return digits
 
 
 def of_one(true: list[bool], text: str) -> str:

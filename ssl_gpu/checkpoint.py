@@ -80,7 +80,9 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):  # what torch.save writes; the end of the file is what makes it one
-                raise CheckpointError(f"{path} is cut short, or no checkpoint")
+                begins = file.seek(0) == 0 and file.read(2) == b"PK"
+                raise CheckpointError(f"{path} is cut short" if begins else f"{path} is no checkpoint, such as the "
+                                      f"checkpoint.pt of a run")
             file.seek(0)
             content = torch.load(file, map_location=map_location, weights_only=True)
     except CheckpointError:

@@ -165,17 +165,21 @@ def decode(path: Path, sample_rate: int, min_duration_s: float) -> np.ndarray | 
     mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if not np.isfinite(mono).all():
         return "samples that are not finite"
-    if not can_resample(file_rate, sample_rate):
-        return f"{file_rate} Hz has too small a common factor with {sample_rate} Hz to be resampled"
+    if (problem := resample_problem(file_rate, sample_rate)) is not None:
+        return problem
     if file_rate != sample_rate:
         mono = resample(mono, file_rate, sample_rate)
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
 
 
-def can_resample(file_rate: int, sample_rate: int) -> bool:
-    """Whether the filter between two rates in Hz has a size that memory holds."""
+def resample_problem(file_rate: int, sample_rate: int) -> str | None:
+    """Why there is no filter between two rates in Hz, None where memory holds it."""
     step = math.gcd(file_rate, sample_rate)
-    return file_rate == sample_rate or file_rate // step * (sample_rate // step) <= MAX_RESAMPLE_TAPS
+    taps = file_rate // step * (sample_rate // step)
+    if file_rate == sample_rate or taps <= MAX_RESAMPLE_TAPS:
+        return None
+    return (f"{file_rate} Hz has too small a common factor with {sample_rate} Hz, {step}: the filter must have at most "
+            f"{MAX_RESAMPLE_TAPS / 1e6:.0f} million taps, has {taps / 1e6:.0f}; resample the audio beforehand")
 
 
 def resample(audio: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:

@@ -45,6 +45,7 @@ from ssl_gpu.webpage import page
 
 NO_RUN = {"train": {"steps": 1}}  # a configuration where there is no checkpoint to have one
 # Sections of which an evaluation reads nothing, and why: of a run's own, and of sets.
+UNTRAINED = ("train", "speech.train"), "nothing is trained"
 IDLE_OWN = ("mixture", "simulator"), "the clips of a run's own evaluation are clean"
 IDLE_SETS = (("scene", "rir", "ism", "mixture", "simulator"), "what the sets are of is fixed, whatever the model was "
              "trained for")
@@ -108,9 +109,11 @@ def prepare_eval(cfg: RunConfig, device: torch.device, bank: SpeechBank, heard: 
     return eval_set, fixed
 
 
-def warn_of_idle(overrides: Sequence[str], sections: Sequence[str], why: str) -> None:
-    """A line where overrides are of sections that nothing is read of, and why."""
-    keys = [key for key in (text.partition("=")[0].strip() for text in overrides) if key.partition(".")[0] in sections]
+def warn_of_idle(overrides: Sequence[str], idle: Collection[str], why: str, read: Collection[str] = ()) -> None:
+    """A line where overrides are of keys that nothing reads, and why. idle: sections, and keys of others; read: the
+    keys of these sections that have an effect."""
+    keys = [key for key in (text.partition("=")[0].strip() for text in overrides)
+            if (key in idle or key.partition(".")[0] in idle) and key not in read]
     if keys:
         print(f"warning: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}", file=sys.stderr)
 
@@ -137,6 +140,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     _, overrides = measured_folder(overrides, ())
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     warn_of_idle(overrides, *IDLE_OWN)
+    warn_of_idle(overrides, *UNTRAINED, read=("train.device", "train.seed"))
     device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, eval_speech(cfg, cfg.scene.num_src), weights.talkers)
@@ -182,6 +186,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     if "e2" in names:
         import_pyroomacoustics()
     warn_of_idle(overrides, *IDLE_SETS)
+    warn_of_idle(overrides, *UNTRAINED, read=("train.device",))
+    warn_of_idle(overrides, ("eval.num_clips",), "it is of a run's own evaluation; with --sets there is --clips N")
     measured = read_measured(folder) if "e3" in names else None
     localizer = None
     if weights is not None:

@@ -36,7 +36,7 @@ from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checkpoint import write_json
 from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, is_override
-from ssl_gpu.corpus import can_resample, resample
+from ssl_gpu.corpus import resample, resample_problem
 from ssl_gpu.doa import cell_edges, decode, quantile
 from ssl_gpu.localizer import Localizer, Target
 from ssl_gpu.model import ModelKind, shortest_clip
@@ -122,8 +122,8 @@ def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) 
         raise ValueError(f"{path} holds samples that are not finite, in channel {pair[int(finite.argmin())]}")
     if not audio.any():
         raise ValueError(f"{path} holds nothing but silence in channels {pair[0]} and {pair[1]}")
-    if not can_resample(file_rate, sample_rate):
-        raise ValueError(f"{path}: {file_rate} Hz has too small a common factor with the model's {sample_rate} Hz")
+    if (problem := resample_problem(file_rate, sample_rate)) is not None:
+        raise ValueError(f"{path}: {problem}")
     warnings = _listen(audio, pair)
     if file_rate < sample_rate:
         warnings.append(f"the recording ends at {file_rate / 2:g} Hz, the model was trained up to {sample_rate / 2:g}")

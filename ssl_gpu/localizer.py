@@ -74,6 +74,9 @@ class TargetConfig:
             raise ValueError(f"target.grid_deg must divide 180 and be <= 30, got {self.grid_deg}")
         if not self.sigma_deg > 0:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
+        for name in ("grid_deg", "sigma_deg"):
+            if self.labels is Labels.HARD and getattr(self, name) != getattr(TargetConfig, name):
+                raise ValueError(f"target.{name} is of soft labels only, got {getattr(self, name)} with hard ones")
         if not self.emd_weight >= 0:
             raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
         if not self.mask_weight > 0:
@@ -204,12 +207,13 @@ class Localizer(nn.Module):
 
         The module must be in eval mode. chunk: clips at a time, None for 8 on a CPU, 64 on a GPU. No clips have no
         angles: [0, src].
-        Raises FloatingPointError when the network gives a NaN or an infinity, ValueError for a chunk below 1.
+        Raises FloatingPointError when the network gives a NaN or an infinity, ValueError for a chunk that
+        is no whole number of at least 1.
         """
         if chunk is None:
             chunk = CPU_CHUNK if runtime.prefers_parts(audio.device) else GPU_CHUNK
-        if chunk < 1:
-            raise ValueError(f"chunk must be >= 1, got {chunk}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"chunk must be a whole number >= 1, got {chunk}")
         if len(audio) == 0:  # which MKL refuses to transform
             empty = self.grid.new_empty(0, self.num_src)
             return empty, empty.clone()

@@ -132,9 +132,14 @@ class SceneConfig:
         if not 0 <= self.spacing_jitter_m < self.mic_spacing_m:
             raise ValueError(f"scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m="
                              f"{self.mic_spacing_m}, got {self.spacing_jitter_m}")
-        if self.spacing_jitter_m > 0 and (self.mic_array_m is not None or self.array_radius_m is not None):
-            raise ValueError(f"scene.spacing_jitter_m is of the uniform linear array only, got {self.spacing_jitter_m} "
-                             f"with another array")
+        if self.mic_array_m is not None or self.array_radius_m is not None:
+            for name, unset in (("mic_spacing_m", SceneConfig.mic_spacing_m), ("spacing_jitter_m", 0.0)):
+                if getattr(self, name) != unset:
+                    raise ValueError(f"scene.{name} is of the uniform linear array only, got {getattr(self, name)} "
+                                     f"with another array")
+        if self.mic_array_m is not None and self.num_mics not in (SceneConfig.num_mics, len(self.mic_array_m)):
+            raise ValueError(f"scene.num_mics must be the number of positions in scene.mic_array_m, "
+                             f"{len(self.mic_array_m)}, or left out, got {self.num_mics}")
 
     def _check_room(self):
         margin = self.wall_dist_m + self.radius

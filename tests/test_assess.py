@@ -128,8 +128,13 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
      ["e3.dir has no effect: it goes with --sets e3",
       "mixture.diffuse_snr_db, scene.mic_spacing_m have no effect: what the sets are of is fixed, whatever the model "
       "was trained for"]),
+    (["--sets", "e1", "--clips", 2, "eval.num_clips=3", "train.device=cpu", "train.seed=1", "speech.train=x"],
+     ["train.seed, speech.train have no effect: nothing is trained",
+      "eval.num_clips has no effect: it is of a run's own evaluation; with --sets there is --clips N"]),
     (["eval.num_clips=2", "mixture.sensor_snr_db=[0, 0]"],
      ["mixture.sensor_snr_db has no effect: the clips of a run's own evaluation are clean"]),
+    (["eval.num_clips=2", "train.seed=1", "train.device=cpu", "train.steps=9"],
+     ["train.steps has no effect: nothing is trained"]),
     (["eval.num_clips=2", "scene.rt60_s=[0.2, 0.3]"], []),
 ])
 def test_what_changes_nothing_is_told(arguments, warnings, checkpoint, capsys):

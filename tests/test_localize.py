@@ -466,7 +466,8 @@ MISTAKES = {
                         "or a folder of ssl_gpu.pretrained, got a.yaml: that is a configuration"),
     "an override": (None, ["talk.wav", "target.offsets=4"], "recording and checkpoint must be paths, no "
                     "section.key=value, got target.offsets=4"),
-    "no such checkpoint": (None, ["talk.wav", "talk.wav"], "talk.wav is cut short, or no checkpoint"),
+    "no such checkpoint": (None, ["talk.wav", "talk.wav"],
+                           "talk.wav is no checkpoint, such as the checkpoint.pt of a run"),
     # Found before anything is read, or the error would be another.
     "json nowhere": (None, ["nope.wav", "run", "--json", "no/out.json"],
                      "--json must be a file in an existing folder, got no/out.json"),

@@ -157,8 +157,9 @@ def test_clips_are_heard_a_few_at_a_time(law, monkeypatch):
     for chunk in (None, 2):
         assert_close(network.estimate(audio, law, chunk), expected, rtol=0, atol=1e-4)
     assert sizes == [9, 8, 1, 2, 2, 2, 2, 1]
-    with pytest.raises(ValueError, match="^chunk must be >= 1, got 0$"):
-        network.estimate(audio, law, chunk=0)
+    for chunk in (0, 2.5):
+        with pytest.raises(ValueError, match=f"^chunk must be a whole number >= 1, got {chunk}$"):
+            network.estimate(audio, law, chunk)
 
 
 def test_a_frame_of_the_original_is_that_of_its_transform():

@@ -56,12 +56,12 @@ def test_sets_have_a_table_of_cone_angles_and_one_of_the_rest():
     assert all(cell in row for cell in ("5.00 / 6.00", "12.5 %", "2.25", "3.00 / 4.00", "80.0 / 90.0 %", "70.0 %"))
 
 
-def test_what_there_is_nothing_of_is_an_empty_cell():
+def test_what_there_is_nothing_of_is_no_number():
     """Intervals of fewer than 10 scenes, and the error of talkers of whom none was found."""
     few = set_row()
     few |= {"interval_95": None, "detection_at_10": {"mdr": 1.0, "far": 1.0, "fine_error_deg": None}}
     text = sets_table({"e1": few})
-    assert "100.0 %" in text and "None" not in text
+    assert "100.0 %" in text and "None" not in text and "  needs 10 scenes  " in text
 
 
 def test_what_chance_of_measured_rooms_knows_is_said_below_the_table():

@@ -357,6 +357,10 @@ NAN = float("nan")
     (dict(spacing_jitter_m=0.1), "scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m=0.1, got 0.1"),
     (dict(spacing_jitter_m=0.001, array_radius_m=0.1), "scene.spacing_jitter_m is of the uniform linear array only, "
                                                        "got 0.001 with another array"),
+    (dict(mic_spacing_m=0.05, array_radius_m=0.1), "scene.mic_spacing_m is of the uniform linear array only, got 0.05 "
+                                                   "with another array"),
+    (dict(num_mics=4, mic_array_m=((0, 0, 0), (1, 0, 0))), "scene.num_mics must be the number of positions in "
+                                                           "scene.mic_array_m, 2, or left out, got 4"),
     (dict(array_radius_m=-1.0), "scene.array_radius_m must be > 0, got -1.0"),
     (dict(mic_array_m=()), "scene.mic_array_m must hold at least one [x, y, z], got an empty list"),
     (dict(mic_array_m=((0, 0), (1, 1))), "scene.mic_array_m must hold [x, y, z] of finite numbers, got (0, 0)"),

@@ -363,6 +363,18 @@ def test_what_says_nothing_of_given_scenes_is_told(folder, capsys):
     assert capsys.readouterr().err == "error: a configuration must come first, a YAML file, got scene.num_mics=4\n"
 
 
+@pytest.mark.parametrize("wav", [False, True])
+def test_settings_that_change_nothing_are_told(wav, folder, capsys):
+    settings = ("train.steps=9", "mixture.sensor_snr_db=[0, 0]", "speech.train=x", "target.grid_deg=5")
+    few = ("speech.voices_speakers=2", "speech.voices_utterances=1")
+    assert start("--num-scenes", 1, "--out", "set", *settings, *(("--wav", *few) if wav else ())) == 0
+    told = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
+    everywhere = ("warning: train.steps, speech.train, target.grid_deg have no effect: scenes are rendered one by one, "
+                  "and nothing is trained")
+    assert told == [everywhere] + ([] if wav else ["warning: mixture.sensor_snr_db has no effect: there are mixtures "
+                                                   "with --wav only"])
+
+
 def test_every_method_has_its_own_decay_in_the_line_of_the_end(folder, capsys):
     assert start("--num-scenes", 8, "--out", "set", "rir.hybrid_share=0.5", "ism.absorption=eyring") == 0
     ratios = re.search(r", T20 (\S+) \(fra, rir.decay=nominal\) and (\S+) \(hybrid\) x rt60 in the median",
