@@ -47,7 +47,8 @@ class SceneConfig:
         sources, where all are planar 17 %.
     wall_dist_m: the least distance of sources and microphones to the walls.
     num_src: talkers per scene.
-    num_mics, mic_spacing_m: a uniform linear array along x, used unless one of the next two is given.
+    num_mics, mic_spacing_m: a uniform linear array along x; of another array, by mic_array_m or array_radius_m, there
+        is no mic_spacing_m, and mic_array_m has a number of its own.
     spacing_jitter_m: its spacing is another in every scene, uniform within so much of mic_spacing_m: arrays are not
         built to the millimetre, and 3 % of the spacing stand for 3 % of the speed of sound, 17 degrees of temperature.
     mic_array_m: microphone positions, one [x, y, z] each; their mean is put at the centre of the array.
