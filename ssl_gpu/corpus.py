@@ -179,7 +179,7 @@ def resample_problem(file_rate: int, sample_rate: int) -> str | None:
     if file_rate == sample_rate or taps <= MAX_RESAMPLE_TAPS:
         return None
     return (f"{file_rate} Hz has too small a common factor with {sample_rate} Hz, {step}: the filter must have at most "
-            f"{MAX_RESAMPLE_TAPS / 1e6:.0f} million taps, has {taps / 1e6:.0f}; resample the audio beforehand")
+            f"{MAX_RESAMPLE_TAPS / 1e6:.4g} million taps, has {taps / 1e6:.4g}; resample the audio beforehand")
 
 
 def resample(audio: np.ndarray, file_rate: int, sample_rate: int) -> np.ndarray:

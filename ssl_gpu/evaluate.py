@@ -47,8 +47,9 @@ NO_RUN = {"train": {"steps": 1}}  # a configuration where there is no checkpoint
 # Sections of which an evaluation reads nothing, and why: of a run's own, and of sets.
 UNTRAINED = ("train", "speech.train"), "nothing is trained"
 IDLE_OWN = ("mixture", "simulator"), "the clips of a run's own evaluation are clean"
-IDLE_SETS = (("scene", "rir", "ism", "mixture", "simulator"), "what the sets are of is fixed, whatever the model was "
-             "trained for")
+DRAWN_OWN = ("scene.bank", "scene.pool", "rir.early", "speech.crop"), "an evaluation has rooms and clips of its own"
+IDLE_SETS = (("scene", "rir", "ism", "mixture", "simulator", "speech.clip_s", "speech.crop"),
+             "what the sets are of is fixed, whatever the model was trained for")
 
 
 def eval_speech(cfg: RunConfig, num_src: int = 1) -> SpeechBank:
@@ -111,9 +112,10 @@ def prepare_eval(cfg: RunConfig, device: torch.device, bank: SpeechBank, heard: 
 
 def warn_of_idle(overrides: Sequence[str], idle: Collection[str], why: str, read: Collection[str] = ()) -> None:
     """A line where overrides are of keys that nothing reads, and why. idle: sections, and keys of others; read: the
-    keys of these sections that have an effect."""
-    keys = [key for key in (text.partition("=")[0].strip() for text in overrides)
-            if (key in idle or key.partition(".")[0] in idle) and key not in read]
+    keys of these sections that have an effect, for which a whole section is not told either."""
+    effective = {*read, *(key.partition(".")[0] for key in read)}
+    keys = [key for key in dict.fromkeys(text.partition("=")[0].strip() for text in overrides)
+            if (key in idle or key.partition(".")[0] in idle) and key not in effective]
     if keys:
         print(f"warning: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect: {why}", file=sys.stderr)
 
@@ -140,6 +142,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     _, overrides = measured_folder(overrides, ())
     cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
     warn_of_idle(overrides, *IDLE_OWN)
+    warn_of_idle(overrides, *DRAWN_OWN)
     warn_of_idle(overrides, *UNTRAINED, read=("train.device", "train.seed"))
     device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
@@ -187,6 +190,8 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
         import_pyroomacoustics()
     warn_of_idle(overrides, *IDLE_SETS)
     warn_of_idle(overrides, *UNTRAINED, read=("train.device",))
+    if weights is None:
+        warn_of_idle(overrides, ("model", "features", "target"), "there is no model")
     warn_of_idle(overrides, ("eval.num_clips",), "it is of a run's own evaluation; with --sets there is --clips N")
     measured = read_measured(folder) if "e3" in names else None
     localizer = None

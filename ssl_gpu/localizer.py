@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,10 @@ class TargetConfig:
         if not self.sigma_deg > 0:
             raise ValueError(f"target.sigma_deg must be > 0, got {self.sigma_deg}")
         for name in ("grid_deg", "sigma_deg"):
-            if self.labels is Labels.HARD and getattr(self, name) != getattr(TargetConfig, name):
-                raise ValueError(f"target.{name} is of soft labels only, got {getattr(self, name)} with hard ones")
+            value, unset = getattr(self, name), getattr(TargetConfig, name)
+            if self.labels is Labels.HARD and value != unset:
+                raise ValueError(f"target.{name} must be left at {unset} with target.labels=hard, which do not have "
+                                 f"it, got {value}")
         if not self.emd_weight >= 0:
             raise ValueError(f"target.emd_weight must be >= 0, got {self.emd_weight}")
         if not self.mask_weight > 0:
@@ -212,12 +215,12 @@ class Localizer(nn.Module):
         """
         if chunk is None:
             chunk = CPU_CHUNK if runtime.prefers_parts(audio.device) else GPU_CHUNK
-        if not isinstance(chunk, int) or chunk < 1:
+        if not isinstance(chunk, Integral) or chunk < 1:
             raise ValueError(f"chunk must be a whole number >= 1, got {chunk}")
         if len(audio) == 0:  # which MKL refuses to transform
             empty = self.grid.new_empty(0, self.num_src)
             return empty, empty.clone()
-        logits = torch.cat([self.hear(part) for part in audio.split(chunk)])
+        logits = torch.cat([self.hear(part) for part in audio.split(int(chunk))])
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
         return self.angles(logits, law)

@@ -185,6 +185,9 @@ def read_weights(path: str | Path) -> Weights:
         there = "that is a configuration" if os.path.lexists(path) else "there is nothing of that name"
         raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
                               f"{path}: {there}")
+    if path.name == WEIGHTS:
+        raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
+                              f"{path}: name its folder")
     path = path / "checkpoint.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
     _check_stored(checkpoint.config, path)

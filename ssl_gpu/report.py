@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ssl_gpu.original import NUM_EVAL_SCENES
-from ssl_gpu.scoring import LEAST_CLUSTERS
 
 QUIET_S = 1.0  # a wait that needs no words
 
@@ -71,7 +70,7 @@ def result_table(result: dict[str, Any]) -> str:
 SET_COLUMNS = (
     ("clips", lambda r: str(r["num_clips"])),
     ("cone MAE", lambda r: metrics_cell(r["cone_mae_deg"], "deg")),
-    ("95 %", lambda r: f"needs {LEAST_CLUSTERS} scenes" if r["interval_95"] is None else " / ".join(
+    ("95 %", lambda r: "too few" if r["interval_95"] is None else " / ".join(
         f"{low:.1f}..{high:.1f}" for low, high in r["interval_95"]["cone_mae_deg"])),
     ("median", lambda r: metrics_cell(r["cone_median_deg"], "deg")),
     ("within 5, 10, 15", lambda r: " ".join(f"{100 * r[f'acc_at_{t}']:.1f}" for t in (5, 10, 15)) + " %"),

@@ -136,8 +136,8 @@ class SceneConfig:
         if self.mic_array_m is not None or self.array_radius_m is not None:
             for name, unset in (("mic_spacing_m", SceneConfig.mic_spacing_m), ("spacing_jitter_m", 0.0)):
                 if getattr(self, name) != unset:
-                    raise ValueError(f"scene.{name} is of the uniform linear array only, got {getattr(self, name)} "
-                                     f"with another array")
+                    raise ValueError(f"scene.{name} must be left at {unset} with scene.mic_array_m or "
+                                     f"scene.array_radius_m, which do not have it, got {getattr(self, name)}")
         if self.mic_array_m is not None and self.num_mics not in (SceneConfig.num_mics, len(self.mic_array_m)):
             raise ValueError(f"scene.num_mics must be the number of positions in scene.mic_array_m, "
                              f"{len(self.mic_array_m)}, or left out, got {self.num_mics}")

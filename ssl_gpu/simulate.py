@@ -68,8 +68,9 @@ LONGEST_ROOM = 200.0  # m, of one that is not doubted; St Peter's is 186 m long
 WRITTEN = {"array_pos", "direction", "azimuth_deg", "cone_angle_deg", "fname", "sample_rate", "method", "absorption",
            "clamped", "t20", "drr_db", "c50_db", "seed", "utterances", "offsets", "gain_db", "sensor_snr_db",
            "diffuse_snr_db"}
-IDLE = (("train", "eval.num_clips", "speech.train", "model", "features", "target", "simulator"),
-        "scenes are rendered one by one, and nothing is trained")
+IDLE = (("train", "eval.num_clips", "speech.train", "model", "features", "target", "simulator", "scene.bank",
+         "rir.early"),
+        "scenes are rendered one by one on a CPU, by --seed, --num-scenes and --targets, and nothing is trained")
 OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|early_\d+_\d+\.wav|scene_\d+\.png")
 
 
@@ -254,7 +255,8 @@ def simulate(args: argparse.Namespace) -> str:
         warn_of_idle(args.overrides, ("scene",), "the scenes are those of --scenes")
     warn_of_idle(args.overrides, *IDLE)
     if not args.wav:
-        warn_of_idle(args.overrides, ("mixture", "speech"), "there are mixtures with --wav only", read=IDLE[0])
+        warn_of_idle(args.overrides, ("mixture", "speech", "eval.seed"), "there are mixtures with --wav only",
+                     read=("speech.train",))                            # which has been told
     if given is None and cfg.rir.uses_walls:
         check_law(cfg.ism, cfg.scene)
     if given is None and cfg.scene.pool is not Pool.LAW:

@@ -135,6 +135,10 @@ def test_command_writes_numbers_and_manifests_the_same_every_time(checkpoint, tm
      ["mixture.sensor_snr_db has no effect: the clips of a run's own evaluation are clean"]),
     (["eval.num_clips=2", "train.seed=1", "train.device=cpu", "train.steps=9"],
      ["train.steps has no effect: nothing is trained"]),
+    (["eval.num_clips=2", "train={device: cpu, steps: 1}", "scene.bank=3", "speech.crop=first", "speech.crop=random"],
+     ["scene.bank, speech.crop have no effect: an evaluation has rooms and clips of its own"]),
+    (["--sets", "e1", "--clips", 2, "speech.clip_s=2", "train={steps: 3}", "mixture={}"],
+     ["speech.clip_s, mixture have no effect: what the sets are of is fixed, whatever the model was trained for"]),
     (["eval.num_clips=2", "scene.rt60_s=[0.2, 0.3]"], []),
 ])
 def test_what_changes_nothing_is_told(arguments, warnings, checkpoint, capsys):

@@ -91,10 +91,10 @@ def test_values_become_members():
     (lambda: TrainConfig(steps=1, out=Path("runs")), f"train.out must be text or null, got {Path('runs')!r}"),
     (lambda: TrainConfig(steps=1, device=torch.device("cpu")), "train.device must be text, got device(type='cpu')"),
     (lambda: TargetConfig(sigma_deg=math.nan), "target.sigma_deg must be > 0, got nan"),
-    (lambda: TargetConfig(labels="hard", grid_deg=5.0), "target.grid_deg is of soft labels only, got 5.0 with hard "
-                                                        "ones"),
-    (lambda: TargetConfig(labels="hard", sigma_deg=2.0), "target.sigma_deg is of soft labels only, got 2.0 with hard "
-                                                         "ones"),
+    (lambda: TargetConfig(labels="hard", grid_deg=5.0), "target.grid_deg must be left at 2.0 with target.labels=hard, "
+                                                        "which do not have it, got 5.0"),
+    (lambda: TargetConfig(labels="hard", sigma_deg=2.0), "target.sigma_deg must be left at 3.0 with "
+                                                         "target.labels=hard, which do not have it, got 2.0"),
     (lambda: TargetConfig(offsets=None), "target.offsets must be whole, got None"),
     (lambda: ModelConfig(depth=torch.nn.Sequential(torch.nn.GELU())), "model.depth must be whole, got Sequential( (0): "
                                                                       "GELU(approximate='none') )"),

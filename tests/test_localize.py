@@ -467,7 +467,7 @@ MISTAKES = {
     "an override": (None, ["talk.wav", "target.offsets=4"], "recording and checkpoint must be paths, no "
                     "section.key=value, got target.offsets=4"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"],
-                           "talk.wav is no checkpoint, such as the checkpoint.pt of a run"),
+                           "talk.wav is no file that torch.save wrote, as checkpoint.pt of a run is"),
     # Found before anything is read, or the error would be another.
     "json nowhere": (None, ["nope.wav", "run", "--json", "no/out.json"],
                      "--json must be a file in an existing folder, got no/out.json"),

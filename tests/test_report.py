@@ -61,7 +61,7 @@ def test_what_there_is_nothing_of_is_no_number():
     few = set_row()
     few |= {"interval_95": None, "detection_at_10": {"mdr": 1.0, "far": 1.0, "fine_error_deg": None}}
     text = sets_table({"e1": few})
-    assert "100.0 %" in text and "None" not in text and "  needs 10 scenes  " in text
+    assert "100.0 %" in text and "None" not in text and "  too few  " in text
 
 
 def test_what_chance_of_measured_rooms_knows_is_said_below_the_table():

@@ -355,10 +355,11 @@ NAN = float("nan")
     (dict(spacing_jitter_m=-0.001), "scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m=0.1, got "
                                     "-0.001"),
     (dict(spacing_jitter_m=0.1), "scene.spacing_jitter_m must satisfy 0 <= jitter < scene.mic_spacing_m=0.1, got 0.1"),
-    (dict(spacing_jitter_m=0.001, array_radius_m=0.1), "scene.spacing_jitter_m is of the uniform linear array only, "
-                                                       "got 0.001 with another array"),
-    (dict(mic_spacing_m=0.05, array_radius_m=0.1), "scene.mic_spacing_m is of the uniform linear array only, got 0.05 "
-                                                   "with another array"),
+    (dict(spacing_jitter_m=0.001, array_radius_m=0.1), "scene.spacing_jitter_m must be left at 0.0 with "
+                                                       "scene.mic_array_m or scene.array_radius_m, which do not have "
+                                                       "it, got 0.001"),
+    (dict(mic_spacing_m=0.05, array_radius_m=0.1), "scene.mic_spacing_m must be left at 0.1 with scene.mic_array_m or "
+                                                   "scene.array_radius_m, which do not have it, got 0.05"),
     (dict(num_mics=4, mic_array_m=((0, 0, 0), (1, 0, 0))), "scene.num_mics must be the number of positions in "
                                                            "scene.mic_array_m, 2, or left out, got 4"),
     (dict(array_radius_m=-1.0), "scene.array_radius_m must be > 0, got -1.0"),
@@ -383,7 +384,8 @@ def test_a_law_that_cannot_be_is_refused_in_one_line(change, message):
 
 def test_laws_at_their_limits_are_accepted():
     for change in (dict(rt60_s=(0.3, 0.3)), dict(wall_dist_m=0.0), dict(src_dist_m=(0.2, math.inf)), dict(bank=1),
-                   dict(src_dist_m=(1.59, 5.0)), dict(room_min_m=(3, 3, 1.1)), dict(mic_array_m=((9.0, 9.0, 9.0),))):
+                   dict(src_dist_m=(1.59, 5.0)), dict(room_min_m=(3, 3, 1.1)), dict(mic_array_m=((9.0, 9.0, 9.0),)),
+                   dict(mic_array_m=((0, 0, 0), (1, 0, 0), (0, 1, 0)), num_mics=3)):
         assert torch.isfinite(draw(SceneConfig(**change), batch=50).src_pos).all()
 
 

@@ -365,12 +365,14 @@ def test_what_says_nothing_of_given_scenes_is_told(folder, capsys):
 
 @pytest.mark.parametrize("wav", [False, True])
 def test_settings_that_change_nothing_are_told(wav, folder, capsys):
-    settings = ("train.steps=9", "mixture.sensor_snr_db=[0, 0]", "speech.train=x", "target.grid_deg=5")
+    settings = ("train.steps=9", "mixture.sensor_snr_db=[0, 0]", "speech.train=x", "target.grid_deg=5", "scene.bank=2",
+                "model.dropout=0", "features.hop=128", "simulator.chunk=1", "eval.num_clips=1", "rir.early=false")
     few = ("speech.voices_speakers=2", "speech.voices_utterances=1")
     assert start("--num-scenes", 1, "--out", "set", *settings, *(("--wav", *few) if wav else ())) == 0
     told = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
-    everywhere = ("warning: train.steps, speech.train, target.grid_deg have no effect: scenes are rendered one by one, "
-                  "and nothing is trained")
+    everywhere = ("warning: train.steps, speech.train, target.grid_deg, scene.bank, model.dropout, features.hop, "
+                  "simulator.chunk, eval.num_clips, rir.early have no effect: scenes are rendered one by one on a CPU, "
+                  "by --seed, --num-scenes and --targets, and nothing is trained")
     assert told == [everywhere] + ([] if wav else ["warning: mixture.sensor_snr_db has no effect: there are mixtures "
                                                    "with --wav only"])
 

@@ -249,7 +249,7 @@ def test_unusable_files_are_skipped_with_one_line(tmp_path, caplog):
         (tone(0.25), RATE, "0.25 s, shorter than speech.min_duration_s = 0.5"),
         (np.full(RATE, np.inf), RATE, "not finite"),
         (tone(1.0, rate=44101), 44101, "44101 Hz has too small a common factor with 16000 Hz, 1: the filter must "
-         "have at most 67 million taps, has 706; resample the audio beforehand"),
+         "have at most 67.11 million taps, has 705.6; resample the audio beforehand"),
     ],
 )
 def test_skipping_says_why_and_nothing_left_is_refused(tmp_path, audio, rate, reason):
