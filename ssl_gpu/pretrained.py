@@ -185,7 +185,7 @@ def read_weights(path: str | Path) -> Weights:
         there = "that is a configuration" if os.path.lexists(path) else "there is nothing of that name"
         raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
                               f"{path}: {there}")
-    if path.name == WEIGHTS:
+    if path.name == WEIGHTS and not path.is_dir():
         raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
                               f"{path}: name its folder")
     path = path / "checkpoint.pt" if path.is_dir() else path

@@ -466,6 +466,8 @@ MISTAKES = {
                         "or a folder of ssl_gpu.pretrained, got a.yaml: that is a configuration"),
     "an override": (None, ["talk.wav", "target.offsets=4"], "recording and checkpoint must be paths, no "
                     "section.key=value, got target.offsets=4"),
+    "weights without their folder": (put("weights.safetensors", b"x"), ["talk.wav", "weights.safetensors"],
+                                     "got weights.safetensors: name its folder"),
     "no such checkpoint": (None, ["talk.wav", "talk.wav"],
                            "talk.wav is no file that torch.save wrote, as checkpoint.pt of a run is"),
     # Found before anything is read, or the error would be another.
