@@ -253,7 +253,7 @@ def simulate(args: argparse.Namespace) -> str:
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
     if given is not None:
         warn_of_idle(args.overrides, ("scene",), "the scenes are those of --scenes")
-    warn_of_idle(args.overrides, *IDLE)
+    warn_of_idle(args.overrides, *IDLE, read=("features.window",))    # the least that speech.clip_s may be
     if not args.wav:
         warn_of_idle(args.overrides, ("mixture", "speech", "eval.seed"), "there are mixtures with --wav only",
                      read=("speech.train",))                            # which has been told
