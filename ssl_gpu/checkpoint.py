@@ -80,10 +80,10 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):  # what torch.save writes; the end of the file is what makes it one
-                begins = file.seek(0) == 0 and file.read(2) == b"PK"
-                empty = file.seek(0, os.SEEK_END) == 0
-                raise CheckpointError(f"{path} is " + ("empty" if empty else "cut short" if begins else
-                                                       "no file that torch.save wrote, as checkpoint.pt of a run is"))
+                file.seek(0)
+                start = {b"": "empty", b"PK": "cut short"}
+                raise CheckpointError(f"{path} is " + start.get(
+                    file.read(2), "no file that torch.save wrote, as checkpoint.pt of a run is"))
             file.seek(0)
             content = torch.load(file, map_location=map_location, weights_only=True)
     except CheckpointError:

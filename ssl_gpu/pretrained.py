@@ -181,13 +181,15 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     if (path / WEIGHTS).is_file():
         return _read_folder(path)
-    if not os.path.lexists(path) or (path.suffix in (".yaml", ".yml") and not path.is_dir()):
-        there = "that is a configuration" if os.path.lexists(path) else "there is nothing of that name"
+    there = None
+    if not os.path.lexists(path):
+        there = "there is nothing of that name"
+    elif not path.is_dir():
+        there = "name its folder" if path.name == WEIGHTS else \
+            "that is a configuration" if path.suffix in (".yaml", ".yml") else None
+    if there is not None:
         raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
                               f"{path}: {there}")
-    if path.name == WEIGHTS and not path.is_dir():
-        raise CheckpointError(f"weights must be a run, its checkpoint.pt or a folder of ssl_gpu.pretrained, got "
-                              f"{path}: name its folder")
     path = path / "checkpoint.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
     _check_stored(checkpoint.config, path)

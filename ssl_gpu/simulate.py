@@ -68,8 +68,7 @@ LONGEST_ROOM = 200.0  # m, of one that is not doubted; St Peter's is 186 m long
 WRITTEN = {"array_pos", "direction", "azimuth_deg", "cone_angle_deg", "fname", "sample_rate", "method", "absorption",
            "clamped", "t20", "drr_db", "c50_db", "seed", "utterances", "offsets", "gain_db", "sensor_snr_db",
            "diffuse_snr_db"}
-IDLE = (("train", "eval.num_clips", "speech.train", "model", "features", "target", "simulator", "scene.bank",
-         "rir.early"),
+IDLE = (("train", "eval.num_clips", "speech.train", "model", "features", "target", "simulator", "rir.early"),
         "scenes are rendered one by one on a CPU, by --seed, --num-scenes and --targets, and nothing is trained")
 OURS = re.compile(r"scenes\.json|config\.yaml|rir_\d+\.npy|mix_\d+\.wav|early_\d+_\d+\.wav|scene_\d+\.png")
 
@@ -253,6 +252,8 @@ def simulate(args: argparse.Namespace) -> str:
     given = None if args.scenes is None else given_scenes(cfg, args.scenes, args.num_scenes)
     if given is not None:
         warn_of_idle(args.overrides, ("scene",), "the scenes are those of --scenes")
+    else:
+        warn_of_idle(args.overrides, ("scene.bank",), "every scene is another room")
     warn_of_idle(args.overrides, *IDLE, read=("features.window",))    # the least that speech.clip_s may be
     if not args.wav:
         warn_of_idle(args.overrides, ("mixture", "speech", "eval.seed"), "there are mixtures with --wav only",

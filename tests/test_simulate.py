@@ -370,11 +370,12 @@ def test_settings_that_change_nothing_are_told(wav, folder, capsys):
     few = ("speech.voices_speakers=2", "speech.voices_utterances=1")
     assert start("--num-scenes", 1, "--out", "set", *settings, *(("--wav", *few) if wav else ())) == 0
     told = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
-    everywhere = ("warning: train.steps, speech.train, target.grid_deg, scene.bank, model.dropout, features.hop, "
-                  "simulator.chunk, eval.num_clips, rir.early have no effect: scenes are rendered one by one on a CPU, "
-                  "by --seed, --num-scenes and --targets, and nothing is trained")
-    assert told == [everywhere] + ([] if wav else ["warning: mixture.sensor_snr_db has no effect: there are mixtures "
-                                                   "with --wav only"])
+    everywhere = ["warning: scene.bank has no effect: every scene is another room",
+                  "warning: train.steps, speech.train, target.grid_deg, model.dropout, features.hop, simulator.chunk, "
+                  "eval.num_clips, rir.early have no effect: scenes are rendered one by one on a CPU, by --seed, "
+                  "--num-scenes and --targets, and nothing is trained"]
+    assert told == everywhere + ([] if wav else ["warning: mixture.sensor_snr_db has no effect: there are mixtures "
+                                                 "with --wav only"])
 
 
 def test_every_method_has_its_own_decay_in_the_line_of_the_end(folder, capsys):
