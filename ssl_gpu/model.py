@@ -331,7 +331,7 @@ class ConformerLocalizer(nn.Module):
         mask, free, of_frames = self._masks(spectra, phat)
         # The mask that the truth teaches learns nothing from its own maps: in noise the gradient of the angles is 35
         # times that of the masks' loss. Masks of frames taught by both explained 12 % of the true ones after 7,000
-        # mixtures, by the truth alone 31 (docs/accuracy.md).
+        # mixtures, by the truth alone 31 (docs/masks.md).
         for logits in () if mask is None else (mask.detach(), *free):
             masked, share = self.front.masked(phat, logits.sigmoid())
             maps, levels = torch.cat((maps, masked), 1), torch.cat((levels, share), 1)

@@ -1,4 +1,4 @@
-"""The README's Python, each block copied alone."""
+"""The README's Python, each block copied alone, and where the links of all pages lead."""
 import re
 from pathlib import Path
 
@@ -7,8 +7,31 @@ from oracle import mixture
 from torch.testing import assert_close
 from torch import from_numpy
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def headings(page):
+    """As GitHub names them in links."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To files that are there and headings that they have; others' addresses are not looked up."""
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert found or page.name == "CHANGELOG.md"
+    for link in found:
+        name, _, heading = link.partition("#")
+        if "://" in name:
+            continue
+        target = page.parent / name if name else page
+        assert target.is_file() or (target.is_dir() and not heading), link
+        assert not heading or heading in headings(target), link
 
 
 def run(block):
