@@ -33,6 +33,7 @@ from ssl_gpu.report import announced
 from ssl_gpu.scene import Pool, SceneConfig, original_scenes
 from ssl_gpu.simulator import Simulator, SimulatorConfig
 from ssl_gpu.speech import SpeechConfig, SpeechError
+from ssl_gpu.trainlog import Log
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -323,6 +324,18 @@ def test_the_loss_of_masks_is_told_beside_the_sum(tiny, monkeypatch):
         assert all(len(values) == 1 + (width > 0) for values in losses)
         shutil.rmtree(tiny / "run")
         found.clear()
+
+
+def test_what_is_left_is_told_by_the_mean_rate(tmp_path):
+    """After half of the run in 100 s, 60 of them with an evaluation: as much again."""
+    log = Log(tmp_path)
+    for step, took in enumerate((10, 10, 10, 10, 60), 1):
+        log.bar.start_t -= took
+        log.bar.last_print_t -= took
+        log.write({"step": step}, step / 10)
+    bar = str(log.bar)
+    log.close()
+    assert "01:40<01:40" in bar
 
 
 @pytest.mark.parametrize("losses", [[1.0, math.nan], [math.nan, 1.0], [math.inf]])
