@@ -73,6 +73,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "masks of 8 layers": ("features.mask_layers=8",),  # 2.87 M parameters
     "patches": ("features.mask_width=128", "features.patch_width=64", "features.free_masks=3",  # configs/patches.yaml
                 "target.mask_weight=10"),
+    "symmetric patches": ("features.mask_width=128", "features.patch_width=64", "features.free_masks=3",
+                          "target.mask_weight=10", "model.symmetric=true"),
     "no gate": ("features.gate_bands=0",),
     "16 bands": ("features.num_bands=16",),
     "17 delays": ("features.num_delays=17",),

@@ -149,6 +149,11 @@ class Localizer(nn.Module):
             self.network = ConformerLocalizer(model, features, sample_rate, scene.aperture, scene.num_src, len(grid))
 
     @property
+    def symmetric(self) -> bool:
+        """Whether it hears the mirror image of a clip as the mirror image of what it hears in the clip."""
+        return bool(getattr(self.network, "actions", None))
+
+    @property
     def masks(self) -> bool:
         """Whether it learns masks, for which `training_losses` wants the direct sound in the mixtures."""
         return getattr(self.network, "mask", None) is not None
@@ -193,13 +198,13 @@ class Localizer(nn.Module):
     def hear(self, audio: Tensor) -> Tensor:
         """Logits [batch, track, angle] for evaluation: as they are, or the mean of the log-probabilities over
         target.offsets and, with target.mirror, those of the mirrored clip, where an angle a becomes pi - a, and the
-        smallest the largest."""
+        smallest the largest; with model.symmetric these are the same."""
         heard = []
         for index in range(self.target.offsets):
             later = index * self.frame // self.target.offsets
             clip = nn.functional.pad(audio, (later, -later))            # of one length: nothing compiles again
             heard.append(self(clip))
-            if self.target.mirror:
+            if self.target.mirror and not self.symmetric:
                 heard.append(self(clip.flip(1)).flip(1, 2))
         return heard[0] if len(heard) == 1 else torch.stack([logits.log_softmax(-1) for logits in heard]).mean(0)
 

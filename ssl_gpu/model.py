@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssl_gpu import products, runtime
+from ssl_gpu import products, runtime, symmetry
 from ssl_gpu.checks import check_fields
 from ssl_gpu.conformer import Conformer, ConvNorm
 from ssl_gpu.features import DelayMap, FeatureConfig
@@ -231,6 +231,8 @@ class ModelConfig:
         group norm, which would undo it on a GPU.
     channels: maps of the convolutions over frame and delay.
     dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
+    symmetric: of the small one, answer a mirrored clip by the mirrored answer, by the weights (ssl_gpu.symmetry), of
+        which half as many are then free; target.mirror changes nothing any more.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -244,6 +246,7 @@ class ModelConfig:
     depth: int = 3
     heads: int = 4
     conv_kernel: int = 15
+    symmetric: bool = False
 
     def __post_init__(self):
         check_fields(self, "model")
@@ -258,6 +261,12 @@ class ModelConfig:
         for name in ("channels", "dim", "depth", "heads", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be >= 1, got {getattr(self, name)}")
+        if self.symmetric and self.kind is not ModelKind.CONFORMER:
+            raise ValueError(f"model.symmetric must be false unless model.kind is conformer, got true with "
+                             f"{self.kind.value}")
+        for name in ("channels", "heads"):
+            if self.symmetric and getattr(self, name) % 2:
+                raise ValueError(f"model.{name} must be even with model.symmetric=true, got {getattr(self, name)}")
         if self.dim % self.heads or self.dim % POOL_HEADS:
             raise ValueError(f"model.dim must be divisible by model.heads and by {POOL_HEADS}, "
                              f"got {self.dim} and {self.heads}")
@@ -289,7 +298,9 @@ class ConformerLocalizer(nn.Module):
     and those of the masks, [batch, frame, freq], which `mask_loss` is for. With features.patch_width that network is of
     patches (ssl_gpu.patches), and the Conformer also hears what it makes of every frame; with features.free_masks it
     makes so many further masks, with num_bands maps each, and learns from the angles by these and by what it makes of
-    frames. Without, the truth alone teaches it.
+    frames. Without, the truth alone teaches it. With model.symmetric the logits of a clip whose microphones change
+    places are those of the clip, tracks and angles from the last to the first, while `actions` (ssl_gpu.symmetry) are
+    kept by who trains it.
     """
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
@@ -321,6 +332,8 @@ class ConformerLocalizer(nn.Module):
         self.pool_value = nn.Linear(cfg.dim, cfg.dim)
         self.head = nn.Sequential(nn.Linear(2 * cfg.dim, 2 * cfg.dim), nn.GELU(),
                                   nn.Linear(2 * cfg.dim, num_tracks * num_angles))
+        self.actions = symmetry.of_localizer(self) if cfg.symmetric else {}
+        symmetry.begin(self, self.actions)
 
     def forward(self, audio: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         maps, levels, spectra, phat = self.front.hear(audio)

@@ -92,6 +92,8 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     Raises ValueError, in one line that names the path, where they do not fit.
     """
     localizer, state = build_localizer(cfg), weights.state
+    if localizer.symmetric and not from_mapping(RunConfig, weights.config).model.symmetric:
+        raise ValueError(f"{path} does not fit the configuration: model.symmetric=true wants weights of such a run")
     if as_beginning and gets_gate(weights, cfg):
         state = copy(state)                                              # which keeps what torch hangs on it
         state.update({name: own for name, own in localizer.state_dict().items() if name.startswith("network.gate.")})
