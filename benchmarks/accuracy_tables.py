@@ -1,4 +1,4 @@
-"""The tables of README and docs/accuracy.md from the results that the package and docs/results hold."""
+"""The tables of README, docs/accuracy.md and docs/masks.md from the results that the package and docs/results hold."""
 from __future__ import annotations
 
 import json
@@ -98,8 +98,33 @@ MOST_DIGITS = 6          # of what is compared with a target: beyond are roundin
 MOST_PARAMETERS, MOST_BYTES, MOST_MINUTES, HOUR_MINUTES = 3e6, 6e6, 10, 60
 HOUR = Target("e1", 2.5)
 # docs/results/evaluation-<name>.json and result-<name>.json
-HOURS = {"masks-hour": "by the recipe as it is, on a slow machine",
-         "hour-gated": "without masks, on another that was some three times as fast"}
+HOURS = {"patches-hour": "by configs/patches.yaml",
+         "masks-hour": "by configs/librispeech.yaml, on a slow machine",
+         "hour-gated": "by that without masks, on another that was some three times as fast"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training by `settings`, from docs/results/evaluation-<name>.json and result-<name>.json, where no name is
+    given from the package; cores: of a CPU, how many it had."""
+
+    settings: str
+    name: str | None = None
+    cores: str = ""
+
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        """Evaluation and result."""
+        if self.name is None:
+            return PACKAGED / EVALUATION, PACKAGED / RESULT
+        return folder / f"evaluation-{self.name}.json", folder / f"result-{self.name}.json"
+
+
+LIBRISPEECH = "`configs/librispeech.yaml`"
+RECIPES = (Recipe("`configs/patches.yaml`, the packaged weights"),
+           Recipe("`configs/patches.yaml`", "patches-hour", "two cores of an "),
+           Recipe(LIBRISPEECH, "masks-hour", "two slow cores of an "),
+           Recipe(f"{LIBRISPEECH} `features.mask_width=0`", "hour-gated", "two cores of an "))
+RECIPE_SETS = ("e1", "e1n5", "e2", "e3")
 
 
 def targets(results: Mapping[str, Any], training: Mapping[str, Any], size: int, folder: Path) -> str:
@@ -132,6 +157,18 @@ def targets(results: Mapping[str, Any], training: Mapping[str, Any], size: int, 
         (f"{beside([training['parameters'] / 1e6], MOST_PARAMETERS / 1e6)} M, "
          f"{beside([size / 1e6], MOST_BYTES / 1e6, digits=1)} MB: {met(small)}")
     return "\n".join(["| target | reached |", "|---|---|", *(f"| {what} | {said} |" for what, said in rows.items())])
+
+
+def recipes(folder: Path) -> str:
+    """What each of RECIPES took and gave."""
+    lines = ["| settings | minutes | mixtures | " + " | ".join(RECIPE_SETS) + " |",
+             "|---" * (3 + len(RECIPE_SETS)) + "|"]
+    for recipe in RECIPES:
+        found, run = (json.loads(path.read_text(encoding="utf-8")) for path in recipe.files(folder))
+        cells = " | ".join(pair(found[name]["cone_mae_deg"]) for name in RECIPE_SETS)
+        lines.append(f"| {recipe.settings} | {run['minutes']:.1f} of {recipe.cores or 'an '}{run['device']}, "
+                     f"{run['precision']} | {run['examples']:,} | {cells} |")
+    return "\n".join(lines)
 
 
 def begun(run: Mapping[str, Any]) -> str:
@@ -297,7 +334,8 @@ def ablations(path: Path) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation": lambda: evaluation(packaged()), "evaluation-short": lambda: short(packaged()),
     "evaluation-azimuth": lambda: azimuth(packaged()), "evaluation-by": lambda: by_circumstance(packaged()),
-    "targets": packaged_targets, "evaluation-snr": lambda: by_snr(DOCS / "evaluation-snr.json"),
+    "targets": packaged_targets, "recipes": lambda: recipes(DOCS),
+    "evaluation-snr": lambda: by_snr(DOCS / "evaluation-snr.json"),
     "ablations-masks": lambda: ablations(DOCS / "ablations-masks.jsonl"),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
     "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),

@@ -1,9 +1,10 @@
 """The tables of README and docs from the files of results.
 
-    python -m benchmarks.report                                       print those of the benchmarks
-    python -m benchmarks.report --write README.md docs/accuracy.md    put each between its markers in the files
-    python -m benchmarks.report --check README.md docs/accuracy.md    exit status 1 if others are there
+    python -m benchmarks.report                     print those of the benchmarks
+    python -m benchmarks.report --write PAGES       put each between its markers in the files
+    python -m benchmarks.report --check PAGES       exit status 1 if others are there
 
+PAGES with tables are README.md docs/accuracy.md docs/masks.md docs/performance.md.
 Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks (those of CPUs), benchmarks-gpu, gpu-short, and the
 names in benchmarks.accuracy_tables.
 """
