@@ -19,6 +19,7 @@ from ssl_gpu.metrics import AngleMap, Chance, build_angle_map, chance
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.model import FRAME_HOPS, HOP, ConformerLocalizer, ModelConfig, ModelKind, SSLModel
 from ssl_gpu.scene import SceneBatch, SceneConfig, check_places, sample_scenes
+from ssl_gpu.symmetry import Mirror
 
 MOST_OFFSETS = 8  # framings to hear a clip in
 CPU_CHUNK, GPU_CHUNK = 8, 64  # clips heard at a time: entry 60 of docs/performance.md
@@ -50,7 +51,7 @@ class TargetConfig:
         no weights of the network in common, and it changes nothing but what gradients are clipped by.
     decoding: how a distribution becomes an angle.
     mirror: in evaluation, hear every clip a second time with its microphones exchanged, which mirrors all angles, and
-        take the mean of both log-probabilities: twice the cost.
+        take the mean of both log-probabilities: twice the cost, and nothing with model.symmetric.
     offsets: in evaluation, hear every clip so many times, each time 1 / offsets of a frame later, and take the mean of
         the log-probabilities: so many times the cost. Zeros come before it, and its end, less than a frame, is lost. A
         frame is that of the conformer model's Conformer, two hops, or of the original's transform.
@@ -149,9 +150,9 @@ class Localizer(nn.Module):
             self.network = ConformerLocalizer(model, features, sample_rate, scene.aperture, scene.num_src, len(grid))
 
     @property
-    def symmetric(self) -> bool:
-        """Whether it hears the mirror image of a clip as the mirror image of what it hears in the clip."""
-        return bool(getattr(self.network, "actions", None))
+    def mirror(self) -> Mirror | None:
+        """With model.symmetric, what keeps its weights their own mirror images, and None without."""
+        return getattr(self.network, "mirror", None)
 
     @property
     def masks(self) -> bool:
@@ -198,13 +199,13 @@ class Localizer(nn.Module):
     def hear(self, audio: Tensor) -> Tensor:
         """Logits [batch, track, angle] for evaluation: as they are, or the mean of the log-probabilities over
         target.offsets and, with target.mirror, those of the mirrored clip, where an angle a becomes pi - a, and the
-        smallest the largest; with model.symmetric these are the same."""
+        smallest the largest; with model.symmetric they are the same, and not computed."""
         heard = []
         for index in range(self.target.offsets):
             later = index * self.frame // self.target.offsets
             clip = nn.functional.pad(audio, (later, -later))            # of one length: nothing compiles again
             heard.append(self(clip))
-            if self.target.mirror and not self.symmetric:
+            if self.target.mirror and self.mirror is None:
                 heard.append(self(clip.flip(1)).flip(1, 2))
         return heard[0] if len(heard) == 1 else torch.stack([logits.log_softmax(-1) for logits in heard]).mean(0)
 

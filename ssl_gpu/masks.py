@@ -72,7 +72,8 @@ def neighbours(x: Tensor, reach: int, dim: int = 1) -> Tensor:
 def told(spectra: Tensor, phat: Tensor) -> Tensor:
     """What MaskNetwork and patches.PatchNetwork are told of every bin, [batch, PER_BIN, frame, freq] float32: its
     level, in bels, less the mean of the clip, and less that of its frequency; the cosine and sine of the phase
-    difference; and the coherence of the microphones around it, 1 where one wave is alone."""
+    difference; and the coherence of the microphones around it, 1 where one wave is alone (symmetry.TOLD has what the
+    mirror makes of each)."""
     first, second = spectra.unbind(1)
     cross = second * first.conj()
     level = torch.log10(cross.abs() + 1e-4)                             # as features.relative_levels

@@ -232,7 +232,8 @@ class ModelConfig:
     channels: maps of the convolutions over frame and delay.
     dim, depth, heads, conv_kernel: width, blocks, attention heads and kernel (in frames of 32 ms) of the Conformer.
     symmetric: of the small one, answer a mirrored clip by the mirrored answer, by the weights (ssl_gpu.symmetry), of
-        which half as many are then free; target.mirror changes nothing any more.
+        which about half as many are then free; target.mirror changes nothing any more. channels, heads and
+        features.mask_width must then be even, features.num_delays odd.
 
     Raises ValueError naming the field, its value and the rule.
     """
@@ -299,8 +300,10 @@ class ConformerLocalizer(nn.Module):
     patches (ssl_gpu.patches), and the Conformer also hears what it makes of every frame; with features.free_masks it
     makes so many further masks, with num_bands maps each, and learns from the angles by these and by what it makes of
     frames. Without, the truth alone teaches it. With model.symmetric the logits of a clip whose microphones change
-    places are those of the clip, tracks and angles from the last to the first, while `actions` (ssl_gpu.symmetry) are
-    kept by who trains it.
+    places are those of the clip, tracks and angles from the last to the first, as long as who trains it makes `mirror`
+    (symmetry.Mirror) keep gradients and weights.
+
+    Raises ValueError with model.symmetric for an even number of delays or an odd features.mask_width.
     """
 
     def __init__(self, cfg: ModelConfig, features: FeatureConfig, sample_rate: int, mic_spacing: float,
@@ -332,8 +335,14 @@ class ConformerLocalizer(nn.Module):
         self.pool_value = nn.Linear(cfg.dim, cfg.dim)
         self.head = nn.Sequential(nn.Linear(2 * cfg.dim, 2 * cfg.dim), nn.GELU(),
                                   nn.Linear(2 * cfg.dim, num_tracks * num_angles))
-        self.actions = symmetry.of_localizer(self) if cfg.symmetric else {}
-        symmetry.begin(self, self.actions)
+        self.mirror = None
+        if cfg.symmetric:
+            if not features.num_delays % 2 or features.mask_width % 2:
+                raise ValueError(f"features.num_delays must be odd and features.mask_width even with "
+                                 f"model.symmetric=true, got {features.num_delays} and {features.mask_width}")
+            mirror = symmetry.Mirror(self, symmetry.of_localizer(self))
+            mirror.begin(mirror.of(self))
+            self.mirror = mirror
 
     def forward(self, audio: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         maps, levels, spectra, phat = self.front.hear(audio)

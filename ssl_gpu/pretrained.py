@@ -92,8 +92,7 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
     Raises ValueError, in one line that names the path, where they do not fit.
     """
     localizer, state = build_localizer(cfg), weights.state
-    if localizer.symmetric and not from_mapping(RunConfig, weights.config).model.symmetric:
-        raise ValueError(f"{path} does not fit the configuration: model.symmetric=true wants weights of such a run")
+    check_symmetry(weights.config, cfg, path)
     if as_beginning and gets_gate(weights, cfg):
         state = copy(state)                                              # which keeps what torch hangs on it
         state.update({name: own for name, own in localizer.state_dict().items() if name.startswith("network.gate.")})
@@ -104,6 +103,14 @@ def load_localizer(weights: Weights, cfg: RunConfig, path: str | Path, as_beginn
         why = misfit(error, weights.config, cfg, added)
         raise ValueError(f"{path} does not fit the configuration: {why}") from error
     return localizer
+
+
+def check_symmetry(before: Mapping[str, Any], cfg: RunConfig, path: str | Path) -> None:
+    """Raises ValueError, in one line that names the path, where a symmetric network is to have the weights of one that
+    was not, of a run of the configuration `before`."""
+    if cfg.model.symmetric and not from_mapping(RunConfig, before).model.symmetric:
+        raise ValueError(f"{path} does not fit the configuration: model.symmetric=true (was false), and weights "
+                         f"trained without it are not symmetric")
 
 
 def gets_gate(weights: Weights, cfg: RunConfig) -> bool:
@@ -132,7 +139,7 @@ def shapes_weights(key: str, both: Collection[str]) -> bool:
         return "mask_width" in both
     if key == "features.patch_blocks":
         return "patch_width" in both
-    if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "features.hop"):
+    if key in ("model.dropout", "model.channels_last", "model.freeze_stft", "model.symmetric", "features.hop"):
         return False
     return key in ("target.labels", "target.grid_deg", "scene.num_src") or key.startswith(("model.", "features."))
 

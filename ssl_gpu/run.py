@@ -29,8 +29,8 @@ from ssl_gpu.localizer import Localizer
 from ssl_gpu.optim import Averaged, Precision, Together, TrainConfig, build_optimizer, restore_optimizer
 from ssl_gpu.original import NUM_EVAL_SCENES
 from ssl_gpu.pool import eval_rooms_in
-from ssl_gpu.pretrained import (Weights, build_localizer, gets_gate, load_localizer, misfit, packaged, read_weights,
-                                trained_examples, trained_talkers)
+from ssl_gpu.pretrained import (Weights, build_localizer, check_symmetry, gets_gate, load_localizer, misfit, packaged,
+                                read_weights, trained_examples, trained_talkers)
 from ssl_gpu.report import announced
 from ssl_gpu.rir import Method
 from ssl_gpu.scene import SceneConfig
@@ -253,6 +253,9 @@ def begun_from(weights: Weights, cfg: RunConfig) -> Localizer:
     if gets_gate(weights, cfg):
         print(f"the network gets a gate, features.gate_bands={cfg.features.gate_bands}, which the weights of "
               f"train.init={cfg.train.init} lack")
+    if from_mapping(RunConfig, weights.config).model.symmetric and localizer.mirror is None:
+        print(f"warning: the weights of train.init={cfg.train.init} are symmetric and will not stay so: "
+              f"model.symmetric=true keeps them", file=sys.stderr)
     others = [name for name, made_for, asked in _meanings(from_mapping(RunConfig, weights.config), cfg)
               if made_for != asked and name != "features.gate_bands"]
     if others:
@@ -286,6 +289,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     initial = initial_weights(cfg) if resumed is None else None
     localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)
     if resumed is not None:
+        check_symmetry(resumed.config, cfg, out)
         with fitting(cfg, out, resumed):                               # or it would be told after minutes
             localizer.load_state_dict(resumed.model)
     check_lanes(cfg.train.lanes, device, localizer)
@@ -315,6 +319,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         run.step = run.first = initial.step
         run.examples = run.first_examples = initial.examples
     if resumed is not None:
+        check_symmetry(resumed.config, cfg, out)
         with fitting(cfg, out, resumed):
             restore(run, resumed)
     if cfg.train.max_minutes is not None:

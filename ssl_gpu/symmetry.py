@@ -6,13 +6,13 @@ places in the mirror; what is told of bins, the delays, the masks and the answer
 layer keeps the symmetry where its weights, with outputs and inputs mirrored, are the same weights (Cohen and Welling
 2016, "Group equivariant convolutional networks", ICML, here of the group of two elements; Ravanbakhsh, Schneider and
 Poczos 2017, "Equivariance through parameter-sharing", ICML). Norms of a token, activations and attention, whose heads
-come in two halves, keep it as they are. So nothing is computed otherwise: about half as many weights are free, and who
-trains the network keeps them so (`keep`).
+come in two halves, keep it as they are. So the network computes what it would without: about half as many weights are
+free, and who trains it keeps them so at every step (`Mirror.keep`).
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ def opposite(x: Tensor, dim: int) -> Tensor:
 
 def halves(x: Tensor, dim: int) -> Tensor:
     """Channels, and whatever stands for them: the second half changes places with the first."""
+    if x.shape[dim] % 2:
+        raise ValueError(f"what has halves must have an even size, got {x.shape[dim]}")
     return x.roll(x.shape[dim] // 2, dim)
 
 
@@ -66,39 +68,58 @@ def twice(x: Tensor, dim: int) -> Tensor:
 
 
 def mirrored_masks(number: int) -> Action:
-    """Of masks: the first, which the truth teaches, is its own image; of the others two are each other's, and so are
-    the next two from the last on."""
+    """Of masks: the others are each other's images, two and two, behind the first, which the truth teaches and which is
+    its own, and one more such where an odd number of others leaves one."""
     pairs = (number - 1) // 2
     return one_by_one((number - 2 * pairs, same), *[(2, ends)] * pairs)
 
 
-def image(x: Tensor, actions: tuple[Action, ...]) -> Tensor:
-    """A weight with everything mirrored, an action for each of its dimensions."""
-    for dim, action in enumerate(actions):
-        x = action(x, dim)
-    return x
+class Mirror(nn.Module):
+    """The mirror images of the weights of one network, as places and signs in all of them one behind the other.
 
+    actions: by the names of weights, for each dimension that the mirror changes anything along what it does. Weights
+    that it does not name are left alone. network is not kept.
+    Raises AttributeError for a name that is no weight's, ValueError for a size that has no halves.
+    """
 
-@torch.no_grad()
-def begin(network: nn.Module, actions: Actions) -> None:
-    """Makes new weights their own images, in place, at the variance that they were drawn with: a mean of two has half
-    of it. Those that were not drawn, of norms, are their images."""
-    norms = {f"{name}.{kind}" for name, module in network.named_modules() for kind in ("weight", "bias")
-             if isinstance(module, (nn.LayerNorm, nn.GroupNorm))}
-    for name, action in actions.items():
-        weight = network.get_parameter(name)
-        weight.copy_((weight + image(weight, action)) / (2 if name in norms else math.sqrt(2)))
+    def __init__(self, network: nn.Module, actions: Actions):
+        super().__init__()
+        self.names, places, begin = tuple(actions), [], 1
+        for name in self.names:
+            weight = network.get_parameter(name)
+            place = torch.arange(begin, begin + weight.numel()).view(weight.shape)
+            for dim, action in enumerate(actions[name]):
+                place = action(place, dim)
+            places.append(place.flatten())                              # from 1 on, so that all have a sign
+            begin += weight.numel()
+        places = torch.cat(places)
+        self.register_buffer("place", places.abs() - 1, persistent=False)
+        self.register_buffer("sign", places.sign().float(), persistent=False)
 
+    def of(self, network: nn.Module) -> list[nn.Parameter]:
+        """The weights that it is of, in a network or in its copy."""
+        return [network.get_parameter(name) for name in self.names]
 
-@torch.no_grad()
-def keep(network: nn.Module, actions: Actions, gradients: bool = False) -> None:
-    """Makes weights, or their gradients, their own images, in place: the mean of what they are and of that. Gradients
-    before a step, since Muon's is no mean of two; weights behind it, for roundings."""
-    for name, action in actions.items():
-        weight = network.get_parameter(name)
-        what = weight.grad if gradients else weight
-        if what is not None:
-            what.add_(image(what, action)).mul_(0.5)
+    def image(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of tensors of the shapes of `of`, their images."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = flat.index_select(0, self.place) * self.sign
+        return [part.view_as(tensor) for part, tensor in
+                zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+
+    @torch.no_grad()
+    def begin(self, weights: Sequence[Tensor]) -> None:
+        """Makes weights that have just been drawn their own images, in place. The mean of two that were drawn has half
+        of their variance, which is made up for; what is its own image already, as a norm's weights are, stays."""
+        for weight, image in zip(weights, self.image(weights)):
+            weight.copy_(torch.where(weight == image, weight, (weight + image) / math.sqrt(2)))
+
+    @torch.no_grad()
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Makes tensors the means of what they are and of their images, in place: the gradients, before the optimiser
+        takes its step by them, as Muon's step by a mean is not the mean of two steps; and the weights behind it, for
+        the roundings of the step."""
+        torch._foreach_lerp_(list(tensors), self.image(tensors), 0.5)
 
 
 TOLD = one_by_one((3, same), (1, opposite), (PER_BIN - 4, same))  # masks.told: levels and a cosine, the sine, coherence

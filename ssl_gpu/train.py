@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import torch
 
-from ssl_gpu import rng, runtime, symmetry
+from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
 from ssl_gpu.commandline import Parser, end_with, told, uninterrupted
 from ssl_gpu.config import save_yaml
@@ -132,12 +132,14 @@ def gradients(run: Run, network: torch.nn.Module, mixture: MixtureBatch,
 
 def update(run: Run, average: torch.Tensor | None = None) -> None:
     """Weights and averaged weights one step on, by the gradients; average: the weight of optim.Averaged.update."""
-    network, actions = run.localizer.network, getattr(run.localizer.network, "actions", {})
-    symmetry.keep(network, actions, gradients=True)
+    mirror = run.localizer.mirror
+    if mirror is not None:
+        mirror.keep([weight.grad for weight in mirror.of(run.localizer.network)])
     if run.cfg.train.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(run.localizer.parameters(), run.cfg.train.clip_norm)
     run.optimizer.step()
-    symmetry.keep(network, actions)
+    if mirror is not None:
+        mirror.keep(mirror.of(run.localizer.network))
     if run.averaged is not None:
         run.averaged.update(run.localizer, average)
 
@@ -298,6 +300,7 @@ def train(run: Run, log: Log) -> int:
         if share < 1 and math.floor(share * evaluations) > math.floor(run.evaluated * evaluations):
             log_evaluation(run, log, step, share)
             run.evaluated = share
+            log.skip(progress(run, step, began))
             timer.restart()
             tuner.restart()
         if time.monotonic() - saved > 60 * cfg.checkpoint_minutes:

@@ -26,8 +26,7 @@ class Log:
                     if line["step"] < step or (line["step"] == step and (share < 1 or "loss" in line))]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
-        # By the mean rate: by that of late an evaluation on the way made 45 minutes that were left 134.
-        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5, smoothing=0,
+        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,6 +53,12 @@ class Log:
             except OSError as error:
                 self.full = True
                 self.warn(f"cannot write TensorBoard's events: {error.strerror}; training goes on")
+
+    def skip(self, share: float) -> None:
+        """The share of the run after an evaluation, of whose time the bar is to conclude nothing: with it 45 minutes
+        that were left became 134."""
+        self.bar.n = self.bar.last_print_n = 100 * min(share, 1.0)
+        self.bar.last_print_t = self.bar._time()
 
     def show(self, text: str) -> None:
         """What stands behind the progress bar."""

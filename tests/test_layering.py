@@ -15,10 +15,10 @@ PACKAGE = ROOT / "ssl_gpu"
 ORDER = ["checks", "commandline", "runtime", "geometry", "acoustics", "rng", "microphones", "fused_convolve",
          "convolve", "directivity", "original", "scene", "voices", "corpus", "speech", "fused", "scatter", "synthesis",
          "laws", "bands", "rir", "ism", "hybrid", "rooms", "pool", "measure", "mixture", "products", "conformer",
-         "masks", "patches", "symmetry", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator", "evalset",
-         "lanes", "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips", "measured",
-         "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog", "train",
-         "trials", "choices", "methods", "fidelity", "simulate", "localize"]
+         "masks", "patches", "symmetry", "features", "doa", "metrics", "model", "localizer", "baselines", "simulator",
+         "evalset", "lanes", "muon", "optim", "checkpoint", "outputs", "scenelist", "config", "pretrained", "clips",
+         "measured", "protocol", "scoring", "assess", "report", "plots", "webpage", "evaluate", "run", "trainlog",
+         "train", "trials", "choices", "methods", "fidelity", "simulate", "localize"]
 ENGINE = ORDER[:ORDER.index("simulator") + 1]
 ON_DEMAND = {"fused", "fused_convolve"}  # imported inside a function, by who asks for it: it needs Triton
 HEAVY = {"torchaudio", "matplotlib", "tensorboard", "soundfile"}

@@ -326,16 +326,20 @@ def test_the_loss_of_masks_is_told_beside_the_sum(tiny, monkeypatch):
         found.clear()
 
 
-def test_what_is_left_is_told_by_the_mean_rate(tmp_path):
-    """After half of the run in 100 s, 60 of them with an evaluation: as much again."""
-    log = Log(tmp_path)
-    for step, took in enumerate((10, 10, 10, 10, 60), 1):
-        log.bar.start_t -= took
-        log.bar.last_print_t -= took
+def test_an_evaluation_is_no_part_of_the_rate_that_tells_what_is_left(tmp_path):
+    """A tenth of the run every 10 s, and 60 s of evaluation in between."""
+    log, clock = Log(tmp_path), [0.0]
+    log.bar._time, log.bar.start_t, log.bar.last_print_t = lambda: clock[0], 0.0, 0.0
+    for step in range(1, 6):
+        clock[0] += 10
         log.write({"step": step}, step / 10)
+    clock[0] += 60
+    log.skip(0.53)
+    clock[0] += 10
+    log.write({"step": 6}, 0.63)
     bar = str(log.bar)
     log.close()
-    assert "01:40<01:40" in bar
+    assert "02:00<00:37" in bar
 
 
 @pytest.mark.parametrize("losses", [[1.0, math.nan], [math.nan, 1.0], [math.inf]])
@@ -648,7 +652,8 @@ def test_time_kept_for_the_end_is_not_that_of_a_compilation(compile, tiny, monke
     kept, progress = [], train_cli.progress
     monkeypatch.setattr(train_cli.runtime, "compiled", lambda network, enabled: network)
     monkeypatch.setattr(train_cli, "progress", lambda run, *args: kept.append(run.step_s) or progress(run, *args))
-    assert start("train.out=run", "train.steps=2", f"train.compile={str(compile).lower()}") == 0
+    assert start("train.out=run", "train.steps=2", "train.evaluations=1",
+                 f"train.compile={str(compile).lower()}") == 0
     assert len(kept) == 3 + compile and kept[0] == 0 and (kept[1] == 0) == compile and kept[-1] > 0
 
 
