@@ -337,6 +337,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "targets": packaged_targets, "recipes": lambda: recipes(DOCS),
     "evaluation-snr": lambda: by_snr(DOCS / "evaluation-snr.json"),
     "ablations-masks": lambda: ablations(DOCS / "ablations-masks.jsonl"),
+    "ablations-symmetric": lambda: ablations(DOCS / "ablations-symmetric.jsonl"),
     "ablations": lambda: ablations(DOCS / "ablations.jsonl"),
     "ablations-ungated": lambda: ablations(DOCS / "ablations-ungated.jsonl"),
     "ablations-before": lambda: ablations(DOCS / "ablations-before.jsonl"), "leak": lambda: leak(DOCS),
