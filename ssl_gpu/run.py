@@ -319,7 +319,6 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         run.step = run.first = initial.step
         run.examples = run.first_examples = initial.examples
     if resumed is not None:
-        check_symmetry(resumed.config, cfg, out)
         with fitting(cfg, out, resumed):
             restore(run, resumed)
     if cfg.train.max_minutes is not None:
