@@ -119,7 +119,9 @@ class Mirror(nn.Module):
         """Makes tensors the means of what they are and of their images, in place: the gradients, before the optimiser
         takes its step by them, as Muon's step by a mean is not the mean of two steps; and the weights behind it, for
         the roundings of the step."""
-        torch._foreach_lerp_(list(tensors), self.image(tensors), 0.5)
+        tensors = list(tensors)
+        torch._foreach_add_(tensors, self.image(tensors))               # not lerp: of two images one would be rounded
+        torch._foreach_mul_(tensors, 0.5)                               # otherwise than the other
 
 
 TOLD = one_by_one((3, same), (1, opposite), (PER_BIN - 4, same))  # masks.told: levels and a cosine, the sine, coherence
