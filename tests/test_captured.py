@@ -27,8 +27,9 @@ TINY = {
               "schedule": "step", "device": "cpu", "precision": "float32"}}
 
 
-def config(**changes):
-    return from_mapping(RunConfig, {**TINY, "train": {**TINY["train"], **changes}})
+def config(symmetric=False, **changes):
+    return from_mapping(RunConfig, {**TINY, "model": {**TINY["model"], "symmetric": symmetric},
+                                    "train": {**TINY["train"], **changes}})
 
 
 def run_of(cfg):
@@ -51,11 +52,11 @@ def step_by_step(run, count):
     return losses
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
-def test_steps_are_those_of_the_loop(optimizer, ema):
+@pytest.mark.parametrize("optimizer, ema, symmetric", [
+    *[(optimizer, ema, False) for optimizer in ("adam", "adamw", "muon") for ema in (None, 0.9)], ("muon", 0.9, True)])
+def test_steps_are_those_of_the_loop(optimizer, ema, symmetric):
     """To the bit where float32 holds the rate, as a graph reads it; averages to roundings."""
-    cfg = config(optimizer=optimizer, ema=ema)
+    cfg = config(symmetric, optimizer=optimizer, ema=ema)
     plain, run = run_of(cfg), run_of(cfg)
     expected, invalid = step_by_step(plain, 4), torch.zeros((), dtype=torch.int64)
     captured = train.CapturedStep(run, run.localizer, invalid)

@@ -125,10 +125,10 @@ def steps_of(network, overrides, count, compile=False):
 
 @pytest.mark.parametrize("network, overrides", [
     ("librispeech", []), ("librispeech", ["features.mask_width=0"]), ("librispeech", ["train.optimizer=adamw"]),
-    ("patches", []),
+    ("patches", []), ("patches", ["model.symmetric=true"]),
     ("librispeech", ["train.ema=null", "train.clip_norm=null"]),
     ("original", ["train.precision=bfloat16", "train.warmup=0.1"])],
-    ids=["muon", "no masks", "adamw", "patches", "bare", "original"])
+    ids=["muon", "no masks", "adamw", "patches", "symmetric", "bare", "original"])
 def test_captured_steps_are_those_of_the_loop(network, overrides):
     """Eight: three plain on the stream that captures, then the capture, and replays with other draws, rates and noise.
     Rooms are added up in any order, and eight steps make more of it."""

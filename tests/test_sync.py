@@ -217,10 +217,11 @@ def test_networks_and_losses_never_wait_for_the_gpu(name, overrides, request):
     assert losses.shape == ((2,) if localizer.masks else (1,)) and losses.device == GPU
 
 
-def test_updates_that_a_graph_captures_never_wait_for_the_gpu(request):
-    """Clipping, Muon with its rate on the GPU (torch's fused AdamW takes no fake tensors), averages; and the draws with
-    their share of noise there."""
-    cfg = load_config(RunConfig, ROOT / "configs" / "librispeech.yaml")
+@pytest.mark.parametrize("overrides", [[], ["model.symmetric=true"]], ids=["plain", "symmetric"])
+def test_updates_that_a_graph_captures_never_wait_for_the_gpu(overrides, request):
+    """Symmetry, clipping, Muon with its rate on the GPU (torch's fused AdamW takes no fake tensors), averages; and the
+    draws with their share of noise there."""
+    cfg = load_config(RunConfig, ROOT / "configs" / "librispeech.yaml", overrides)
     localizer = build_localizer(cfg).to("meta")
     simulator, averaged = simulator_of("mixed"), Averaged(localizer, 0.9)
     request.getfixturevalue("fake_gpu")
@@ -229,6 +230,7 @@ def test_updates_that_a_graph_captures_never_wait_for_the_gpu(request):
     run = SimpleNamespace(cfg=cfg, localizer=localizer, averaged=averaged,
                           optimizer=build_optimizer(cfg.train, localizer).parts["muon"])
     rate_on_device(run.optimizer, GPU).fill_(1e-3)
+    assert (localizer.mirror is not None) == bool(overrides)
     for _ in range(2):
         for weight in localizer.parameters():
             weight.grad = torch.empty_like(weight)
