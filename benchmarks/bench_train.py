@@ -206,8 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = common.parser("bench_train", __doc__, seconds=10.0)
     parser.add_argument("--model", nargs="+", choices=NETWORKS, metavar="NAME",
-                        help="librispeech, original: the files in configs/ (default: both, on a CPU librispeech only); "
-                             "original-fft: its transform frozen; original-nchw: its maps not channels last")
+                        help="librispeech, patches, original: the files in configs/ (default: the first and the last, "
+                             "on a CPU librispeech only); original-fft: its transform frozen; "
+                             "original-nchw: its maps not channels last")
     parser.add_argument("--batch", type=common.positive, metavar="N",
                         help="mixtures per step (default: the configuration's, and 2 for original on a CPU)")
     parser.add_argument("--compile", choices=common.CHOICES, default="both", help="torch.compile the network")
@@ -232,6 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = [(overlap, False) for overlap in overlaps if False in graphs] + [(False, True)] * (True in graphs)
     results, tasks, again = common.Results("bench_train", device, arguments, args.json), [], []
     names = args.model or (["librispeech"] if on_cpu else ["librispeech", "original"])
+    for name in names:                                                  # a wrong one is no measurement that fails
+        try:
+            load_config(RunConfig, common.ROOT / "configs" / f"{NETWORKS[name][0]}.yaml",
+                        [*OVERRIDES, *NETWORKS[name][2], *args.set])
+        except ValueError as error:
+            common.refuse(f"--set: {error}")
     # Eager first: compilation takes longest, and fails most.
     for compile, name, (overlap, graph) in product(common.CHOICES[args.compile], names, ways):
         batch = args.batch or (NETWORKS[name][1] if on_cpu else None)

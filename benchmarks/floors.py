@@ -41,7 +41,7 @@ def truth_of(seed: int) -> Truth:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(prog="python -m benchmarks.floors", description=__doc__)
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--draws", type=common.positive, default=8)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(arguments)
     try:

@@ -29,7 +29,7 @@ from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.config import RunConfig, apply_overrides, from_mapping, is_override
 from ssl_gpu.doa import sorted_angles
 from ssl_gpu.evalset import build_eval_set
-from ssl_gpu.evaluate import eval_speech
+from ssl_gpu.evaluate import check_speech_there, eval_speech
 from ssl_gpu.localizer import scene_law
 from ssl_gpu.model import shortest_clip
 from ssl_gpu.outputs import output_file, write_each
@@ -48,6 +48,7 @@ class Measurement:
         self.cfg = from_mapping(RunConfig, apply_overrides(weights.config, overrides))
         if self.cfg.scene.mic_array_m is not None:
             raise ValueError("localize_windows needs weights of a scene.mic_spacing_m, these are of scene.mic_array_m")
+        check_speech_there(self.cfg, overrides)
         self.device, self.clips = runtime.pick_device(self.cfg.train.device, "train.device"), clips
         self.localizer = load_localizer(weights, self.cfg, path).to(self.device).eval()
         self.step, self.speech = weights.step, eval_speech(self.cfg)

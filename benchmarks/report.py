@@ -239,7 +239,7 @@ def blocks(folder: Path) -> dict[str, Callable[[], str]]:
 def insert(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
     """`text` with the tables between their markers. Raises ValueError where it has none, or others."""
     if not BLOCK.search(text):
-        raise ValueError("the file must hold a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->")
+        raise ValueError("it must hold a pair of markers, <!-- NAME:begin --> and <!-- NAME:end -->")
 
     def filled(match: re.Match) -> str:
         if match["name"] not in tables:
@@ -263,7 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n\n".join(filter(None, (report(args.results, gpu) for gpu in (True, False)))))
         for target in args.write or args.check or []:
             text = target.read_text(encoding="utf-8")
-            wanted = insert(text, blocks(args.results))
+            try:
+                wanted = insert(text, blocks(args.results))
+            except ValueError as error:
+                raise ValueError(f"{target}: {error}") from error
             if args.write:
                 write_text(target, wanted)
             elif text != wanted:

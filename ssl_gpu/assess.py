@@ -15,6 +15,7 @@ from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.baselines import Pooling, srp_phat_by
 from ssl_gpu.checkpoint import write_text
 from ssl_gpu.clips import Clips, Digest, Truth, without_audio
+from ssl_gpu.commandline import bar_interval
 from ssl_gpu.config import RunConfig
 from ssl_gpu.localizer import Localizer, SceneLaw, Target, scene_law
 from ssl_gpu.metrics import Chance, chance, localisation_metrics
@@ -68,7 +69,7 @@ def _assess(name: str, options: SetOptions, localizer_for: Callable[[float], Loc
     spacing = spacing_told(name, options)
     localizer = None if localizer_for is None else localizer_for(spacing)
     digest, parts, heard = Digest(), [], {key: [] for key in ("model", *BASELINES.values())}
-    with tqdm(desc=name, total=num_clips(name, options), unit="clip") as bar:
+    with tqdm(desc=name, total=num_clips(name, options), unit="clip", mininterval=bar_interval()) as bar:
         for clips in clips_of(name, options):
             digest.add(clips)
             audio = clips.audio.to(options.device)

@@ -23,6 +23,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+if __name__ == "__main__":
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
+
 import yaml
 
 from ssl_gpu.checkpoint import write_text

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import sys
 import tarfile
 import tempfile
 import uuid
@@ -25,8 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_gpu.commandline import bar_interval
+
 AUDIO_SUFFIXES = (".flac", ".ogg", ".opus", ".wav")
-CACHE_VERSION = 1  # part of the cache key: raise it when decoding or the cache's layout changes
+CACHE_VERSION = 2  # part of the cache key: raise it when decoding or the cache's layout changes
 MAX_RESAMPLE_TAPS = 1 << 26  # 256 MB of float32; 22,255 Hz -> 16 kHz needs 14 M taps, 44,101 Hz -> 16 kHz 700 M
 RESAMPLE_BLOCK = 1 << 20  # samples resampled at a time
 LIBRISPEECH_SUBSETS = (
@@ -71,8 +72,8 @@ def load_corpus(
 ) -> Corpus:
     """Every audio file below `folder` as int16 at `sample_rate` (Hz), from the cache when the contents are unchanged.
 
-    Files that are unreadable, empty, shorter than `min_duration_s` (s) or not finite are skipped, with one warning for
-    all of them. A cache that is damaged is rebuilt; one that cannot be written costs a warning.
+    Files that are unreadable, empty, silent, shorter than `min_duration_s` (s) or not finite are skipped, with one
+    warning for all of them. A cache that is damaged is rebuilt; one that cannot be written costs a warning.
     called: what errors call the folder.
     Raises SpeechError when the folder is missing, holds no audio or none that is usable, or has to be resampled without
     torchaudio.
@@ -169,7 +170,8 @@ def decode(path: Path, sample_rate: int, min_duration_s: float) -> np.ndarray | 
         return problem
     if file_rate != sample_rate:
         mono = resample(mono, file_rate, sample_rate)
-    return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
+    samples = np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
+    return samples if samples.any() else "nothing but silence"
 
 
 def resample_problem(file_rate: int, sample_rate: int) -> str | None:
@@ -214,9 +216,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def _bar(items: Iterable[T], title: str, total: int, progress: bool) -> Iterable[T]:
-    """A progress bar on standard error; one line in ten seconds where that is a log file and not a terminal."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, title, total, unit="file", disable=not progress, mininterval=interval)
+    return tqdm(items, title, total, unit="file", disable=not progress, mininterval=bar_interval())
 
 
 def _workers() -> int:

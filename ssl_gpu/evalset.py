@@ -37,8 +37,8 @@ class EvalConfig:
         check_fields(self, "eval")
         if self.num_clips < 1:
             raise ValueError(f"eval.num_clips must be >= 1, got {self.num_clips}")
-        if self.seed < 0:
-            raise ValueError(f"eval.seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed <= rng.MAX_SEED:
+            raise ValueError(f"eval.seed must satisfy 0 <= seed <= {rng.MAX_SEED}, got {self.seed}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ weights by: "split" in JSON is then validation, otherwise test.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
 
 import torch
 
@@ -69,6 +69,16 @@ def eval_speech(cfg: RunConfig, num_src: int = 1) -> SpeechBank:
         raise SpeechError(f"speech.eval must hold at least {num_src} speakers, one per source, got {bank.num_speakers} "
                           f"in {where}")
     return bank
+
+
+def check_speech_there(cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Raises ValueError where the configuration of weights, and none of the overrides, names speech that is not there:
+    it may be that of another machine."""
+    folder = cfg.speech.eval
+    if folder is not None and not Path(folder).is_dir() and not any(
+            text.startswith("speech.eval=") for text in overrides):
+        raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR, or synthetic voices by "
+                         f"speech.eval=null; the configuration of the weights has {folder!r}")
 
 
 def leaked_talkers(heard: Collection[str] | None, bank: SpeechBank) -> int | None:
@@ -144,6 +154,7 @@ def evaluate(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     warn_of_idle(overrides, *IDLE_OWN)
     warn_of_idle(overrides, *DRAWN_OWN)
     warn_of_idle(overrides, *UNTRAINED, read=("train.device", "train.seed"))
+    check_speech_there(cfg, overrides)
     device = runtime.pick_device(cfg.train.device, "train.device")
     localizer = load_localizer(weights, cfg, path).to(device)
     eval_set, fixed = prepare_eval(cfg, device, eval_speech(cfg, cfg.scene.num_src), weights.talkers)
@@ -179,11 +190,7 @@ def evaluate_sets(path: str | Path | None, sets: str, overrides: Sequence[str] =
     device = runtime.pick_device(cfg.train.device, "train.device")
     about = dict.fromkeys(("target", "steps", "examples", "steps_before", "examples_before", "minutes", "precision",
                            "parameters", "weights_digest", "leaked_talkers"))
-    speech_dir = cfg.speech.eval
-    if speech_dir is not None and not Path(speech_dir).is_dir() and not any(
-            text.startswith("speech.eval=") for text in overrides):
-        raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR; the configuration of "
-                         f"the weights has {speech_dir!r}")
+    check_speech_there(cfg, overrides)
     if weights is not None:
         check_model(cfg)
     if "e2" in names:
@@ -281,7 +288,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, list[tuple
     if args.baselines and args.checkpoint is not None:
         raise ValueError(f"--baselines takes no checkpoint, got {args.checkpoint}")
     # Before minutes of work.
-    numbers, html = output_file("--json", args.json), output_file("--html", args.html)
+    numbers, html = output_file("--json", args.json), output_file("--html", args.html, "HTML")
+    if html is not None and html == numbers:
+        raise ValueError(f"--json and --html must be two files, got {args.html} twice")
     manifest = output_folder("--manifest", args.manifest)
     if args.sets is None:
         result, found = evaluate(args.checkpoint, args.overrides) | {"command": command}, {}

@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 from typing import Callable, Sequence
 
+if __name__ == "__main__":
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
+
+from ssl_gpu import rng
 from ssl_gpu.choices import CHOICES
 from ssl_gpu.commandline import Parser, end_with
 from ssl_gpu.methods import method
+from ssl_gpu.outputs import output_folder
 from ssl_gpu.plots import require_matplotlib
 
 FIGURES: dict[str, tuple[int, Callable[[Sequence, int, int], list[str]]]] = {**CHOICES, "method": (2, method)}
@@ -43,10 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.rooms < 2:
             raise ValueError(f"--rooms must be >= 2, got {args.rooms}")
+        if not 0 <= args.seed <= rng.MAX_SEED:
+            raise ValueError(f"--seed must satisfy 0 <= seed <= {rng.MAX_SEED}, got {args.seed}")
         require_matplotlib()
-        args.out.mkdir(parents=True, exist_ok=True)
+        folder = output_folder("--out", str(args.out))
+        folder.mkdir(parents=True, exist_ok=True)
         for name in FIGURES:
-            for line in draw(name, args.out / f"{name}.png", args.rooms, args.seed):
+            for line in draw(name, folder / f"{name}.png", args.rooms, args.seed):
                 print(f"{name}: {line}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,14 +10,13 @@ is a cone angle, between the talker's direction and the line through the microph
 the second of the two channels, 180 beyond the first, 90 across. Front and back, above and below sound the same to two
 microphones. The labels of the training are Gaussians (target.sigma_deg), which the spread never gets much below.
 
---json has for every window start_s and end_s, level_db (relative to full scale, of the sum of both channels' powers),
-angle_deg and spread_deg of each talker, and counts, which is false where the window is 40 dB quieter than the loudest:
-it is then left out of median_deg.
+--json has for every window start_s and end_s, level_db (relative to full scale, of the sum of both channels' powers
+without their offsets), angle_deg and spread_deg of each talker, and counts, which is false where the window is 40 dB
+quieter than the loudest: it is then left out of median_deg.
 """
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +24,18 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
 
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ssl_gpu.acoustics import SPEED_OF_SOUND
 from ssl_gpu.checkpoint import write_json
-from ssl_gpu.commandline import Parser, end_with
+from ssl_gpu.commandline import Parser, bar_interval, end_with
 from ssl_gpu.config import RunConfig, is_override
 from ssl_gpu.corpus import resample, resample_problem
 from ssl_gpu.doa import cell_edges, decode, quantile
@@ -55,9 +56,13 @@ BLOCK = 1 << 18              # samples of a file in float64, or in all its chann
 # 20 % less than that of their training, 1.5 / 1.2 at it, 2.1 / 1.5 at half as much more, the widest tried; but 2.7 and
 # 2.5 at 30 % less, 3.7 / 4.2 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
 SPACING_TOLERANCE = (-0.21, 0.51)
+BAR_S = 2.0                  # of work without a progress bar
 LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is three to five times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
+FULL_SCALE = (0.999, 1.001)  # amplitudes of samples that clip; a file of floats may have louder ones, which do not
+TOGETHER = ("VORBIS", "OPUS")  # codecs, as soundfile has them, that make one channel of another where they are alike
+ACROSS = 90
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median
 
 
@@ -80,9 +85,9 @@ class Recording:
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """What was heard, window by window: start_s, end_s and level_db (of the sum of both channels' powers, relative to
-    full scale) [window]; angle_deg, ascending, and spread_deg [window, track]; counts [window] bool, False for what is
-    too quiet to count; median_deg [track] over the windows that count."""
+    """What was heard, window by window: start_s, end_s and level_db (of the sum of both channels' powers without their
+    offsets, relative to full scale) [window]; angle_deg, ascending, and spread_deg [window, track]; counts [window]
+    bool, False for what is too quiet to count; median_deg [track] over the windows that count."""
 
     start_s: Tensor
     end_s: Tensor
@@ -104,7 +109,7 @@ def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) 
         with open(path, "rb"):                                          # soundfile's error does not say why
             pass
         with soundfile.SoundFile(path) as file:
-            pair, file_rate = _choose(path, channels, file.channels), file.samplerate
+            pair, file_rate, codec = _choose(path, channels, file.channels), file.samplerate, file.subtype
             index = [number - 1 for number in pair]
             # Block by block: of an hour of eight channels, only the two are held.
             blocks = [block.T[index] for block in file.blocks(BLOCK, dtype="float32", always_2d=True)]
@@ -120,11 +125,14 @@ def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) 
     finite = np.isfinite(audio).all(1)
     if not finite.all():
         raise ValueError(f"{path} holds samples that are not finite, in channel {pair[int(finite.argmin())]}")
-    if not audio.any():
+    if (audio == audio[:, :1]).all():                                   # with an offset, which is no sound
         raise ValueError(f"{path} holds nothing but silence in channels {pair[0]} and {pair[1]}")
     if (problem := resample_problem(file_rate, sample_rate)) is not None:
         raise ValueError(f"{path}: {problem}")
-    warnings = _listen(audio, pair)
+    warnings = _clipping(audio) + _alike(audio, pair)
+    if codec in TOGETHER:
+        warnings.append(f"the recording is of {codec.title()}, which codes two channels together and puts sound near "
+                        f"{ACROSS} degrees that nobody made: use wav or flac")
     if file_rate < sample_rate:
         warnings.append(f"the recording ends at {file_rate / 2:g} Hz, the model was trained up to {sample_rate / 2:g}")
     if file_rate != sample_rate:
@@ -149,24 +157,37 @@ def _choose(path: str, channels: Sequence[int] | None, available: int) -> tuple[
     return first, second
 
 
-def _listen(audio: np.ndarray, pair: tuple[int, int]) -> list[str]:
-    """A line for each thing that is wrong with audio [mic=2, sample], not all zero."""
-    warnings, gram, at_full, stuck = [], np.zeros((2, 2)), 0, False
+def _clipping(audio: np.ndarray) -> list[str]:
+    """A line where audio [mic=2, sample] stays at full scale for two samples or more; a peak only touches it."""
+    low, high = FULL_SCALE
+    at_full, stuck = 0, False
     for block in np.array_split(audio, audio.shape[1] // BLOCK + 1, 1):
-        gram += block.astype(np.float64) @ block.T.astype(np.float64)
-        full = np.abs(block) >= 0.999
+        size = np.abs(block)
+        if size.max(initial=0) > high:
+            return []
+        full = size >= low
         at_full += int(full.sum())
-        # A peak that only touches full scale moves on.
         stuck |= bool((full[:, 1:] & (block[:, 1:] == block[:, :-1])).any())
+    share = 100 * at_full / audio.size
+    return [f"the recording clips: {f'{share:.2g}' if share < 10 else f'{share:.0f}'} % of its samples are at full "
+            f"scale"] if stuck else []
+
+
+def _alike(audio: np.ndarray, pair: tuple[int, int]) -> list[str]:
+    """A line where there are not two different channels in audio [mic=2, sample], offsets apart, which some converters
+    have and the network does not hear."""
+    gram, offset = np.zeros((2, 2)), audio.mean(1, dtype=np.float64, keepdims=True)
+    for block in np.array_split(audio, audio.shape[1] // BLOCK + 1, 1):
+        gram += (block - offset) @ (block - offset).T
     power = np.diag(gram)
     dead = int(power.argmin())
     if power[dead] <= SILENT ** 2 * power.max():
-        warnings.append(f"channel {pair[dead]} is silent")
-    elif 1 - gram[0, 1] ** 2 / power.prod() < SAME_CHANNELS:
-        warnings.append("the two channels are identical: there is no direction in them")
-    if stuck:
-        warnings.append(f"the recording clips: {100 * at_full / audio.size:.2g} % of its samples are at full scale")
-    return warnings
+        return [f"channel {pair[dead]} is silent"]
+    if 1 - gram[0, 1] ** 2 / power.prod() >= SAME_CHANNELS:
+        return []
+    if gram[0, 1] < 0:
+        return [f"channel {pair[1]} is channel {pair[0]} with its polarity reversed: there is no direction in them"]
+    return ["the two channels are identical: there is no direction in them"]
 
 
 def tune(localizer: Localizer, cfg: RunConfig, spacing_m: float, speed_of_sound: float) -> list[str]:
@@ -229,10 +250,13 @@ def estimate(localizer: Localizer, recording: Recording, starts: Sequence[int], 
     padding = max(shortest - length, 0)
     batch = max(1, int(FORWARD_S * rate / (length + padding)))
     power, logits = [], []
-    for index in range(0, len(starts), batch):
-        part = torch.stack([audio[:, start:start + length] for start in starts[index:index + batch]])
-        power.append(part.double().square().mean(-1).sum(-1))
-        logits.append(localizer.hear(torch.nn.functional.pad(part, (0, padding))))
+    # Of what takes longer than BAR_S, as two minutes do, which took 41 s of a busy core.
+    with tqdm(desc="listening", total=len(starts), unit="window", delay=BAR_S, mininterval=bar_interval()) as bar:
+        for index in range(0, len(starts), batch):
+            part = torch.stack([audio[:, start:start + length] for start in starts[index:index + batch]])
+            power.append(part.double().var(-1, correction=0).sum(-1))  # an offset of -60 dB is louder than pauses
+            logits.append(localizer.hear(torch.nn.functional.pad(part, (0, padding))))
+            bar.update(len(part))
     logits, level_db = torch.cat(logits), 10 * torch.log10(torch.cat(power).clamp(min=1e-12))
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the network's output is not finite: these weights cannot be used")

@@ -211,13 +211,13 @@ class Localizer(nn.Module):
 
     @torch.no_grad()
     def estimate(self, audio: Tensor, law: SceneLaw, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """audio [batch, mic=2, sample] -> azimuth and cone angle of every talker, each [batch, src] rad ascending,
-        float32.
+        """audio [batch, mic=2, sample], of any dtype and loudness -> azimuth and cone angle of every talker, each
+        [batch, src] rad ascending, float32.
 
         The module must be in eval mode. chunk: clips at a time, None for 8 on a CPU, 64 on a GPU. No clips have no
         angles: [0, src].
-        Raises FloatingPointError when the network gives a NaN or an infinity, ValueError for a chunk that
-        is no whole number of at least 1.
+        Raises FloatingPointError when the network gives a NaN or an infinity, ValueError where the audio has one, and
+        for a chunk that is no whole number of at least 1.
         """
         if chunk is None:
             chunk = CPU_CHUNK if runtime.prefers_parts(audio.device) else GPU_CHUNK
@@ -226,7 +226,11 @@ class Localizer(nn.Module):
         if len(audio) == 0:  # which MKL refuses to transform
             empty = self.grid.new_empty(0, self.num_src)
             return empty, empty.clone()
-        logits = torch.cat([self.hear(part) for part in audio.split(int(chunk))])
+        logits = torch.cat([self.hear(part) for part in audio.float().split(int(chunk))])
         if not torch.isfinite(logits).all():
-            raise FloatingPointError("the network's output is not finite: training diverged, lower train.lr")
+            finite = torch.isfinite(audio.flatten(1)).all(1)
+            if not finite.all():
+                raise ValueError(f"audio must be finite, that of clip {int(finite.long().argmin())} is not")
+            raise FloatingPointError("the network's output is not finite: these weights cannot be used, in training "
+                                     "lower train.lr")
         return self.angles(logits, law)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl_gpu.checks import check_fields
 from ssl_gpu.muon import SMALLEST, Muon, hidden_matrices
+from ssl_gpu.rng import MAX_SEED
 
 
 class Optimizer(Enum):
@@ -117,9 +118,10 @@ class TrainConfig:
         for name in ("lr", "max_minutes", "clip_norm", "checkpoint_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"train.weight_decay must be >= 0, got {self.weight_decay}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"train.seed must satisfy 0 <= seed <= {MAX_SEED}, got {self.seed}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must satisfy 0 <= decay < 1, got {self.ema}")
         for name in ("warmup", "noise_warmup", "lr_end", "lr_gamma"):

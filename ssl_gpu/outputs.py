@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
-def output_file(option: str, text: str | None) -> Path | None:
+BEGINNINGS = {"JSON": (b"{", b"["), "HTML": (b"<",)}  # of the files that commands write, by kind
+
+
+def output_file(option: str, text: str | None, kind: str = "JSON") -> Path | None:
     """The file that an option names, ~ and links followed, so that what is checked here is what is written later; None
     for None.
 
-    What is there already is to be replaced by a rename, which a folder would refuse and /dev/null not survive.
-    Raises ValueError, in one line, for something there that is no regular file, and for a folder around it that is not
-    there or not to be written to.
+    kind: of BEGINNINGS, what will be written. What is there already is to be replaced by a rename, which a folder would
+    refuse and /dev/null not survive, and should be of the kind, or an option that was given the file to be read would
+    destroy it.
+    Raises ValueError, in one line, for something there that is no regular file or, unless empty, begins as no file of
+    the kind does, and for a folder around it that is not there or not to be written to.
     """
     if text is None:
         return None
@@ -22,6 +27,9 @@ def output_file(option: str, text: str | None) -> Path | None:
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "folder" if os.path.isdir(path) else "special file"
         raise ValueError(f"{option} must be a file that can be replaced, got the {kind} {path}")
+    if (first := _first_byte(path)) is not None and first not in BEGINNINGS[kind]:
+        raise ValueError(f"{option} must be a new file or one of {kind} to be replaced, got {text}, which is something "
+                         f"else")
     if not os.path.isdir(path.parent):
         raise ValueError(f"{option} must be a file in an existing folder, got {text}")
     if not _takes_files(path.parent):
@@ -63,6 +71,15 @@ def write_each(outputs: Iterable[tuple[str, Callable[[], None]]]) -> int:
 def _followed(text: str) -> Path:
     """A path of the command line as a whole one. Not by pathlib, which raises for the ~ of a user who is not there."""
     return Path(os.path.realpath(os.path.expanduser(text)))
+
+
+def _first_byte(path: Path) -> bytes | None:
+    """Of a file; None of an empty one, and where there is none or none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1) or None
+    except OSError:
+        return None
 
 
 def _takes_files(folder: Path) -> bool:

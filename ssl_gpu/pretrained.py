@@ -25,6 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
+
 import safetensors
 import safetensors.torch
 import torch
@@ -162,8 +166,8 @@ def load_pretrained(path: str | Path | None = None) -> tuple[Localizer, RunConfi
     localizer = load_localizer(weights, cfg, PACKAGED if path is None else path)
     millions = sum(p.numel() for p in localizer.parameters()) / 1e6
     line = (f"{'the packaged weights' if path is None else path}: {cfg.model.kind.value} model, {millions:.2f} M "
-            f"parameters, {weights.step} steps, for {cfg.scene.num_src} talkers and microphones "
-            f"{spacing_text(cfg.scene.aperture)} apart")
+            f"parameters, {weights.step} step{'s' * (weights.step != 1)}, for {cfg.scene.num_src} talkers and "
+            f"microphones {spacing_text(cfg.scene.aperture)} apart")
     return localizer.eval(), cfg, line
 
 

@@ -168,8 +168,8 @@ def told_finished(cfg: RunConfig, out: Path, resumed: Checkpoint) -> str | None:
     more = f"train.max_minutes > {cfg.train.max_minutes:g}" if by_time else f"train.steps > {done}"
     changed = list(changes(cfg, resumed))
     idle = f" ({', '.join(changed)}, given now, change{'s' * (len(changed) == 1)} nothing)" if changed else ""
-    return (f"{out} is finished, after {done} steps; {out}/result.json stays as it is{idle}. Go on with {more}, or "
-            f"begin a new run with train.init={out}")
+    return (f"{out} is finished, after {done} step{'s' * (done != 1)}; {out}/result.json stays as it is{idle}. Go on "
+            f"with {more}, or begin a new run with train.init={out}")
 
 
 def changes(cfg: RunConfig, resumed: Checkpoint) -> Iterator[str]:
@@ -290,6 +290,7 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
     localizer = build_localizer(cfg) if initial is None else begun_from(initial, cfg)
     if resumed is not None:
         check_symmetry(resumed.config, cfg, out)
+        check_optimizer(resumed, cfg)
         with fitting(cfg, out, resumed):                               # or it would be told after minutes
             localizer.load_state_dict(resumed.model)
     check_lanes(cfg.train.lanes, device, localizer)
@@ -325,6 +326,14 @@ def prepare(cfg: RunConfig, out: Path, resumed: Checkpoint | None) -> Run:
         with announced("a first evaluation, for the time it takes"):
             evaluate_now(run)                                           # which is what the end of the run needs
     return run
+
+
+def check_optimizer(resumed: Checkpoint, cfg: RunConfig) -> None:
+    """Raises ValueError for another optimiser than that whose moments the checkpoint has."""
+    before, now = from_mapping(RunConfig, resumed.config).train.optimizer, cfg.train.optimizer
+    if now is not before:
+        raise ValueError(f"train.optimizer must stay {before.value}, that of the run that --resume goes on with, got "
+                         f"{now.value}")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import signal
 import struct
@@ -39,7 +38,8 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the reason stands in ssl_gpu/train.py
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from ssl_gpu import plots, rng, runtime
 from ssl_gpu.checkpoint import check_replaceable, replacing_folder, write_json
-from ssl_gpu.commandline import Parser, end_with
+from ssl_gpu.commandline import Parser, bar_interval, end_with
 from ssl_gpu.config import RunConfig, load_config, save_yaml
 from ssl_gpu.evaluate import eval_speech, warn_of_idle
 from ssl_gpu.ism import check_feasible, check_law, shortest_rt60, wall_absorption
@@ -170,7 +170,7 @@ def write_set(cfg: RunConfig, folder: Path, given: SceneBatch | None, num_scenes
     one, and what --targets writes then."""
     entries = []
     for index, scene in enumerate(tqdm(each_scene(cfg, given, num_scenes, seed), "simulating", num_scenes,
-                                       unit="scene")):
+                                       unit="scene", mininterval=bar_interval())):
         rirs, drawn = draw_rirs(cfg, scene, seed, index, targets)
         np.save(folder / f"rir_{index}.npy", rirs.full[0].numpy().astype("<f4"), allow_pickle=False)
         measures = measure_rirs(rirs, scene)

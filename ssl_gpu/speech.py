@@ -12,6 +12,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
+if __name__ == "__main__":
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
+
 import torch
 from torch import Tensor
 
@@ -262,6 +266,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     info.add_argument("--cache-dir", help="default: $XDG_CACHE_HOME/ssl_gpu or ~/.cache/ssl_gpu")
     args = parser.parse_args(arguments)
     try:
+        if args.command == "info" and args.sample_rate < 1:
+            raise ValueError(f"--sample-rate must be >= 1 Hz, got {args.sample_rate}")
         if args.command == "download":
             print(download_librispeech(args.subset, args.out))
             return 0

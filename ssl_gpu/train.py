@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import shlex
 import signal
 import sys
@@ -13,9 +12,8 @@ from dataclasses import replace
 from typing import Any, Callable, Sequence
 
 if __name__ == "__main__":
-    # Before torch loads OpenMP: threads that wait at the end of a parallel region sleep instead of spinning. On two
-    # cores that others use too, a step on two threads took 0.7 s instead of 3.7 s.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from ssl_gpu.commandline import begin_command
+    begin_command()                                                    # before torch is loaded
 
 import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ssl_gpu.checkpoint import write_text
+from ssl_gpu.commandline import bar_interval
 from ssl_gpu.pretrained import log_lines
 
 
@@ -26,7 +27,7 @@ class Log:
                     if line["step"] < step or (line["step"] == step and (share < 1 or "loss" in line))]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
-        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=0.5,
+        self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=max(0.5, bar_interval()),
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
             from torch.utils.tensorboard import SummaryWriter

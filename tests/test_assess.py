@@ -22,7 +22,7 @@ from ssl_gpu.clips import Truth
 from ssl_gpu.config import RunConfig, from_mapping, to_mapping
 from ssl_gpu.evaluate import eval_speech
 from ssl_gpu.measured import read_measured
-from ssl_gpu.pretrained import build_localizer, load_localizer, read_weights
+from ssl_gpu.pretrained import build_localizer, load_localizer, packaged, read_weights
 from ssl_gpu.protocol import SetOptions
 from ssl_gpu.runtime import versions
 
@@ -411,6 +411,7 @@ def test_page_shows_examples_as_they_were_and_errors_by_snr(tmp_path):
     (["--sets", "e3"], "e3 needs a folder of measured RIRs: e3.dir=DIR"),
     (["--sets", "e3", "e3.dir=nowhere"], "e3.dir: cannot read nowhere/index.json: No such file or directory"),
     (["--sets", "e1", "--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
+    (["--sets", "e1", "--json", "a", "--html", "./a"], "--json and --html must be two files, got ./a twice"),
     (["--json", "nowhere/a.json"], "--json must be a file in an existing folder, got nowhere/a.json"),
     (["--sets", "e1", "--manifest", "/dev/null"],
      "--manifest must be a folder that can be written to, or a place where one can be made, got /dev/null"),
@@ -488,5 +489,8 @@ def test_without_checkpoint_or_sets_there_is_nothing_to_do(capsys):
 def test_packaged_weights_ask_for_speech_by_the_key_that_gives_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("--sets", "e1", "--clips", "2") == 2
-    assert capsys.readouterr().err == ("error: speech.eval must be an existing folder, name one by speech.eval=DIR; "
-                                       "the configuration of the weights has 'test-clean'\n")
+    assert capsys.readouterr().err == ("error: speech.eval must be an existing folder, name one by speech.eval=DIR, "
+                                       "or synthetic voices by speech.eval=null; the configuration of the weights has "
+                                       "'test-clean'\n")
+    assert run("--sets", "e1", "--clips", "2") == run(packaged()) == 2
+    assert len(set(capsys.readouterr().err.splitlines())) == 1

@@ -169,6 +169,15 @@ def test_convolution_benchmark(tmp_path):
     assert first["scenes_per_s"] == 1 / first["median_s"] and first["audio_s_per_s"] == 3 / first["median_s"]
 
 
+@pytest.mark.parametrize("text, message", [
+    ("foo", "error: --set: override 'foo' must be of the form section.key=value\n"),
+    ("train.nope=1", "error: --set: ")])
+def test_wrong_settings_are_no_measurement_that_fails(text, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench_train.main(["--device", "cpu", "--set", text])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(message)
+
+
 def test_oracle_notices_a_wrong_convolution():
     dry, rir = torch.randn(2, 2000), torch.randn(2, 2, 50)
     heard = common.oracle_mixture(dry, rir)

@@ -1,10 +1,14 @@
 """What is wrong with a command line is one line, and Ctrl-C comes where it does no harm."""
+import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from ssl_gpu.commandline import Parser, told, uninterrupted
+from ssl_gpu.commandline import Parser, bar_interval, begin_command, end_with, told, uninterrupted
 
 
 @pytest.mark.parametrize("words, problem", [
@@ -42,6 +46,37 @@ def test_what_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_that_begins_is_ended_at_once_and_then_by_a_line(heard, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    begin_command()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL and os.environ["OMP_WAIT_POLICY"] == "active"
+    with pytest.raises(SystemExit) as end:
+        end_with(lambda: signal.raise_signal(signal.SIGINT))
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # as nohup does, whose child is not to hear it
+    begin_command()
+    with pytest.raises(SystemExit) as end:
+        end_with(lambda: signal.raise_signal(signal.SIGINT))
+    assert end.value.code is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("command", ["config", "evaluate", "fidelity", "localize", "pretrained", "simulate", "speech",
+                                     "train"])
+def test_ctrl_c_while_torch_is_loaded_is_no_traceback(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    found = subprocess.run([sys.executable, "-c", "import runpy, signal; signal.signal(signal.SIGINT, "
+                            f"signal.default_int_handler); runpy.run_module('ssl_gpu.{command}', run_name='__main__')"],
+                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"},
+                           capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (-signal.SIGINT, "")
+
+
+def test_bars_are_seldom_written_to_a_file(monkeypatch):
+    for terminal, expected in ((True, 0.1), (False, 10.0)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert bar_interval() == expected
 
 
 def test_what_is_uninterrupted_is_done_as_a_whole(heard):

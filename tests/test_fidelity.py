@@ -61,7 +61,9 @@ def test_only_rooms_of_measured_decay_have_no_gap():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--rooms", "1"], "error: --rooms must be >= 2, got 1"),
-    (["--out", __file__], f"error: [Errno 17] File exists: '{__file__}'"),
+    (["--seed", "-1"], "error: --seed must satisfy 0 <= seed <= 18446744073709551615, got -1"),
+    (["--out", __file__], f"error: --out must be a folder that can be written to, or a place where one can be made, "
+                          f"got {__file__}"),
 ])
 def test_what_cannot_be_is_one_line(tmp_path, capsys, arguments, message):
     pytest.importorskip("matplotlib")  # or that is what is said

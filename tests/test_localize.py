@@ -226,6 +226,45 @@ def test_quiet_windows_do_not_count(folder, capsys):
     assert capsys.readouterr().out.count("quiet, not counted") == 2
 
 
+def test_offset_is_no_sound(folder):
+    """Of -40 dB, where speech has -17: pauses with it are as quiet as without."""
+    audio = noise(3 * CLIP, 2)
+    audio[CLIP:] = 0
+    levels = []
+    for offset in ([0.0, 0.0], [0.01, -0.01]):
+        write("a.wav", audio + offset)
+        windows = found("a.wav", "run", "--window", 0.5, "--hop", 0.5)["windows"]
+        assert [row["counts"] for row in windows] == [True, False, False]
+        levels.append(windows[0]["level_db"])
+    assert abs(levels[0] - levels[1]) < 0.01
+
+
+@pytest.mark.parametrize("file, subtype, warned", [("a.ogg", "VORBIS", True), ("a.opus", "OPUS", True),
+                                                   ("a.flac", "PCM_16", False)])
+def test_codecs_that_join_channels_are_told_of(folder, file, subtype, warned):
+    if subtype not in soundfile.available_subtypes("OGG" if warned else "FLAC"):
+        pytest.skip("this libsndfile does not write it")
+    soundfile.write(file, noise(RATE, 2), RATE, format="OGG" if warned else "FLAC", subtype=subtype)
+    warnings = found(file, "run")["warnings"]
+    assert warnings == [f"the recording is of {subtype.title()}, which codes two channels together and puts sound near "
+                        "90 degrees that nobody made: use wav or flac"] * warned
+
+
+def test_a_recording_is_not_overwritten(folder, capsys):
+    before = Path("talk.wav").read_bytes()
+    assert start("talk.wav", "run", "--json", "talk.wav") == 2
+    assert capsys.readouterr().err == ("error: --json must be a new file or one of JSON to be replaced, got talk.wav, "
+                                       "which is something else\n")
+    assert Path("talk.wav").read_bytes() == before
+
+
+def test_long_work_has_a_bar(folder, monkeypatch, capsys):
+    assert start("talk.wav", "run") == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(localize, "BAR_S", 0.0)
+    assert start("talk.wav", "run", "--window", 0.5) == 0
+    assert "listening: 100%" in capsys.readouterr().err
+
+
 def test_weights_that_give_nan_are_refused(folder, capsys):
     cfg, localizer = CFG, build_localizer(CFG)
     torch.nn.init.constant_(localizer.network.head[-1].bias, float("nan"))
@@ -350,7 +389,11 @@ WARNINGS = {
     "one voice panned": (copied() * [1.0, 0.3], RATE, [], "the two channels are identical"),
     "silent": (noise(RATE, 2) * [1.0, 0.0], RATE, [], "channel 2 is silent"),
     "nearly silent": (noise(RATE, 2) * [1e-4, 1.0], RATE, [], "channel 1 is silent"),
+    "reversed": (copied() * [1.0, -0.5], RATE, [], "channel 2 is channel 1 with its polarity reversed: there is no"),
+    "silent but for an offset": (noise(RATE, 2) * [0.0, 1.0] + [0.1, 0.0], RATE, [], "channel 1 is silent"),
+    "identical but for an offset": (copied() + [0.0, 0.2], RATE, [], "the two channels are identical"),
     "clipped": (clipped(), RATE, [], "the recording clips: 2"),
+    "a square wave": (np.sign(noise(RATE, 2)), RATE, [], "the recording clips: 100 % of its"),
     "short": (noise(4000, 2), RATE, [], "the recording of 0.25 s is shorter than the 0.5 s of the training"),
     "short windows": (noise(RATE, 2), RATE, ["--window", "0.3"], "the window of 0.3 s is shorter than the 0.5 s"),
     "narrow": (noise(8000, 2), 8000, [], "the recording ends at 4000 Hz, the model was trained up to 8000"),
@@ -396,6 +439,8 @@ def test_what_may_spoil_the_result_is_one_line(folder, name, capsys):
     (noise(RATE, 2) * [1.0, 0.01], []),                                 # a microphone 40 dB less sensitive
     (np.sin(0.1 * np.arange(RATE))[:, None] * [1.0, 0.5] + noise(RATE, 2), []),  # peaks at and over full scale
     (copied() + 0.01 * noise(RATE, 2, seed=1), []),                     # across, with noise 40 dB below
+    (0.01 * noise(RATE, 2) + 0.5, []),                                  # on an offset of 54 dB more
+    (np.rint(3e5 * noise(RATE, 2)), []),                                # floats in steps of 1, up to those of 16 bits
 ])
 def test_good_recordings_pass_without_a_word(folder, audio, options, capsys):
     write("a.wav", audio)

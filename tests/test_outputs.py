@@ -54,6 +54,20 @@ def test_file_that_cannot_be_written_is_named(text, message, place):
     assert str(error.value) == message.format(place=place)
 
 
+@pytest.mark.parametrize("content, kind, fits", [
+    (b"", "JSON", True), (b"[1]", "JSON", True), (b"{", "HTML", False), (b"<!doctype html>", "HTML", True),
+    (b"<p>", "JSON", False), (b"RIFF", "JSON", False), (b"PK", "HTML", False)])
+def test_only_files_of_its_kind_are_replaced(content, kind, fits, place):
+    (place / "there").write_bytes(content)
+    if fits:
+        assert output_file("--out", "there", kind) == place / "there"
+        return
+    with pytest.raises(ValueError) as error:
+        output_file("--out", "there", kind)
+    assert str(error.value) == (f"--out must be a new file or one of {kind} to be replaced, got there, which is "
+                                "something else")
+
+
 def test_folder_is_there_or_can_be_made(place):
     """And is not made yet."""
     before = sorted(place.iterdir())

@@ -445,3 +445,9 @@ def test_the_refused_scene_is_named():
     batch["rt60"] = [0.3, 0.3, -1]
     with pytest.raises(ValueError, match="^scene 2: rt60"):
         make_scenes(**batch)
+
+
+@pytest.mark.parametrize("batch", [-1, 2.0, True])
+def test_number_of_scenes_is_a_whole_one(batch):
+    with pytest.raises(ValueError, match=f"^batch must be a whole number >= 0, got {batch}$"):
+        draw(SceneConfig(), batch)

@@ -248,6 +248,7 @@ def test_unusable_files_are_skipped_with_one_line(tmp_path, caplog):
         (np.zeros(0), RATE, "no samples"),
         (tone(0.25), RATE, "0.25 s, shorter than speech.min_duration_s = 0.5"),
         (np.full(RATE, np.inf), RATE, "not finite"),
+        (np.full(RATE, 1e-6), RATE, "nothing but silence"),
         (tone(1.0, rate=44101), 44101, "44101 Hz has too small a common factor with 16000 Hz, 1: the filter must "
          "have at most 67.11 million taps, has 705.6; resample the audio beforehand"),
     ],
@@ -609,7 +610,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     [
         (["download", "dev-cleen"], "error: LibriSpeech subset must be one of dev-clean, dev-other, test-clean, "
          "test-other, train-clean-100, train-clean-360, train-other-500, got 'dev-cleen'\n"),
-        (["info", ".", "--sample-rate", "0"], "error: sample rate must be >= 1 Hz, got 0\n"),
+        (["info", ".", "--sample-rate", "0"], "error: --sample-rate must be >= 1 Hz, got 0\n"),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, message):
