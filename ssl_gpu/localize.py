@@ -62,7 +62,6 @@ SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, s
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 FULL_SCALE = (0.999, 1.001)  # amplitudes of samples that clip; a file of floats may have louder ones, which do not
 TOGETHER = ("VORBIS", "OPUS")  # codecs, as soundfile has them, that make one channel of another where they are alike
-ACROSS = 90
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median
 
 
@@ -132,7 +131,7 @@ def read_recording(path: str, channels: Sequence[int] | None, sample_rate: int) 
     warnings = _clipping(audio) + _alike(audio, pair)
     if codec in TOGETHER:
         warnings.append(f"the recording is of {codec.title()}, which codes two channels together and puts sound near "
-                        f"{ACROSS} degrees that nobody made: use wav or flac")
+                        f"90 degrees that nobody made: use wav or flac")
     if file_rate < sample_rate:
         warnings.append(f"the recording ends at {file_rate / 2:g} Hz, the model was trained up to {sample_rate / 2:g}")
     if file_rate != sample_rate:

@@ -74,10 +74,10 @@ def _followed(text: str) -> Path:
 
 
 def _first_byte(path: Path) -> bytes | None:
-    """Of a file; None of an empty one, and where there is none or none that can be read."""
+    """Of a file, behind white space; None of an empty one, and where there is none or none that can be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(1) or None
+            return file.read(64).lstrip()[:1] or None
     except OSError:
         return None
 

@@ -352,7 +352,7 @@ def sample_scenes(cfg: SceneConfig, batch: int, *, generator: torch.Generator) -
     is False there, and whoever renders it must look (check_places tells of laws of which that is more than a rarity).
     Raises ValueError for a batch that is no whole number of at least 0.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+    if isinstance(batch, bool) or not isinstance(batch, numbers.Integral) or batch < 0:
         raise ValueError(f"batch must be a whole number >= 0, got {batch}")
     device = generator.device
     low, high = (_table(tuple(corner), device) for corner in (cfg.room_min_m, cfg.room_max_m))

@@ -55,7 +55,7 @@ def test_file_that_cannot_be_written_is_named(text, message, place):
 
 
 @pytest.mark.parametrize("content, kind, fits", [
-    (b"", "JSON", True), (b"[1]", "JSON", True), (b"{", "HTML", False), (b"<!doctype html>", "HTML", True),
+    (b"", "JSON", True), (b"\n  [1]", "JSON", True), (b"{", "HTML", False), (b"<!doctype html>", "HTML", True),
     (b"<p>", "JSON", False), (b"RIFF", "JSON", False), (b"PK", "HTML", False)])
 def test_only_files_of_its_kind_are_replaced(content, kind, fits, place):
     (place / "there").write_bytes(content)
