@@ -25,7 +25,7 @@ def begin_command() -> None:
 
 
 def bar_interval() -> float:
-    """Seconds between two states of a progress bar on standard error, which in a log file are a line each."""
+    """Seconds between two states of a progress bar on standard error, which a log file keeps one behind the other."""
     return 0.1 if sys.stderr.isatty() else 10.0
 
 

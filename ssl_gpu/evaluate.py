@@ -75,8 +75,8 @@ def check_speech_there(cfg: RunConfig, overrides: Sequence[str]) -> None:
     """Raises ValueError where the configuration of weights, and none of the overrides, names speech that is not there:
     it may be that of another machine."""
     folder = cfg.speech.eval
-    if folder is not None and not Path(folder).is_dir() and not any(
-            text.startswith("speech.eval=") for text in overrides):
+    if folder is not None and not Path(folder).expanduser().is_dir() and not any(
+            text.partition("=")[0].strip() == "speech.eval" for text in overrides):
         raise ValueError(f"speech.eval must be an existing folder, name one by speech.eval=DIR, or synthetic voices by "
                          f"speech.eval=null; the configuration of the weights has {folder!r}")
 

@@ -211,8 +211,8 @@ class Localizer(nn.Module):
 
     @torch.no_grad()
     def estimate(self, audio: Tensor, law: SceneLaw, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """audio [batch, mic=2, sample], of any dtype and loudness -> azimuth and cone angle of every talker, each
-        [batch, src] rad ascending, float32.
+        """audio [batch, mic=2, sample], of any real dtype -> azimuth and cone angle of every talker, each [batch, src]
+        rad ascending, float32.
 
         The module must be in eval mode. chunk: clips at a time, None for 8 on a CPU, 64 on a GPU. No clips have no
         angles: [0, src].
@@ -226,7 +226,8 @@ class Localizer(nn.Module):
         if len(audio) == 0:  # which MKL refuses to transform
             empty = self.grid.new_empty(0, self.num_src)
             return empty, empty.clone()
-        logits = torch.cat([self.hear(part) for part in audio.float().split(int(chunk))])
+        audio = audio.float()
+        logits = torch.cat([self.hear(part) for part in audio.split(int(chunk))])
         if not torch.isfinite(logits).all():
             finite = torch.isfinite(audio.flatten(1)).all(1)
             if not finite.all():

@@ -27,7 +27,8 @@ def output_file(option: str, text: str | None, kind: str = "JSON") -> Path | Non
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "folder" if os.path.isdir(path) else "special file"
         raise ValueError(f"{option} must be a file that can be replaced, got the {kind} {path}")
-    if (first := _first_byte(path)) is not None and first not in BEGINNINGS[kind]:
+    first = _first_byte(path)
+    if first is not None and (first not in BEGINNINGS[kind] or path.suffix == ".jsonl"):  # the log of a run, not JSON
         raise ValueError(f"{option} must be a new file or one of {kind} to be replaced, got {text}, which is something "
                          f"else")
     if not os.path.isdir(path.parent):
@@ -74,10 +75,11 @@ def _followed(text: str) -> Path:
 
 
 def _first_byte(path: Path) -> bytes | None:
-    """Of a file, behind white space; None of an empty one, and where there is none or none that can be read."""
+    """Of a text, behind its mark and white space; None of an empty file, and where there is none or none that can be
+    read."""
     try:
         with open(path, "rb") as file:
-            return file.read(64).lstrip()[:1] or None
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] or None
     except OSError:
         return None
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Log:
             kept = [line for line in log_lines(path.read_text(encoding="utf-8", errors="replace"))
                     if line["step"] < step or (line["step"] == step and (share < 1 or "loss" in line))]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file, self.full = open(path, "a", encoding="utf-8", buffering=1), False
+        self.file, self.full, self.shown = open(path, "a", encoding="utf-8", buffering=1), False, -math.inf
         self.bar = tqdm(total=100, initial=100 * min(share, 1.0), mininterval=max(0.5, bar_interval()),
                         bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}")
         try:
@@ -62,8 +64,11 @@ class Log:
         self.bar.last_print_t = self.bar._time()
 
     def show(self, text: str) -> None:
-        """What stands behind the progress bar."""
-        self.bar.set_postfix_str(text)
+        """What stands behind the progress bar, at once but in a log file, which has a state of it every ten seconds."""
+        due = time.monotonic() - self.shown >= bar_interval()
+        self.bar.set_postfix_str(text, refresh=due)
+        if due:
+            self.shown = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

@@ -52,6 +52,9 @@ def test_a_command_that_begins_is_ended_at_once_and_then_by_a_line(heard, monkey
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     begin_command()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL and os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    begin_command()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
     with pytest.raises(SystemExit) as end:
         end_with(lambda: signal.raise_signal(signal.SIGINT))
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -55,7 +55,8 @@ def test_file_that_cannot_be_written_is_named(text, message, place):
 
 
 @pytest.mark.parametrize("content, kind, fits", [
-    (b"", "JSON", True), (b"\n  [1]", "JSON", True), (b"{", "HTML", False), (b"<!doctype html>", "HTML", True),
+    (b"", "JSON", True), (b"\n  [1]", "JSON", True), (b"\xef\xbb\xbf{", "JSON", True),
+    (b"{", "HTML", False), (b"<!doctype html>", "HTML", True),
     (b"<p>", "JSON", False), (b"RIFF", "JSON", False), (b"PK", "HTML", False)])
 def test_only_files_of_its_kind_are_replaced(content, kind, fits, place):
     (place / "there").write_bytes(content)
@@ -66,6 +67,12 @@ def test_only_files_of_its_kind_are_replaced(content, kind, fits, place):
         output_file("--out", "there", kind)
     assert str(error.value) == (f"--out must be a new file or one of {kind} to be replaced, got there, which is "
                                 "something else")
+
+
+def test_log_of_a_run_is_not_replaced(place):
+    (place / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="^--json must be a new file or one of JSON to be replaced, got metrics.jsonl"):
+        output_file("--json", "metrics.jsonl")
 
 
 def test_folder_is_there_or_can_be_made(place):

@@ -342,6 +342,17 @@ def test_an_evaluation_is_no_part_of_the_rate_that_tells_what_is_left(tmp_path):
     assert "02:00<00:37" in bar
 
 
+def test_bar_is_seldom_written_to_a_file(tmp_path, capsys):
+    """Twenty steps in no time: the first state, and the last when it is closed."""
+    log = Log(tmp_path)
+    for step in range(20):
+        log.write({"step": step, "loss": 1.0}, step / 100)
+        log.show(f"step {step}")
+    log.close()
+    states = [state for state in re.split(r"[\r\n]", capsys.readouterr().err) if state.strip()]
+    assert len(states) <= 4 and "step 0" in " ".join(states[:-1]) and "19%" in states[-1] and "step 19" in states[-1]
+
+
 @pytest.mark.parametrize("losses", [[1.0, math.nan], [math.nan, 1.0], [math.inf]])
 def test_a_loss_that_is_not_finite_ends_the_run(losses):
     with pytest.raises(FloatingPointError, match="^the loss is (nan|inf) at step 3: lower train.lr"):
