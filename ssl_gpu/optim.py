@@ -185,7 +185,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
     other way round, KeyError and TypeError for what is no state.
     """
     if ("param_groups" in state) == isinstance(optimizer, Together):
-        now, then = ("muon", "another than muon")[::1 if "param_groups" in state else -1]
+        other = "another than muon"
+        now, then = ("muon", other) if "param_groups" in state else (other, "muon")
         raise ValueError(f"train.optimizer must be what it was, {then}, got {now}")
     if isinstance(optimizer, Together):
         for name, part in optimizer.parts.items():
