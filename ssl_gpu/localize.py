@@ -61,8 +61,9 @@ LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 FULL_SCALE = (0.999, 1.001)  # amplitudes of samples that clip; a file of floats may have louder ones, which do not
-# Codecs, as soundfile has them, that store what two channels share. By default Vorbis and Opus made 16.2 / 90.2 and
-# 14.1 / 87.0 degrees of 10.9 / 16.4 in wav, but missed 12.0 / 107.9 by 4 at most; at low rates MP3 does so, too.
+# Codecs, as soundfile has them, that store what two channels share. At soundfile's own rates Vorbis and Opus made
+# 16.2 / 90.2 and 14.1 / 87.0 degrees of 10.9 / 16.4 in wav, and missed 12.0 / 107.9 by 4 at most; MP3 of 35 kbit/s
+# missed by 10 (mixtures of ssl_gpu.simulate --wav and two noises, heard by the packaged weights; no file).
 TOGETHER = {"VORBIS": "Vorbis", "OPUS": "Opus", "MPEG_LAYER_II": "MP2", "MPEG_LAYER_III": "MP3"}
 QUIET_DB = 40.0              # a window this far below the loudest one does not count in the median
 
@@ -179,7 +180,8 @@ def _alike(audio: np.ndarray, pair: tuple[int, int]) -> list[str]:
     have and the network does not hear."""
     gram, offset = np.zeros((2, 2)), audio.mean(1, dtype=np.float64, keepdims=True)
     for block in np.array_split(audio, audio.shape[1] // BLOCK + 1, 1):
-        gram += (block - offset) @ (block - offset).T
+        block = block - offset
+        gram += block @ block.T
     power = np.diag(gram)
     dead = int(power.argmin())
     if power[dead] <= SILENT ** 2 * power.max():

@@ -181,13 +181,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer | Together, state: Mappin
     """Loads the state dict of an earlier run; weight decay, rate, and whether it is fused, stay as build_optimizer made
     it, and what rate_on_device changed as that did.
 
-    Raises what torch raises for a state that does not fit, ValueError for one with Muon where there is none now or the
-    other way round, KeyError and TypeError for what is no state.
+    Raises what torch raises for a state that does not fit, KeyError and TypeError for what is none, as one with Muon is
+    where there is none now, or the other way round; run.check_optimizer has a line for the user.
     """
-    if ("param_groups" in state) == isinstance(optimizer, Together):
-        other = "another than muon"
-        now, then = ("muon", other) if "param_groups" in state else (other, "muon")
-        raise ValueError(f"train.optimizer must be what it was, {then}, got {now}")
     if isinstance(optimizer, Together):
         for name, part in optimizer.parts.items():
             restore_optimizer(part, state[name])

