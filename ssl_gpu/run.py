@@ -69,6 +69,7 @@ class Run:
     graph: bool = False        # what train.graph has come to
     command: str = ""          # the command line (commandline.told), that of the last part of a resumed run
     settings: str = ""         # of a resumed run: which it goes on with
+    file: dict[str, Any] | None = None  # settings of the configuration file alone (file_settings), as the run began
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations
 
@@ -182,6 +183,33 @@ def settings(cfg: RunConfig, resumed: Checkpoint) -> str:
     """With which settings a resumed run goes on, told to the user."""
     changed = told_changes(from_mapping(RunConfig, resumed.config), cfg, lambda key: key not in WHICH_RUN)
     return "the settings of its checkpoint" + (f", but {changed}" if changed else "")
+
+
+def file_settings(path: str) -> dict[str, Any] | None:
+    """The settings in a configuration file without overrides, plain; None where it is no whole one without them."""
+    try:
+        return to_mapping(load_config(RunConfig, path))
+    except ValueError:
+        return None
+
+
+def changed_in_file(args: argparse.Namespace, resumed: Checkpoint) -> str | None:
+    """A warning of settings that stand in the configuration file now, others than when the run began and than the run
+    has, and that no override repeats, as --resume will not go by them; None where there are none."""
+    then, now = resumed.extra.get("file"), file_settings(args.config)
+    if then is None or now is None:
+        return None
+    try:
+        then, now, has = (dict(walk_fields(from_mapping(RunConfig, mapping))) for mapping in
+                          (then, now, apply_overrides(resumed.config, args.overrides)))
+    except ValueError:                                                  # of a version with other keys
+        return None
+    given = {override.partition("=")[0] for override in args.overrides}
+    keys = [key for key, value in now.items() if value != then[key] and value != has[key] and key not in given]
+    if not keys:
+        return None
+    return (f"warning: --resume keeps what the run had of {', '.join(keys)}, which {args.config} has changed since; "
+            f"give {'it' if len(keys) == 1 else 'them'} on the command line to go on with")
 
 
 def check_steps_left(train: TrainConfig, resumed: Checkpoint) -> None:
@@ -354,6 +382,7 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     run.step, run.share, run.elapsed_s = resumed.step, share_done(run.cfg.train, resumed), resumed.extra["elapsed_s"]
     run.first, run.first_examples, run.invalid = (resumed.extra.get(name, 0)
                                                   for name in ("first", "first_examples", "invalid"))
+    run.file = resumed.extra.get("file")
     run.evaluated = min(resumed.extra.get("evaluated", run.share), run.share)  # the share falls where a run goes on
     run.examples = trained_examples(resumed.extra, resumed.config, resumed.step)
     restore_optimizer(run.optimizer, resumed.optimizer)
@@ -385,7 +414,7 @@ def save(run: Run, step: int) -> None:
     save_checkpoint(run.out / "checkpoint.pt", model=run.localizer, optimizer=run.optimizer, ema=averaged, step=step,
                     config=to_mapping(run.cfg),
                     extra={"elapsed_s": elapsed_s(run), "share": run.share, "talkers": run.talkers,
-                           "evaluated": run.evaluated, "invalid": int(run.invalid),
+                           "evaluated": run.evaluated, "invalid": int(run.invalid), "file": run.file,
                            "first": run.first, "first_examples": run.first_examples, "examples": run.examples,
                            "bfloat16": {run.device.type: run.bfloat16}})
 

@@ -430,6 +430,28 @@ def test_a_resumed_run_says_where_and_with_which_settings_it_goes_on(tiny, capsy
             "train.lr=0.1 (was 0.001), train.ema=null (was 0.99)\n") in capsys.readouterr().out
 
 
+def test_a_configuration_file_that_has_changed_is_not_overlooked_in_silence(tiny, capsys):
+    text, steps = (tiny / "tiny.yaml").read_text(), 0
+
+    def warned(overrides=(), **train):
+        """Of one more step, with these keys of the section train in the file."""
+        nonlocal steps
+        steps += 1
+        section = "".join(f", {key}: {value}" for key, value in train.items())
+        (tiny / "tiny.yaml").write_text(text.replace("log_every: 1", "log_every: 1" + section))
+        assert start("train.out=run", f"train.steps={steps}", *["--resume"] * (steps > 1), *overrides) == 0
+        return errors(capsys)
+
+    warning = ("warning: --resume keeps what the run had of {}, which tiny.yaml has changed since; give {} on the "
+               "command line to go on with")
+    assert warned(["train.lr=0.1"]) == warned() == []                   # an override is no change of the file
+    assert warned(lr="2.0e-3") == [warning.format("train.lr", "it")]
+    assert warned(["train.lr=3.0e-3"], lr="2.0e-3") == []               # given
+    assert warned(lr="3.0e-3") == []                                    # which it has by now
+    assert warned(lr="2.0e-3", warmup=0.5) == [warning.format("train.lr, train.warmup", "them")]
+    assert warned(["train.lr=1.0e-3"]) == []                            # as it was
+
+
 def test_a_run_that_is_not_over_is_not_cut_short_by_fewer_steps(tiny, capsys):
     """Which would have called it finished."""
     assert start("train.out=run", "train.steps=3") == 0
