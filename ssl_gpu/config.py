@@ -86,10 +86,14 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
 
     Raises ConfigError for what is not a `cls`, and lets through the ValueError of a section that refuses its values.
     """
-    if path is not None and (is_override(str(path)) or Path(path).is_dir()):  # as a run's folder, after --resume
+    return from_mapping(cls, apply_overrides({} if path is None else load_first(path), overrides))
+
+
+def load_first(path: str | Path) -> dict[str, Any]:
+    """load_yaml of the first word of a command line. Raises ConfigError for an override, or a folder, as well."""
+    if is_override(str(path)) or Path(path).is_dir():                   # as a run's folder, after --resume
         raise ConfigError(f"a configuration must come first, a YAML file, got {path}")
-    mapping = {} if path is None else load_yaml(path)
-    return from_mapping(cls, apply_overrides(mapping, overrides))
+    return load_yaml(path)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -191,11 +195,11 @@ def walk_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield _join(path, name), value
 
 
-def told_changes(before: Any, now: Any, counts: Callable[[str], bool]) -> str:
+def told_changes(before: Any, now: Any, counts: Callable[[str], bool], was: str = "was ") -> str:
     """The values, of the keys for which counts(key), that are others in one configuration than in another of its class:
-    "model.dim=8 (was 16), ..."; "" where there are none."""
+    "model.dim=8 (was 16), ..."; "" where there are none. was: what stands before those of `before`."""
     old = dict(walk_fields(before))
-    return ", ".join(f"{key}={_told(value)} (was {_told(old[key])})" for key, value in walk_fields(now)
+    return ", ".join(f"{key}={_told(value)} ({was}{_told(old[key])})" for key, value in walk_fields(now)
                      if counts(key) and value != old[key])
 
 

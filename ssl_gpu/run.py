@@ -18,8 +18,8 @@ import torch
 
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, holding, load_checkpoint, save_checkpoint
-from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, load_config, to_mapping,
-                            told_changes, walk_fields)
+from ssl_gpu.config import (ConfigError, RunConfig, apply_overrides, from_mapping, to_mapping, told_changes,
+                            walk_fields)
 from ssl_gpu.corpus import find_audio
 from ssl_gpu.evalset import EvalSet, score_model
 from ssl_gpu.evaluate import eval_speech, prepare_eval
@@ -69,7 +69,7 @@ class Run:
     graph: bool = False        # what train.graph has come to
     command: str = ""          # the command line (commandline.told), that of the last part of a resumed run
     settings: str = ""         # of a resumed run: which it goes on with
-    file: dict[str, Any] | None = None  # settings of the configuration file alone (file_settings), as the run began
+    file: dict[str, Any] | None = None  # what stood in the configuration file, as the run began
     talkers: list[str] | None = None  # labels of those heard in training; None: unknown, of a run begun without them
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU, for evaluations
 
@@ -91,13 +91,15 @@ def check_resumable(out: Path) -> None:
                          f"command without --resume starts anew{emptied}")
 
 
-def setup(args: argparse.Namespace, held: contextlib.ExitStack) -> tuple[RunConfig, Path, Checkpoint | None]:
-    """What the command line asks for: configuration, run folder, and the checkpoint to resume, if any, whose folder is
-    held from then on (checkpoint.holding). Raises ValueError with a line for the user.
+def setup(args: argparse.Namespace, held: contextlib.ExitStack, file: Mapping[str, Any]
+          ) -> tuple[RunConfig, Path, Checkpoint | None]:
+    """What the command line asks for, whose configuration file holds `file`: configuration, run folder, and the
+    checkpoint to resume, if any, whose folder is held from then on (checkpoint.holding). Raises ValueError with a line
+    for the user.
 
     A resumed run keeps the configuration in its checkpoint, and only the overrides change it.
     """
-    cfg = load_config(RunConfig, args.config, args.overrides)
+    cfg = from_mapping(RunConfig, apply_overrides(file, args.overrides))
     name, resumed = Path(args.config).stem, None
     if args.resume:
         out = Path(cfg.train.out).expanduser() if cfg.train.out else newest_run(name)
@@ -118,9 +120,7 @@ def setup(args: argparse.Namespace, held: contextlib.ExitStack) -> tuple[RunConf
             raise ValueError(f"train.init must stay that of the run that --resume goes on with, "
                              f"{'null' if began is None else began}, got {cfg.train.init}")
         cfg = replace(cfg, train=replace(cfg.train, init=began))
-    folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
-               if (value := getattr(cfg.speech, key)) is not None}
-    cfg = replace(cfg, speech=replace(cfg.speech, **folders))          # a checkpoint is evaluated from anywhere
+    cfg = with_whole_folders(cfg)
     if resumed is not None:
         return cfg, out, resumed
     out = Path(cfg.train.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
@@ -128,6 +128,13 @@ def setup(args: argparse.Namespace, held: contextlib.ExitStack) -> tuple[RunConf
         raise ValueError(f"train.out must be a new or empty folder, or go on with --resume, got {out}")
     check_writable(out)
     return cfg, out, None
+
+
+def with_whole_folders(cfg: RunConfig) -> RunConfig:
+    """With speech as it is known from everywhere: a checkpoint is evaluated from anywhere."""
+    folders = {key: str(Path(value).expanduser().resolve()) for key in ("train", "eval")
+               if (value := getattr(cfg.speech, key)) is not None}
+    return replace(cfg, speech=replace(cfg.speech, **folders))
 
 
 def check_writable(out: Path) -> None:
@@ -185,31 +192,27 @@ def settings(cfg: RunConfig, resumed: Checkpoint) -> str:
     return "the settings of its checkpoint" + (f", but {changed}" if changed else "")
 
 
-def file_settings(path: str) -> dict[str, Any] | None:
-    """The settings in a configuration file without overrides, plain; None where it is no whole one without them."""
-    try:
-        return to_mapping(load_config(RunConfig, path))
-    except ValueError:
+def told_overlooked(args: argparse.Namespace, file: Mapping[str, Any], cfg: RunConfig, resumed: Checkpoint,
+                    finished: bool) -> str | None:
+    """A warning of what the configuration file says otherwise than the resumed run does, which goes by its checkpoint,
+    and than the file did that it began with; None where there is nothing, or nothing that a finished run would do."""
+    before = resumed.extra.get("file")                                  # none of a run begun without it
+    if before is None:
         return None
+    now, before = (dict(walk_raw(mapping)) for mapping in (file, before))
+    changed = {key for key in {*now, *before} if key not in now or key not in before or now[key] != before[key]}
+    changed -= {"train.out", "train.init"}                              # by which the run was found; which it had
+    if finished:
+        changed &= {*WHICH_RUN}
+    asked = with_whole_folders(from_mapping(RunConfig, apply_overrides(file, args.overrides)))
+    told = told_changes(asked, cfg, changed.__contains__, f"{args.config}: ")
+    return f"warning: --resume keeps {told}, which the command line alone changes" if told else None
 
 
-def changed_in_file(args: argparse.Namespace, resumed: Checkpoint) -> str | None:
-    """A warning of settings that stand in the configuration file now, others than when the run began and than the run
-    has, and that no override repeats, as --resume will not go by them; None where there are none."""
-    then, now = resumed.extra.get("file"), file_settings(args.config)
-    if then is None or now is None:
-        return None
-    try:
-        then, now, has = (dict(walk_fields(from_mapping(RunConfig, mapping))) for mapping in
-                          (then, now, apply_overrides(resumed.config, args.overrides)))
-    except ValueError:                                                  # of a version with other keys
-        return None
-    given = {override.partition("=")[0] for override in args.overrides}
-    keys = [key for key, value in now.items() if value != then[key] and value != has[key] and key not in given]
-    if not keys:
-        return None
-    return (f"warning: --resume keeps what the run had of {', '.join(keys)}, which {args.config} has changed since; "
-            f"give {'it' if len(keys) == 1 else 'them'} on the command line to go on with")
+def walk_raw(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values as they stand in a configuration file."""
+    return ((f"{section}.{key}", value) for section, values in mapping.items() if isinstance(values, Mapping)
+            for key, value in values.items())
 
 
 def check_steps_left(train: TrainConfig, resumed: Checkpoint) -> None:

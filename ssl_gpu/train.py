@@ -20,13 +20,13 @@ import torch
 from ssl_gpu import rng, runtime
 from ssl_gpu.checkpoint import CheckpointError, clear_unfinished, holding, write_json
 from ssl_gpu.commandline import Parser, end_with, told, uninterrupted
-from ssl_gpu.config import save_yaml
+from ssl_gpu.config import load_first, save_yaml
 from ssl_gpu.lanes import Lanes, ThreadTuner, separable, slices
 from ssl_gpu.mixture import MixtureBatch
 from ssl_gpu.optim import learning_rate, noise_share, rate_on_device
 from ssl_gpu.report import metrics_cell, result_table
-from ssl_gpu.run import (Run, changed_in_file, check_steps_left, claim_folder, elapsed_s, evaluate_now, file_settings,
-                         prepare, save, setup, told_finished)
+from ssl_gpu.run import (Run, check_steps_left, claim_folder, elapsed_s, evaluate_now, prepare, save, setup,
+                         told_finished, told_overlooked)
 from ssl_gpu.simulator import Draw
 from ssl_gpu.speech import draw_crops, gather_crops
 from ssl_gpu.trainlog import Log
@@ -374,11 +374,12 @@ def finish(run: Run, log: Log, step: int) -> dict[str, Any]:
 def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
     """The run that the command line asks for, its folder made and held; None where it is finished, which is told.
     Raises ValueError, OSError or FloatingPointError with a line for the user."""
-    cfg, out, resumed = setup(args, held)
-    overlooked = None if resumed is None else changed_in_file(args, resumed)
+    file = load_first(args.config)                                     # once: it may change while speech is decoded
+    cfg, out, resumed = setup(args, held, file)
+    finished = None if resumed is None else told_finished(cfg, out, resumed)
+    overlooked = None if resumed is None else told_overlooked(args, file, cfg, resumed, finished is not None)
     if overlooked is not None:
         print(overlooked, file=sys.stderr)
-    finished = None if resumed is None else told_finished(cfg, out, resumed)
     if finished is not None:
         print(finished)
         return None
@@ -386,7 +387,7 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Run | None:
         check_steps_left(cfg.train, resumed)
     run = prepare(cfg, out, resumed)
     if resumed is None:
-        run.file = file_settings(args.config)
+        run.file = file
         try:
             claim_folder(run)
         except OSError as error:

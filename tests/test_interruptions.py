@@ -15,6 +15,7 @@ from ssl_gpu import checkpoint, runtime, trainlog
 from ssl_gpu import run as run_setup
 from ssl_gpu import train as train_cli
 from ssl_gpu.checkpoint import Checkpoint, CheckpointError, clear_unfinished, holding, load_checkpoint, write_text
+from ssl_gpu.config import load_first
 from ssl_gpu.optim import TrainConfig
 
 needs_locks = pytest.mark.skipif(checkpoint.fcntl is None, reason="has no locks of folders")
@@ -258,8 +259,9 @@ def test_a_run_is_not_resumed_from_a_checkpoint_that_another_process_moves_on_fr
 def test_runs_begun_in_one_second_get_folders_of_their_own(tiny, monkeypatch):
     monkeypatch.setattr(run_setup, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5)))
     setup = train_cli.setup                                             # asked for before either folder was there
-    first = setup(SimpleNamespace(config="tiny.yaml", overrides=["train.steps=1"], resume=False), ExitStack())
-    monkeypatch.setattr(train_cli, "setup", lambda args, held: first)
+    first = setup(SimpleNamespace(config="tiny.yaml", overrides=["train.steps=1"], resume=False), ExitStack(),
+                  load_first("tiny.yaml"))
+    monkeypatch.setattr(train_cli, "setup", lambda *arguments: first)
     for _ in range(3):
         train_cli.claim_folder(SimpleNamespace(cfg=first[0], out=first[1]))
     assert start("train.steps=1") == 0
@@ -433,23 +435,49 @@ def test_a_resumed_run_says_where_and_with_which_settings_it_goes_on(tiny, capsy
 def test_a_configuration_file_that_has_changed_is_not_overlooked_in_silence(tiny, capsys):
     text, steps = (tiny / "tiny.yaml").read_text(), 0
 
-    def warned(overrides=(), **train):
-        """Of one more step, with these keys of the section train in the file."""
+    def warned(*overrides, file="tiny.yaml", more=1, **train):
+        """Of `more` steps, with these keys of the section train in the file."""
         nonlocal steps
-        steps += 1
+        steps += more
         section = "".join(f", {key}: {value}" for key, value in train.items())
-        (tiny / "tiny.yaml").write_text(text.replace("log_every: 1", "log_every: 1" + section))
-        assert start("train.out=run", f"train.steps={steps}", *["--resume"] * (steps > 1), *overrides) == 0
-        return errors(capsys)
+        (tiny / file).write_text(text.replace("log_every: 1", "log_every: 1" + section))
+        resume = ["--resume"] if (tiny / "run").exists() else []
+        assert train_cli.main([file, "train.out=run", *resume, f"train.steps={steps}", *overrides]) == 0
+        return [line.removeprefix("warning: --resume keeps ").removesuffix(", which the command line alone changes")
+                for line in errors(capsys)]
 
-    warning = ("warning: --resume keeps what the run had of {}, which tiny.yaml has changed since; give {} on the "
-               "command line to go on with")
-    assert warned(["train.lr=0.1"]) == warned() == []                   # an override is no change of the file
-    assert warned(lr="2.0e-3") == [warning.format("train.lr", "it")]
-    assert warned(["train.lr=3.0e-3"], lr="2.0e-3") == []               # given
+    assert warned("train.lr=0.1") == warned() == []                     # an override is no change of the file
+    assert warned(lr="2.0e-3") == ["train.lr=0.1 (tiny.yaml: 0.002)"]
+    assert warned(more=0, lr="2.0e-3") == []                            # finished, nothing is done with a rate
+    assert warned(" train.lr=3.0e-3", lr="2.0e-3") == []                # given
+    assert warned("train={out: run, steps: 5, lr: 3.0e-3, batch_size: 4, log_every: 1, device: cpu}", lr="2.0e-3") == []
     assert warned(lr="3.0e-3") == []                                    # which it has by now
-    assert warned(lr="2.0e-3", warmup=0.5) == [warning.format("train.lr, train.warmup", "them")]
-    assert warned(["train.lr=1.0e-3"]) == []                            # as it was
+    assert warned(lr="2.0e-3", warmup=0.5, file="other.yaml") == [
+        "train.lr=0.003 (other.yaml: 0.002), train.warmup=0.05 (other.yaml: 0.5)"]
+    assert warned(out="./run", init="packaged") == []                   # by which it is found; which it had
+    text = text.replace("dim: 16", "dim: 32").replace(", device: cpu", "")
+    assert warned() == ["model.dim=16 (tiny.yaml: 32), train.device=cpu (tiny.yaml: auto)"]
+    kept = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
+    del kept["extra"]["file"]
+    torch.save(kept, tiny / "run" / "checkpoint.pt")
+    assert warned() == []                                               # a run that was begun without it
+
+
+def test_what_a_run_began_with_is_read_once(tiny, monkeypatch, capsys):
+    """The file may change while speech is decoded, and a pipe has it once."""
+    prepare = train_cli.prepare
+
+    def meanwhile(*arguments):
+        text = (tiny / "tiny.yaml").read_text()
+        (tiny / "tiny.yaml").write_text(text.replace("log_every: 1", "log_every: 1, lr: 2.0e-3"))
+        return prepare(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "prepare", meanwhile)
+        assert start("train.out=run", "train.steps=1") == 0
+    assert start("train.out=run", "train.steps=2", "--resume") == 0
+    assert errors(capsys) == ["warning: --resume keeps train.lr=0.001 (tiny.yaml: 0.002), which the command line alone "
+                              "changes"]
 
 
 def test_a_run_that_is_not_over_is_not_cut_short_by_fewer_steps(tiny, capsys):
