@@ -457,6 +457,8 @@ def test_a_configuration_file_that_has_changed_is_not_overlooked_in_silence(tiny
     assert warned(out="./run", init="packaged") == []                   # by which it is found; which it had
     text = text.replace("dim: 16", "dim: 32").replace(", device: cpu", "")
     assert warned() == ["model.dim=16 (tiny.yaml: 32), train.device=cpu (tiny.yaml: auto)"]
+    text = text.replace("dim: 32", "dim: 16").replace("steps: 4, ", "")   # no whole one without the command line
+    assert warned("train.device=cpu", lr="2.0e-3") == ["train.lr=0.003 (tiny.yaml: 0.002)"]
     kept = torch.load(tiny / "run" / "checkpoint.pt", weights_only=True)
     del kept["extra"]["file"]
     torch.save(kept, tiny / "run" / "checkpoint.pt")
