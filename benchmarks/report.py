@@ -5,8 +5,8 @@
     python -m benchmarks.report --check PAGES       exit status 1 if others are there
 
 PAGES with tables are README.md docs/accuracy.md docs/masks.md docs/performance.md.
-Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks (those of CPUs), benchmarks-gpu, gpu-short, and the
-names in benchmarks.accuracy_tables.
+Markers are <!-- NAME:begin --> and <!-- NAME:end -->: benchmarks (those of CPUs), benchmarks-gpu, cpu-short, gpu-short,
+and the names in benchmarks.accuracy_tables.
 """
 from __future__ import annotations
 
@@ -200,6 +200,31 @@ def report(folder: Path, gpu: bool = False) -> str:
     return "\n\n".join([*map(titled_table, found), *unique.values()])
 
 
+SHORT_STAGES = ("RIRs", "RIRs and mixture")  # of benchmarks.peers, which this module does without
+
+
+def cpu_short(folder: Path) -> str:
+    """What a scene takes by each simulator on CPUs, ours first, and how many times faster ours is: a row for each
+    simulator, machine by machine."""
+    rows, conditions = [], []
+    for results in newest(folder, gpu=False):
+        if results["benchmark"] != "peers":
+            continue
+        machine, simulators = results["machine"], {}
+        for row in results["rows"]:
+            if row["stage"] in SHORT_STAGES:
+                simulators.setdefault(row["name"], {})[row["stage"]] = row
+        for name, stages in simulators.items():
+            known = [stages.get(stage) for stage in SHORT_STAGES]
+            rows.append([name, machine["device"], "-" if known[0] is None else f"{known[0]['scenes']:,}",
+                         *("-" if row is None else number(1e3 * row["mean_s"]) for row in known),
+                         *("-" if row is None else number(row["ratio"]) for row in known)])
+        conditions.append(f"{machine['device']}, {machine['threads']} CPU thread{'s' * (machine['threads'] > 1)}, "
+                          f"commit {results['commit']}, {results['date']}: `{results['command']}`{unfinished(results)}")
+    head = ["", "on", "scenes", "RIRs, ms a scene", "and mixture", "ours is faster by", "and mixture"]
+    return "\n\n".join(["\n".join(table(head, rows)), *conditions])
+
+
 def gpu_short(folder: Path) -> str:
     """Mixtures per second on a GPU, launched one kernel at a time and captured, side by side; of several files of a GPU
     the one of most rows, and of these the newest."""
@@ -233,7 +258,7 @@ def blocks(folder: Path) -> dict[str, Callable[[], str]]:
     from benchmarks.accuracy_tables import BLOCKS  # here, as benchmarks.ablations takes its tables from this module
 
     return {"benchmarks": lambda: report(folder), "benchmarks-gpu": lambda: report(folder, gpu=True),
-            "gpu-short": lambda: gpu_short(folder), **BLOCKS}
+            "cpu-short": lambda: cpu_short(folder), "gpu-short": lambda: gpu_short(folder), **BLOCKS}
 
 
 def insert(text: str, tables: Mapping[str, Callable[[], str]]) -> str:

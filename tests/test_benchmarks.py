@@ -785,6 +785,27 @@ def test_mixtures_of_a_gpu_side_by_side(tmp_path):
     assert "| rooms, 2x4 | 256 | 2,000 | 2 |" in report.gpu_short(tmp_path)
 
 
+def test_simulators_on_cpus_side_by_side(tmp_path):
+    """RIRs beside mixtures, machine by machine; of a GPU and of other stages nothing, what was not measured a dash."""
+    def row(name, stage, mean, ratio):
+        return {"name": name, "stage": stage, "scenes": 1234, "mean_s": mean, "ratio": ratio}
+
+    rows = [row("ours", peers.BOTH, 3e-3, None), row("ours", peers.FULL, 2e-3, None),
+            row("ours", peers.MIXTURE, 4e-3, None), row("theirs", peers.FULL, 0.1, 50.0)]
+    results = {"benchmark": "peers", "machine": {"device": "CPU", "threads": 1}, "date": "today", "commit": "abc",
+               "command": "python -m it", "rows": rows}
+    (tmp_path / "2026-01-20-cpu-peers.json").write_text(json.dumps(results))
+    gpu = {**results, "machine": {"device": "GPU", "gpu": True, "threads": 1}}
+    (tmp_path / "2026-01-21-gpu-peers.json").write_text(json.dumps(gpu))
+    other = {**results, "machine": {"device": "another", "threads": 2}, "rows": rows[3:], "complete": False}
+    (tmp_path / "2026-01-22-other-peers.json").write_text(json.dumps(other))
+    assert report.cpu_short(tmp_path).splitlines()[2:] == [
+        "| ours | CPU | 1,234 | 2 | 4 | - | - |", "| theirs | CPU | 1,234 | 100 | - | 50 | - |",
+        "| theirs | another | 1,234 | 100 | - | 50 | - |", "", "CPU, 1 CPU thread, commit abc, today: `python -m it`",
+        "", "another, 2 CPU threads, commit abc, today: `python -m it`, stopped before it was done"]
+    assert report.SHORT_STAGES == (peers.FULL, peers.MIXTURE)
+
+
 def result_of(cone, azimuth, rooms=0, talkers=0):
     """What evaluation of one set writes, as far as the tables need it."""
     row = {"num_clips": 2000, "cone_mae_deg": [cone] * 2, "azimuth_class_mae_deg": [azimuth] * 2, "both_at_10": 0.9,
