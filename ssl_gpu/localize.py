@@ -52,12 +52,12 @@ SPREAD_SHARE = 0.8           # of a distribution, in its middle
 MAX_CLIPS = 10               # of a window: the memory of the attention grows with the square of its length
 FORWARD_S = 15.0             # how much audio is in the network at a time
 BLOCK = 1 << 18              # samples of a file in float64, or in all its channels, at a time
-# Relative; beyond these a line advises to train. The packaged weights, told of the spacing, have 2.0 / 1.9 degrees at
-# 20 % less than that of their training, 1.5 / 1.2 at it, 2.1 / 1.5 at half as much more, the widest tried; but 2.7 and
-# 2.5 at 30 % less, 3.7 / 4.2 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
+# Relative; beyond these a line advises to train. The packaged weights, told of the spacing, have 2.1 / 2.1 degrees at
+# 20 % less than that of their training, 1.5 / 1.3 at it, 2.3 / 1.7 at half as much more, the widest tried; but 2.9 and
+# 2.7 at 30 % less, 4.0 / 4.4 at half of it (python -m benchmarks.localize_windows). 343 m/s for 340 are another 1 %.
 SPACING_TOLERANCE = (-0.21, 0.51)
 BAR_S = 2.0                  # of work without a progress bar
-LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is three to five times that in 3 s
+LEAST_S = 0.1                # of a recording or a window: in 0.5 s the error is five to six times that in 3 s
 SAME_CHANNELS = 1e-5         # share of a channel's energy that the other one, scaled, does not explain: -50 dB
 SILENT = 1e-3                # amplitude of a dead channel relative to the other: -60 dB
 FULL_SCALE = (0.999, 1.001)  # amplitudes of samples that clip; a file of floats may have louder ones, which do not
