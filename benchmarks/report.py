@@ -46,7 +46,7 @@ def titled_table(results: dict[str, Any]) -> str:
     conditions = (f"{machine['device']}{driver}, {machine['cores']} cores, {threads}, torch {versions['torch']}, "
                   f"Python {versions['python']}, commit {results['commit']}, {results['date']}: `{results['command']}`"
                   + unfinished(results))
-    return "\n".join([f"### {TITLES[kind]}", "", *lines, "", *floor(results), conditions])
+    return "\n".join([f"### {TITLES[kind]}: {machine['device']}", "", *lines, "", *floor(results), conditions])
 
 
 def told_driver(machine: dict[str, Any]) -> str:

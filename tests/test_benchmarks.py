@@ -153,7 +153,7 @@ def test_printed_table_is_in_the_units_of_its_head(capsys):
     assert results.finish() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:6] == [
-        "### Room impulse responses", "",
+        f"### Room impulse responses: {results.content['machine']['device']}", "",
         "|  | batch | ms per scene (p10 to p90) | scenes/s | s of audio per s | peak MiB | error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| render | 4 | 0.5 (0.25 to 1) | 2,000 | 6,000 | 3 | 1.2e-07 |",
